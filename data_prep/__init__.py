@@ -1,0 +1,1 @@
+"""From a raw archive of scans and label maps to one finished store."""

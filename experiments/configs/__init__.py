@@ -1,0 +1,1 @@
+"""Named configurations, one module each, resolved by name."""

@@ -1,0 +1,217 @@
+"""The label tables: the only source of ids, names, sides, partners, tissues, colours and BIDS mapping of the protocols.
+
+A *class* is the index of a structure within its protocol (what the network predicts); an *id* is the number that the
+tool writes. The MALP-EM table is data, `data/malp_em.tsv`: names, Neuromorphometrics ids and tissues are those of
+MALP-EM's own source (ledigchr/MALPEM); centroids (RAS+ mm) and volumes (mm³) in MNI space were measured on the
+maximum-probability Neuromorphometrics map that SPM12 carries. FIRST's ids are those of FreeSurfer's colour table.
+"""
+
+import colorsys
+import csv
+import dataclasses
+from functools import cached_property
+from importlib import resources
+
+import numpy as np
+
+from neuronet_jax.errors import NeuronetError, RejectError
+
+_GOLDEN = 0.618034  # successive multiples, modulo 1, spread evenly over the colour circle however many there are
+
+# BIDS' common labels (BIDS specification, "Common image-derived labels"); None: no common label describes it.
+_GM, _WM, _CSF, _CORTICAL_GM, _SUBCORTICAL_GM, _BRAIN_STEM, _CEREBELLUM = 1, 2, 3, 8, 9, 10, 11
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """One class of a protocol."""
+
+    index: int  # class index within the protocol; 0 is background
+    id: int  # what the tool writes
+    name: str  # unique within the protocol
+    side: str  # "left", "right", "midline", or "NA" where sides have no meaning (background, whole-brain tissues)
+    partner: int  # class index of the same structure on the other side; its own index where there is none
+    tissue: int | None  # class of `malp_em_tissue` that holds it, where one does
+    color: tuple[int, int, int]  # sRGB, 0 to 255
+    mapping: int | None  # id among BIDS' common labels (the `mapping` column of a dseg.tsv)
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """The label map of one tool: its classes in order, and the way between ids and classes."""
+
+    name: str
+    tool: str
+    filename: str  # member of a UK Biobank-style subject folder
+    structures: tuple[Structure, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.structures)
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """int64[k], read-only: the tool's id of every class."""
+        return _frozen([structure.id for structure in self.structures], np.int64)
+
+    @cached_property
+    def partners(self) -> np.ndarray:
+        """int32[k], read-only: the class on the other side. An involution."""
+        return _frozen([structure.partner for structure in self.structures], np.int32)
+
+    @cached_property
+    def _classes(self) -> np.ndarray:
+        """int16[largest id + 1]: class of an id, -1 where no class has it."""
+        table = np.full(self.ids.max() + 1, -1, np.int16)
+        table[self.ids] = np.arange(self.num_classes)
+        return table
+
+    def to_classes(self, ids: np.ndarray) -> np.ndarray:
+        """Class indices, uint8 of the same shape, from the tool's ids.
+
+        Raises RejectError E_LABEL_SET, listing the values, where an id is not in the table: a label outside the table
+        is an error, never background.
+        """
+        ids = np.asarray(ids)
+        if ids.dtype.kind not in "iu":
+            raise NeuronetError(f"{self.name} label ids must be integers, got an array of {ids.dtype}; round it first")
+        if ids.size and (ids.min() < 0 or ids.max() >= len(self._classes)):
+            self._refuse(ids)
+        classes = self._classes[ids]
+        if (classes < 0).any():
+            self._refuse(ids)
+        return classes.astype(np.uint8)
+
+    def to_ids(self, classes: np.ndarray) -> np.ndarray:
+        """The tool's ids, uint8 of the same shape (every protocol's ids fit), from class indices. Exact inverse of `to_classes`."""
+        classes = np.asarray(classes)
+        if classes.dtype.kind not in "iu" or (
+            classes.size and (classes.min() < 0 or classes.max() >= self.num_classes)
+        ):
+            raise NeuronetError(
+                f"{self.name} has the classes 0 to {self.num_classes - 1}; got {classes.dtype} values "
+                f"from {classes.min()} to {classes.max()}"
+            )
+        return self.ids.astype(np.uint8)[classes]
+
+    def mirror(self, classes: np.ndarray, axis: int = 0) -> np.ndarray:
+        """The label map of the mirrored head: reversed along `axis` (the left-right one), partners swapped. Same dtype."""
+        return self.partners.astype(classes.dtype)[np.flip(classes, axis)]
+
+    def _refuse(self, ids: np.ndarray) -> None:
+        unknown = np.setdiff1d(ids, self.ids).tolist()
+        listed = ", ".join(map(str, unknown[:20])) + (f" and {len(unknown) - 20} more" if len(unknown) > 20 else "")
+        legal = (
+            f"0 to {self.num_classes - 1}"
+            if np.array_equal(self.ids, np.arange(self.num_classes))
+            else self.ids.tolist()
+        )
+        raise RejectError(
+            "E_LABEL_SET", f"{listed} not among the {self.name} ids ({legal}); is this a {self.tool} map?"
+        )
+
+
+def _frozen(values: list, dtype: type) -> np.ndarray:
+    array = np.array(values, dtype)
+    array.flags.writeable = False
+    return array
+
+
+def _read_malp_em() -> list[dict[str, str]]:
+    """The rows of `data/malp_em.tsv`, in class order."""
+    text = resources.files("neuronet_jax").joinpath("data", "malp_em.tsv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines(), delimiter="\t"))
+
+
+_ROWS = _read_malp_em()
+
+_BACKGROUND = Structure(0, 0, "Background", "NA", 0, 0, (0, 0, 0), 0)
+
+_TISSUES = (  # name, colour, BIDS mapping (deep GM holds the brain stem too: grey matter is its nearest common label)
+    ("Background", (0, 0, 0), 0),
+    ("Ventricles", (64, 118, 191), _CSF),
+    ("DeepGM", (230, 140, 70), _GM),
+    ("CorticalGM", (190, 90, 105), _CORTICAL_GM),
+    ("WM", (240, 228, 200), _WM),
+    ("Other", (110, 165, 120), None),
+)
+
+
+def _malp_em_color(pair: int, side: str, tissue: int) -> tuple[int, int, int]:
+    """Hue and lightness by running number of the pair, right darker than left: neighbours differ, partners look alike."""
+    lightness = (0.44, 0.54, 0.64)[pair % 3] + {"left": 0.025, "right": -0.025}.get(side, 0)
+    lightness, saturation = (lightness + 0.24, 0.35) if tissue == 4 else (lightness, 0.62)
+    red, green, blue = colorsys.hls_to_rgb(pair * _GOLDEN % 1, lightness, saturation)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _malp_em_mapping(index: int, tissue: int) -> int | None:
+    if index == 7:
+        return _BRAIN_STEM
+    if index in (10, 11, 12, 13, 36, 37, 38):
+        return _CEREBELLUM
+    if index == 18:
+        return _CSF
+    if index == 35:  # the optic chiasm is a tract, though MALP-EM counts it to deep grey matter
+        return _WM
+    return {1: _CSF, 2: _SUBCORTICAL_GM, 3: _CORTICAL_GM, 4: _WM}.get(tissue)  # exterior and vessel: none
+
+
+def _malp_em() -> tuple[Structure, ...]:
+    structures, pairs = [_BACKGROUND], {}
+    for row in _ROWS[1:]:
+        index, partner, tissue = int(row["index"]), int(row["left_right_partner"]), int(row["malp_em_tissue"])
+        side = "midline" if row["side"] == "NA" else row["side"]
+        color = _malp_em_color(pairs.setdefault(min(index, partner), len(pairs)), side, tissue)
+        mapping = _malp_em_mapping(index, tissue)
+        structures.append(Structure(index, index, row["name"], side, partner, tissue, color, mapping))
+    return tuple(structures)
+
+
+def _fsl_first(malp_em: tuple[Structure, ...]) -> tuple[Structure, ...]:
+    """FIRST segments structures that MALP-EM has too: everything but the id follows from the MALP-EM table."""
+    twins = sorted((int(row["fsl_first_id"]), malp_em[int(row["index"])]) for row in _ROWS if row["fsl_first_id"])
+    classes = {twin.index: index for index, (_, twin) in enumerate(twins, start=1)}
+    return (
+        _BACKGROUND,
+        *(
+            dataclasses.replace(twin, index=index, id=id_, partner=classes[twin.partner])
+            for index, (id_, twin) in enumerate(twins, start=1)
+        ),
+    )
+
+
+def _csf_gm_wm() -> tuple[Structure, ...]:
+    names = (("CSF", _TISSUES[1][1], _CSF), ("GM", _TISSUES[3][1], _GM), ("WM", _TISSUES[4][1], _WM))
+    return (
+        _BACKGROUND,
+        *(
+            Structure(i, i, name, "NA", i, None, color, mapping)
+            for i, (name, color, mapping) in enumerate(names, start=1)
+        ),
+    )
+
+
+def _protocols() -> dict[str, Protocol]:
+    malp_em = _malp_em()
+    tissues = tuple(
+        Structure(i, i, name, "NA", i, i, color, mapping) for i, (name, color, mapping) in enumerate(_TISSUES)
+    )
+    protocols = (
+        Protocol("fsl_fast", "FSL FAST", "T1_brain_seg.nii.gz", _csf_gm_wm()),
+        Protocol("fsl_first", "FSL FIRST", "T1_first_all_fast_firstseg.nii.gz", _fsl_first(malp_em)),
+        Protocol("spm_tissue", "SPM", "T1_brain_seg_spm.nii.gz", _csf_gm_wm()),
+        Protocol("malp_em", "MALP-EM", "T1_MALPEM.nii.gz", malp_em),
+        Protocol("malp_em_tissue", "MALP-EM", "T1_MALPEM_tissues.nii.gz", tissues),
+    )
+    return {protocol.name: protocol for protocol in protocols}
+
+
+PROTOCOLS: dict[str, Protocol] = _protocols()
+
+# uint8[139]: class of `malp_em_tissue` of every class of `malp_em`; the tissue map is this merge, exactly.
+MALP_EM_TO_TISSUE = _frozen([int(row["malp_em_tissue"]) for row in _ROWS], np.uint8)
+
+# float64[139, 3] in RAS+ mm and float64[139] in mm³, MNI space; NaN and 0 where the source map lacks the structure.
+MALP_EM_CENTROIDS_MM = _frozen([[float(row[f"mni_{a}_mm"] or "nan") for a in "xyz"] for row in _ROWS], np.float64)
+MALP_EM_VOLUMES_MM3 = _frozen([float(row["mni_volume_mm3"] or 0) for row in _ROWS], np.float64)
