@@ -1,0 +1,45 @@
+# Every target makes its own environment from nothing but Python 3.11 or newer: `make test PYTHON=python3.12`.
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null)
+ifneq ($(MAKECMDGOALS),clean)
+ifeq ($(VERSION),)
+$(error NeuroNet-JAX needs Python 3.11 or newer and PYTHON=$(PYTHON) is $(shell $(PYTHON) --version 2>&1 || echo missing); name another one: make $(MAKECMDGOALS) PYTHON=python3.11)
+endif
+endif
+
+VENV := .venv-$(VERSION)
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := test
+.PHONY: env demo test soak lint format clean
+
+env: $(STAMP)
+
+# the stamp comes last: an interrupted installation starts again
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m experiments.demo
+
+test: lint
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: $(STAMP)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m soak --timeout=3600 $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv-* .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
