@@ -1,0 +1,105 @@
+"""Small whole files under a local path, gs:// or s3://, through one interface (TensorStore's key-value stores).
+
+Only these three kinds of place exist here: everything else that TensorStore could open (http, memory, file:// URLs, JSON specs,
+`|` chains) is refused before TensorStore sees it. S3-compatible servers are reached by the usual variables AWS_ENDPOINT_URL and
+AWS_REGION; credentials come from each cloud's own chain.
+"""
+
+import functools
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from neuronet_jax.errors import NeuronetError
+
+_BUCKET = re.compile(r"(gs|s3)://([A-Za-z0-9][A-Za-z0-9._-]*)/?([^|?#]*)")
+
+
+def kvstore_spec(dest: str, name: str = "") -> dict[str, Any]:
+    """TensorStore's description of the folder `name` below `dest`. Raises NeuronetError for any other kind of place."""
+    folder = f"{name}/" if name else ""
+    if match := _BUCKET.fullmatch(dest):
+        scheme, bucket, prefix = match.groups()
+        prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        if ".." in prefix.split("/"):
+            raise NeuronetError(f"a store's address must not contain '..', got {dest!r}")
+        if scheme == "gs":
+            return {"driver": "gcs", "bucket": bucket, "path": prefix + folder}
+        spec = {"driver": "s3", "bucket": bucket, "path": prefix + folder}
+        if endpoint := os.environ.get("AWS_ENDPOINT_URL"):
+            spec["endpoint"] = endpoint
+        if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+            spec["aws_region"] = region
+        return spec
+    if not dest or "://" in dest or "|" in dest or dest.lstrip().startswith("{"):
+        raise NeuronetError(f"a store is a local path, gs://bucket/path or s3://bucket/path, got {dest!r}")
+    return {"driver": "file", "path": f"{Path(dest).expanduser().resolve().as_posix().rstrip('/')}/{folder}"}
+
+
+def local_path(dest: str) -> Path | None:
+    """The resolved directory of a local store, None for a bucket."""
+    spec = kvstore_spec(dest)
+    return Path(spec["path"]) if spec["driver"] == "file" else None
+
+
+class Files:
+    """Whole small files below `dest`. A write is seen entirely or not at all (temporary name and rename, or one object put)."""
+
+    def __init__(self, dest: str):
+        self.dest = dest
+        self._spec = kvstore_spec(dest)
+
+    @functools.cached_property
+    def _store(self) -> Any:
+        return ts.KvStore.open(self._spec).result()
+
+    def __getstate__(self) -> dict[str, Any]:  # an open key-value store stays in its process
+        return {"dest": self.dest, "_spec": self._spec}
+
+    def read(self, name: str) -> bytes | None:
+        """The content, or None where there is no such file."""
+        try:
+            result = self._store.read(name).result()
+        except Exception as error:
+            raise _io_error("read", self.dest, name, error) from error
+        return bytes(result.value) if result.state == "value" else None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Creates or replaces the file."""
+        try:
+            self._store.write(name, data).result()
+        except Exception as error:
+            raise _io_error("write", self.dest, name, error) from error
+
+    def claim(self, name: str, data: bytes) -> bool:
+        """Creates the file unless it exists, in one atomic operation; True for the caller that created it."""
+        try:
+            absent = self._store.read(name).result()
+            if absent.state == "value":
+                return False
+            return self._store.write(name, data, if_equal=absent.stamp.generation).result().generation != b""
+        except Exception as error:
+            raise _io_error("claim", self.dest, name, error) from error
+
+    def delete(self, name: str) -> None:
+        """Removes the file; no error where there is none."""
+        try:
+            self._store.write(name, None).result()
+        except Exception as error:
+            raise _io_error("delete", self.dest, name, error) from error
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Sorted names of the files that start with `prefix` (ASCII)."""
+        after = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""  # the first name beyond; "" is no bound
+        try:
+            keys = self._store.list(ts.KvStore.KeyRange(prefix, after)).result()
+        except Exception as error:
+            raise _io_error("list", self.dest, prefix, error) from error
+        return sorted(key.decode() for key in keys)
+
+
+def _io_error(verb: str, dest: str, name: str, error: Exception) -> NeuronetError:
+    return NeuronetError(f"E_IO: cannot {verb} {name!r} in {dest}: {error}")
