@@ -1,0 +1,391 @@
+"""Reading and writing of brain images: a strict guard in front of nibabel.
+
+One pass over the bytes: the header is checked before anything is allocated, the voxels are inflated into one buffer of
+the size that the header states, and the rest of the stream is drained, bounded, so that the gzip CRC is always checked.
+Whatever cannot be trusted is a `RejectError`; whatever is accepted with a doubt is named in `Volume.warnings`.
+"""
+
+import dataclasses
+import gzip
+import itertools
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import nibabel as nib
+import numpy as np
+from isal import igzip, isal_zlib
+from nibabel.freesurfer.mghformat import MGHHeader
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
+
+from neuronet_jax.errors import NeuronetError, RejectError
+
+_SILENT = logging.getLogger("neuronet_jax.nifti.silent")  # nibabel logs what it repairs; here it counts only what raises
+_SILENT.addHandler(logging.NullHandler())
+_SILENT.propagate = False
+_NIFTI = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by sizeof_hdr
+_MGH_HEADER_BYTES = 284
+_CONVERT = "convert it with dcm2niix (DICOM) or mri_convert, and give a .nii, .nii.gz or .mgz file"
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an input may be. The defaults fit adult human heads at any clinical resolution."""
+
+    voxels: int = 512**3  # a 0.5 mm whole head; more is a damaged or hostile header
+    bytes: int = 2**30  # 512³ voxels of 8 bytes
+    trailing_bytes: int = 2**20  # padding that some writers leave behind the voxels; more is a gzip bomb
+    spacing_mm: tuple[float, float] = (0.2, 10.0)  # below: microscopy or wrong units; above: a localiser
+    fov_mm: tuple[float, float] = (80.0, 600.0)  # per axis; a brain is about 140 × 180 × 130 mm
+    nan_fraction: float = 1e-3  # more than stray NaN voxels is a failed tool
+    transform: Literal["sform", "qform", "reject"] = "sform"  # which one counts where the two differ
+    assume_ras: bool = False  # accept a file without any orientation; left and right are then a guess
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """A checked image or label map on its own grid.
+
+    `data` is [x y z] in file order (float32 for images, integers for labels), `affine` maps voxels to RAS+ mm, `header` is
+    kept for writing results back with the same qform, sform and codes, `warnings` holds the stable W_… codes.
+    """
+
+    data: np.ndarray
+    affine: np.ndarray
+    header: Any
+    warnings: tuple[str, ...]
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))  # type: ignore[return-value]
+
+
+def read_image(path: str | Path, limits: Limits = Limits()) -> Volume:
+    """The image as float32 [x y z], scaling applied, stray NaN and Inf voxels set to 0 (W_NAN).
+
+    Raises RejectError with E_FORMAT, E_TRUNCATED, E_CRC, E_TRAILING, E_HEADER, E_HEADER_SIZE, E_NDIM, E_DTYPE, E_SCALE, E_UNITS,
+    E_NO_XFORM, E_XFORM, E_AFFINE, E_ZOOM or E_NAN; E_IO where the file cannot be read at all.
+    """
+    volume = _read(path, limits)
+    with np.errstate(over="ignore"):  # beyond float32 becomes Inf, counted below
+        data, warnings = _finite(volume.data.astype(np.float32, copy=False), limits)
+    return dataclasses.replace(volume, data=data, warnings=volume.warnings + warnings)
+
+
+def read_labels(path: str | Path, limits: Limits = Limits()) -> Volume:
+    """The label map as integers [x y z]; floats within 1e-3 of an integer are rounded, stray NaN voxels are background.
+
+    Raises RejectError as `read_image` does, and E_LABEL_FLOAT where voxels are no integers.
+    """
+    volume = _read(path, limits)
+    data, warnings = volume.data, ()
+    if data.dtype.kind == "f":
+        data, warnings = _finite(data, limits)
+        rounded = np.rint(data)
+        deviation = float(np.max(np.abs(data - rounded), initial=0.0))
+        if deviation >= 1e-3:  # scale factors stored as float32 err by less; interpolation errs by more
+            raise RejectError(
+                "E_LABEL_FLOAT",
+                f"labels must be integers, but a voxel is {deviation:.3g} away from one; was the map interpolated linearly?",
+            )
+        if np.max(np.abs(rounded), initial=0.0) >= 2**31:
+            raise RejectError("E_LABEL_SET", f"a label of {np.max(np.abs(rounded)):.6g} is in no label table")
+        data = rounded.astype(np.int32)
+    return dataclasses.replace(volume, data=data, warnings=volume.warnings + warnings)
+
+
+def write_labels(path: str | Path, labels: np.ndarray, like: Volume, overwrite: bool = False) -> None:
+    """Writes the ids `labels` [x y z] as .nii.gz on the grid of `like`, under the final name only when complete.
+
+    The smallest unsigned type, no scaling, `like`'s qform, sform and codes, and nothing else of its header: descriptions and
+    extensions may name the participant. The same labels give the same bytes. Raises NeuronetError where the shape differs, a
+    label is negative or above 65535, or the file exists without `overwrite`.
+    """
+    path = Path(path)
+    if not path.name.endswith(".nii.gz"):
+        raise NeuronetError(f"label maps are written as .nii.gz, got the name {path.name!r}")
+    if labels.shape != like.data.shape:
+        raise NeuronetError(f"labels of shape {labels.shape} do not fit the image's grid {like.data.shape}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high > 65535:
+        raise NeuronetError(f"labels must be within 0 and 65535, got {low} to {high}")
+    if path.exists() and not overwrite:
+        raise NeuronetError(f"{path} exists; ask to overwrite it, or choose another output folder")
+    header = nib.Nifti1Header(endianness="<")
+    header.set_data_shape(labels.shape)
+    header.set_data_dtype(np.uint8 if high <= 255 else np.uint16)
+    for field in ("pixdim", "xyzt_units", *_TRANSFORM_FIELDS):
+        header[field] = like.header[field]
+    header["pixdim"][4:] = 0  # a squeezed time axis has no step
+    header.set_slope_inter(1, 0)
+    header["cal_max"] = high
+    header["descrip"] = b"NeuroNet-JAX labels"
+    header["vox_offset"] = 352  # header and the four bytes that say: no extension
+    voxels = labels.astype(header.get_data_dtype()).tobytes(order="F")
+    content = igzip.compress(header.binaryblock + b"\0" * 4 + voxels, compresslevel=3, mtime=0)
+    write_atomic(path, content)
+
+
+_TRANSFORM_FIELDS = (
+    ["qform_code", "sform_code"]
+    + [f"quatern_{axis}" for axis in "bcd"]
+    + [f"qoffset_{axis}" for axis in "xyz"]
+    + [f"srow_{axis}" for axis in "xyz"]
+)
+
+
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """Writes beside the target and renames: readers see the whole file or none."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide results from the group
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# ---- reading, in the order in which things are trusted --------------------------------------------------------------
+
+
+def _read(path: str | Path, limits: Limits) -> Volume:
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise RejectError("E_FORMAT", f"a folder is no image; {_CONVERT}")
+        with path.open("rb") as file:
+            return _parse(file, path.name, limits)
+    except OSError as error:
+        raise RejectError("E_IO", f"the file cannot be read: {error.strerror}") from error
+
+
+def _parse(file: IO[bytes], name: str, limits: Limits) -> Volume:
+    suffix = next((s for s in (".nii.gz", ".nii", ".mgz") if name.lower().endswith(s)), None)
+    if suffix is None:
+        raise RejectError("E_FORMAT", f"unknown kind of file {Path(name).suffix!r}; {_CONVERT}")
+    magic = file.read(2)
+    file.seek(0)
+    if (magic == b"\x1f\x8b") != (suffix != ".nii"):
+        found = "gzip data" if magic == b"\x1f\x8b" else "no gzip data" if magic else "an empty file"
+        raise RejectError("E_FORMAT", f"a {suffix} file holds {found}; rename or export it again")
+    if suffix == ".nii":
+        return _inflate(file, _read_nifti_header, limits)
+    stream = igzip.IGzipFile(fileobj=file, mode="rb")
+    try:
+        try:
+            return _inflate(stream, _read_mgh_header if suffix == ".mgz" else _read_nifti_header, limits)
+        except RejectError as error:
+            if error.code != "E_TRAILING":  # the header may be wrong because the stream is: the CRC says so
+                _drain(stream, limits.bytes)
+            raise
+    except EOFError as error:
+        raise RejectError("E_TRUNCATED", "the gzip stream ends early; copy or download the file again") from error
+    except (gzip.BadGzipFile, isal_zlib.error) as error:
+        raise RejectError("E_CRC", f"the gzip stream is damaged ({error}); copy or download the file again") from error
+
+
+def _inflate(stream: IO[bytes], read_header: Any, limits: Limits) -> Volume:
+    header, shape, dtype, offset = read_header(stream)
+    warnings: list[str] = []
+    voxels = 1
+    for side in shape:
+        if side < 1:
+            raise RejectError("E_HEADER", f"the dimensions {shape} must be positive")
+        voxels *= side
+    if voxels > limits.voxels or voxels * dtype.itemsize > limits.bytes:
+        raise RejectError("E_HEADER_SIZE", f"{shape} voxels of {dtype} exceed the limit of {limits.voxels} voxels")
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+        warnings = ["W_NDIM"]
+    if len(shape) != 3:
+        raise RejectError("E_NDIM", f"one three-dimensional image is needed, got the shape {shape}")
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise RejectError("E_DTYPE", f"voxels must be plain integers or floats, got {dtype}")
+    affine, notes = _affine(header, shape, limits)
+    warnings += notes
+    slope, inter = _scaling(header)
+    _skip(stream, offset)
+    buffer = np.empty(voxels * dtype.itemsize, np.uint8)
+    _fill(stream, memoryview(buffer))
+    if _drain(stream, limits.trailing_bytes) > limits.trailing_bytes:
+        raise RejectError("E_TRAILING", f"more than {limits.trailing_bytes} bytes follow the voxels; the file is damaged or hostile")
+    data = buffer.view(dtype).reshape(shape, order="F")
+    data = data.astype(dtype.newbyteorder("="), copy=False)
+    if (slope, inter) != (1.0, 0.0):
+        data = data * np.float64(slope) + np.float64(inter)
+    header.set_data_shape(shape)
+    return Volume(data, affine, header, tuple(warnings))
+
+
+def _read_nifti_header(stream: IO[bytes]) -> tuple[Any, tuple[int, ...], np.dtype, int]:
+    """The header with its shape, voxel type and the bytes between the header and the voxels."""
+    start = _read_exactly(stream, 348)
+    size = {int.from_bytes(start[:4], order): order for order in ("big", "little")}
+    known = next((s for s in _NIFTI if s in size), None)
+    if known is None:
+        if start[344:347] in (b"n+1", b"ni1"):
+            raise RejectError("E_HEADER", f"sizeof_hdr must be 348 or 540, got {int.from_bytes(start[:4], 'little')}")
+        raise RejectError("E_FORMAT", f"the content is no NIfTI image; {_CONVERT}")
+    block = start + _read_exactly(stream, known - 348)
+    magic = block[344:348] if known == 348 else block[4:8]
+    if magic[:3] in (b"ni1", b"ni2") or magic == b"\0\0\0\0":
+        raise RejectError("E_FORMAT", f"Analyze and .hdr/.img pairs are not read; {_CONVERT}")
+    order = "<" if size[known] == "little" else ">"
+    try:
+        header = _NIFTI[known](block, endianness=order, check=False)
+        dims = [int(d) for d in header["dim"]]
+        if not 1 <= dims[0] <= 7:
+            raise HeaderDataError(f"dim[0] must be within 1 and 7, got {dims[0]}")
+        if not np.all(np.isfinite(header["pixdim"][:4])) or np.any(header["pixdim"][1 : 1 + min(dims[0], 3)] <= 0):
+            raise RejectError("E_AFFINE", f"voxel sizes must be positive, got {header['pixdim'][1:4].tolist()}")
+        bitpix = int(header["bitpix"])
+        header.check_fix(logger=_SILENT, error_level=40)  # 40: nibabel's own level for what it cannot repair
+        dtype = header.get_data_dtype()
+    except (HeaderDataError, WrapStructError) as error:
+        raise RejectError("E_HEADER", f"the NIfTI header is invalid: {error}") from error
+    if bitpix != dtype.itemsize * 8:
+        raise RejectError("E_HEADER", f"bitpix is {bitpix} where the datatype {dtype} has {dtype.itemsize * 8}")
+    offset = float(header["vox_offset"])
+    if not known + 4 <= offset <= 2**24 or offset != int(offset):  # 16 MiB of header extensions is already absurd
+        raise RejectError("E_HEADER", f"vox_offset must be within {known + 4} and {2**24}, got {offset}")
+    unit = header.get_xyzt_units()[0]
+    if unit not in ("mm", "unknown"):
+        raise RejectError("E_UNITS", f"voxel sizes must be in mm, the header says {unit}; correct xyzt_units")
+    return header, tuple(dims[1 : 1 + dims[0]]), dtype, int(offset) - known
+
+
+def _read_mgh_header(stream: IO[bytes]) -> tuple[Any, tuple[int, ...], np.dtype, int]:
+    """As for NIfTI, with the header turned into a NIfTI one, so that results can be written back on its grid."""
+    block = _read_exactly(stream, _MGH_HEADER_BYTES)
+    try:
+        mgh = MGHHeader(block[:90] + b"\0" * (MGHHeader.template_dtype.itemsize - 90), check=True)
+        dtype = np.dtype(mgh.get_data_dtype()).newbyteorder(">")
+    except (HeaderDataError, WrapStructError, KeyError, ValueError) as error:
+        raise RejectError("E_HEADER", f"the MGH header is invalid: {error}") from error
+    if int(mgh["goodRASFlag"]) != 1:
+        raise RejectError("E_NO_XFORM", "the MGH header states no orientation (goodRASFlag)")
+    dims = [int(d) for d in mgh["dims"]]
+    shape = tuple(dims if dims[3] > 1 else dims[:3])  # MGH always has four dims; a single frame is the ordinary case
+    if not np.all(np.isfinite(mgh["delta"])) or np.any(mgh["delta"] <= 0):
+        raise RejectError("E_AFFINE", f"voxel sizes must be positive, got {mgh['delta'].tolist()}")
+    header = nib.Nifti1Header()
+    header.set_data_dtype(dtype.newbyteorder("="))
+    header["pixdim"][1:4] = mgh["delta"]
+    header.set_sform(mgh.get_affine(), code=1)
+    header.set_qform(mgh.get_affine(), code=1)
+    header.set_xyzt_units("mm")
+    return header, shape, dtype, 0
+
+
+def _scaling(header: Any) -> tuple[float, float]:
+    try:
+        slope, inter = header.get_slope_inter()
+    except HeaderDataError as error:
+        raise RejectError("E_SCALE", f"scl_slope and scl_inter are invalid: {error}") from error
+    return (1.0, 0.0) if slope is None else (float(slope), float(inter))
+
+
+def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.ndarray, list[str]]:
+    """The affine that counts and its warnings.
+
+    Sform and qform of different handedness contradict each other on left and right: no policy can choose, so E_AFFINE.
+    """
+    notes: list[str] = []
+    zooms = np.array(header["pixdim"][1:4], np.float64)
+    candidates: dict[str, np.ndarray] = {}
+    if int(header["sform_code"]) > 0:
+        candidates["sform"] = np.array(header.get_sform(), np.float64)
+    if int(header["qform_code"]) > 0:
+        try:
+            candidates["qform"] = np.array(header.get_qform(), np.float64)
+        except HeaderDataError as error:
+            raise RejectError("E_AFFINE", f"the qform is invalid: {error}") from error
+    for name, affine in candidates.items():
+        if not np.all(np.isfinite(affine)):
+            raise RejectError("E_AFFINE", f"the {name} holds NaN or Inf")
+        if abs(np.linalg.det(affine[:3, :3])) < 1e-6 * zooms.prod():  # a proper one equals the voxel volume
+            raise RejectError("E_AFFINE", f"the {name} is singular")
+    if len(candidates) == 2:
+        corners = np.array([[*corner, 1.0] for corner in itertools.product(*((0, side - 1) for side in shape))])
+        sform, qform = candidates["sform"], candidates["qform"]
+        if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
+            raise RejectError("E_AFFINE", "sform and qform disagree about left and right; correct the header")
+        gap_mm = float(np.max(np.abs(corners @ (sform - qform).T)))
+        if gap_mm > 0.1:  # a tenth of a millimetre moves no label; quaternion rounding stays far below
+            if limits.transform == "reject":
+                raise RejectError("E_XFORM", f"sform and qform differ by {gap_mm:.3g} mm")
+            notes.append("W_XFORM")
+    if not candidates:
+        if not limits.assume_ras:
+            raise RejectError("E_NO_XFORM", "sform_code and qform_code are 0: left and right are unknown (--assume_ras accepts)")
+        affine = np.diag([*zooms, 1.0])
+        affine[:3, 3] = -zooms * (np.array(shape) - 1) / 2  # centred
+        notes.append("W_LR_UNSAFE")
+    else:
+        affine = candidates.get(limits.transform) if limits.transform in candidates else next(iter(candidates.values()))
+    assert affine is not None
+    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    if np.any(np.abs(spacing_mm - zooms) > 1e-3):
+        raise RejectError("E_ZOOM", f"pixdim says {zooms.tolist()} mm, the affine {spacing_mm.tolist()} mm; correct the header")
+    low, high = limits.spacing_mm
+    if np.any(spacing_mm < low) or np.any(spacing_mm > high):
+        raise RejectError("E_UNITS", f"voxels of {spacing_mm.tolist()} mm are outside {low} to {high} mm; are the units mm?")
+    fov_mm, (low, high) = spacing_mm * shape, limits.fov_mm
+    if np.any(fov_mm < low) or np.any(fov_mm > high):
+        raise RejectError("E_UNITS", f"a field of view of {fov_mm.round(1).tolist()} mm is no head ({low} to {high} mm per axis)")
+    if _is_oblique(affine[:3, :3] / spacing_mm):
+        notes.append("W_OBLIQUE")
+    return affine, notes
+
+
+def _is_oblique(directions: np.ndarray) -> bool:
+    """More than 15 degrees from the body's axes (beyond how heads lie in scanners), or sheared."""
+    tilted = np.max(np.abs(directions), axis=0).min() < np.cos(np.deg2rad(15))
+    sheared = np.max(np.abs(directions.T @ directions - np.eye(3))) > 1e-3
+    return bool(tilted or sheared)
+
+
+def _finite(data: np.ndarray, limits: Limits) -> tuple[np.ndarray, tuple[str, ...]]:
+    finite = np.isfinite(data)
+    bad = data.size - int(np.count_nonzero(finite))
+    if bad == 0:
+        return data, ()
+    if bad > limits.nan_fraction * data.size:
+        raise RejectError("E_NAN", f"{bad} of {data.size} voxels are NaN or Inf; at most {limits.nan_fraction:.2%} may be")
+    return np.where(finite, data, data.dtype.type(0)), ("W_NAN",)
+
+
+def _read_exactly(stream: IO[bytes], count: int) -> bytes:
+    block = bytearray(count)
+    _fill(stream, memoryview(block))
+    return bytes(block)
+
+
+def _fill(stream: Any, view: memoryview) -> None:
+    filled = 0
+    while filled < len(view):
+        count = stream.readinto(view[filled:])
+        if not count:
+            raise RejectError("E_TRUNCATED", f"the file ends {len(view) - filled} bytes early; copy or download it again")
+        filled += count
+
+
+def _skip(stream: IO[bytes], count: int) -> None:
+    if count:
+        _read_exactly(stream, count)
+
+
+def _drain(stream: IO[bytes], limit: int) -> int:
+    """Reads to the end of the stream, or until more than `limit` bytes came; returns how many did."""
+    drained = 0
+    while drained <= limit and (block := stream.read(2**16)):
+        drained += len(block)
+    return drained
