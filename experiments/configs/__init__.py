@@ -1,1 +1,1 @@
-"""Named configurations, one module each, resolved by name."""
+"""Named settings of the published comparison, one file each; `experiments.flags.load` finds them by name."""

@@ -1,0 +1,70 @@
+"""What every named config shares. A config names its protocols; everything else is here, once.
+
+The comparison is over tasks, and a task is a tuple of protocol names, composed by addition.
+`--config.model.family=reference` gives the published network in place of ours; it changes nothing else.
+"""
+
+from ml_collections import ConfigDict
+
+TISSUE = ("fsl_fast", "spm_tissue", "malp_em_tissue")
+ALL_TARGETS = ("fsl_fast", "fsl_first", "spm_tissue", "malp_em", "malp_em_tissue")
+
+
+def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
+    """Returns the complete, locked settings of a run on `protocols`.
+
+    `variant` is "" for the full run, or "demo" for minutes on two CPU cores with the 2 mm demo cohort.
+    Raises ValueError on any other variant.
+    """
+    settings = ConfigDict(
+        {
+            "protocols": protocols,
+            "data": {
+                "store": "",  # empty: the demo cohort
+                "crop": (128, 128, 128),  # voxels, as published
+                "foreground_fraction": 0.5,
+                "workers": 4,
+                "read_threads": 16,
+                "prefetch": 4,
+            },
+            "augment": {"flip": True, "intensity": 1.0, "spatial": 0.0},
+            "model": {"family": "neuronet", "filters": (16, 32, 64, 128), "compute_dtype": "auto"},
+            "loss": {"cross_entropy": 1.0, "dice": 1.0},
+            "optimizer": {
+                "learning_rate": 2e-3,  # twice the published one: eight crops per step, and a warm-up
+                "schedule": "cosine",
+                "warmup_steps": 500,
+                "epsilon": 1e-5,  # as published
+                "weight_decay": 1e-4,
+                "clip_norm": 1.0,
+                "ema_decay": 0.999,  # averages over about 1,000 steps
+            },
+            "mesh": {"space": 1},
+            "batch": 8,
+            "steps": 100_000,  # as published
+            "seed": 0,
+            "log_every": 50,
+            "evaluate_every": 2_000,
+            "evaluate_subjects": 10,  # the published validation set
+            "checkpoint_every": 1_000,
+            "keep_checkpoints": 3,
+        }
+    )
+    if variant == "demo":
+        settings.update(_DEMO)
+    elif variant:
+        raise ValueError(f"the variants are '' and 'demo', got {variant!r}")
+    return settings.lock()
+
+
+_DEMO = {
+    "data": {"crop": (64, 64, 64), "workers": 0, "read_threads": 4, "prefetch": 2},
+    "optimizer": {"warmup_steps": 25, "ema_decay": 0.98},  # averages over about 50 steps
+    "batch": 1,
+    "steps": 250,
+    "log_every": 10,
+    "evaluate_every": 100,
+    "evaluate_subjects": 2,
+    "checkpoint_every": 100,
+    "keep_checkpoints": 2,
+}

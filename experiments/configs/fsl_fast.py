@@ -1,0 +1,14 @@
+"""One network for FSL FAST alone: a single-protocol baseline.
+
+    python -m experiments.train --config=fsl_fast --workdir=runs/fsl_fast --config.data.store=STORE
+
+Expected: 3 to 4 hours on one H200-class GPU; `--config=fsl_fast:demo` takes minutes on two CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs.common import config
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    return config(("fsl_fast",), variant)

@@ -1,0 +1,14 @@
+"""One network for MALP-EM's 138 structures alone: a single-protocol baseline.
+
+    python -m experiments.train --config=malp_em --workdir=runs/malp_em --config.data.store=STORE
+
+Expected: 4 to 6 hours on one H200-class GPU; `--config=malp_em:demo` takes minutes on two CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs.common import config
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    return config(("malp_em",), variant)

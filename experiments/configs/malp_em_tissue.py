@@ -1,0 +1,14 @@
+"""One network for MALP-EM's tissues alone: a single-protocol baseline.
+
+    python -m experiments.train --config=malp_em_tissue --workdir=runs/malp_em_tissue --config.data.store=STORE
+
+Expected: 3 to 4 hours on one H200-class GPU; `--config=malp_em_tissue:demo` takes minutes on two CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs.common import config
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    return config(("malp_em_tissue",), variant)

@@ -1,0 +1,14 @@
+"""One network for SPM's tissues alone: a single-protocol baseline.
+
+    python -m experiments.train --config=spm_tissue --workdir=runs/spm_tissue --config.data.store=STORE
+
+Expected: 3 to 4 hours on one H200-class GPU; `--config=spm_tissue:demo` takes minutes on two CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs.common import config
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    return config(("spm_tissue",), variant)

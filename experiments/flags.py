@@ -1,0 +1,132 @@
+"""`--config=NAME[:VARIANT]` and `--config.FIELD=VALUE`, turned into one checked `Config` before any device is touched.
+
+A script takes its own arguments with `argparse.ArgumentParser(allow_abbrev=False).parse_known_args()` and gives
+what is left to `load`.
+"""
+
+import ast
+import difflib
+import os
+import re
+import runpy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from neuronet_jax.config import Config, from_dict
+from neuronet_jax.errors import NeuronetError
+
+_FOLDER = Path(__file__).parent / "configs"
+NAMES = tuple(sorted(path.stem for path in _FOLDER.glob("*.py") if path.stem not in ("__init__", "common")))
+
+
+def load(reference: str, overrides: Sequence[str] = ()) -> Config:
+    """Returns the settings `reference` (a name among NAMES or a path to a .py file, then an optional `:variant`).
+
+    `overrides` are command line arguments, `--config.FIELD=VALUE` or `--config.FIELD VALUE`; the last one wins.
+    Raises NeuronetError on an unknown name, variant, field or argument, on a value of the wrong type or out of range,
+    and on a store that refers to an unset variable or does not exist.
+    """
+    path, _, variant = reference.partition(":")
+    try:
+        settings = _builder(path)(variant)
+    except ValueError as error:
+        raise NeuronetError(f"--config={reference}: {error}") from error
+    for field, text in _pairs(overrides):
+        _override(settings, field, text)
+    settings.data.store = _expand(settings.data.store)
+    return to_config(settings, f"{Path(path).stem}:{variant}" if variant else Path(path).stem)
+
+
+def to_config(settings: ConfigDict, name: str) -> Config:
+    """Returns `settings` as the frozen, checked dataclass that the library takes."""
+    return from_dict(Config, {"name": name, **settings.to_dict()})
+
+
+def _builder(path: str) -> Callable[[str], ConfigDict]:
+    """The `get_config` of a named config or of the user's own file."""
+    file = _FOLDER / f"{path}.py" if path in NAMES else Path(path)
+    if file.suffix != ".py" or not file.is_file():
+        hint = _nearest(path, NAMES)
+        raise NeuronetError(f"--config takes one of {', '.join(NAMES)} or a path to a .py file, got {path!r}{hint}")
+    names = runpy.run_path(str(file))
+    if "get_config" not in names:
+        raise NeuronetError(f"--config={path}: the file must define get_config(variant)")
+    return names["get_config"]
+
+
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """`--config.a=1 --config.b 2` as [("a", "1"), ("b", "2")]."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, text = argument.partition("=")
+        if not key.startswith("--config."):
+            raise NeuronetError(f"unknown argument {argument!r}; settings are changed with --config.FIELD=VALUE")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise NeuronetError(f"{key} needs a value: {key}=VALUE")
+            text = rest.pop(0)
+        pairs.append((key.removeprefix("--config."), text))
+    return pairs
+
+
+def _override(settings: ConfigDict, field: str, text: str) -> None:
+    fields = _flat(settings.to_dict())
+    if field not in fields:
+        raise NeuronetError(f"--config.{field}: there is no such field{_nearest(field, tuple(fields))}")
+    settings.update_from_flattened_dict({field: _parse(field, fields[field], text)})
+
+
+def _parse(field: str, default: Any, text: str) -> Any:
+    """`text` as a value of the type of `default`."""
+    kind = type(default)
+    if kind is str:
+        return text
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind is tuple:
+            return _parse_tuple(field, default, text)
+        return kind(text)
+    except (ValueError, KeyError, SyntaxError):
+        takes = {bool: "true or false", int: "a whole number", float: "a number", tuple: f"values like {default}"}
+        raise NeuronetError(f"--config.{field} takes {takes[kind]}, got {text!r}") from None
+
+
+def _parse_tuple(field: str, default: tuple, text: str) -> tuple:
+    """`64,64,64`, `(64, 64, 64)` or `[64, 64, 64]`; words as `fsl_fast,malp_em`, with or without quotes."""
+    if isinstance(default[0], str):
+        return tuple(word.strip(" '\"") for word in text.strip("()[]").split(",") if word.strip(" '\""))
+    value = ast.literal_eval(text)
+    if field == "data.crop" and isinstance(value, int):
+        return (value,) * 3  # one number is a cube
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _expand(store: str) -> str:
+    """`store` with ~ and variables filled in. Raises NeuronetError where one is unset or a local folder is missing."""
+    path = os.path.expanduser(os.path.expandvars(store))
+    if unset := re.search(r"\$\{?(\w+)", path):
+        raise NeuronetError(f"config.data.store is {store!r}, but the variable {unset[1]} is not set")
+    if path and "://" not in path and not os.path.isdir(path):
+        raise NeuronetError(f"config.data.store must be a finished store, but there is no folder {path!r}")
+    return path
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    """A hint with the nearest of `words`, compared whole first, then by their last part (`learning_rate`)."""
+    near = difflib.get_close_matches(word, words, 1)
+    if not near:
+        last = {name.rpartition(".")[2]: name for name in words}
+        near = [last[match] for match in difflib.get_close_matches(word.rpartition(".")[2], last, 1)]
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,182 @@
+"""The settings of a run as frozen dataclasses: complete, typed, checked once, saved as JSON with every checkpoint.
+
+`experiments/configs` fills them; nothing below `experiments` knows ml-collections.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.labels import PROTOCOLS
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    store: str  # path, gs:// or s3:// of a finished store, without credentials; empty: the demo cohort
+    crop: tuple[int, int, int]  # voxels along x, y, z; multiples of 8 (three stride-2 scales)
+    foreground_fraction: float  # share of crops centred on a labelled voxel, the rest uniform
+    workers: int  # reader processes; 0 reads in threads of the main process
+    read_threads: int  # concurrent reads per process
+    prefetch: int  # batches kept ready
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    flip: bool  # mirror left-right, swapping partner labels
+    intensity: float  # strength of contrast, brightness, bias field and noise changes; 0 is none
+    spatial: float  # strength of rotation, scaling and shear; 0 is none
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    family: str  # "reference": the published network exactly; "neuronet": ours
+    filters: tuple[int, ...]  # channels per scale, finest first; each scale halves the grid
+    compute_dtype: str  # "float32", "bfloat16" or "auto" (bfloat16 on GPU and TPU); parameters, moments, loss: float32
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    cross_entropy: float  # weight of the mean voxel cross-entropy of a protocol
+    dice: float  # weight of 1 − mean soft Dice of a protocol
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float  # peak
+    schedule: str  # "constant" or "cosine" (linear warm-up, cosine to zero)
+    warmup_steps: int
+    epsilon: float
+    weight_decay: float  # decoupled (AdamW); 0 is plain Adam
+    clip_norm: float  # global gradient norm; 0 is no clipping
+    ema_decay: float  # decay of the averaged weights used for evaluation; 0 is none
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    space: int  # devices that share one volume; the rest of the devices is the data axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str
+    protocols: tuple[str, ...]
+    data: DataConfig
+    augment: AugmentConfig
+    model: ModelConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+    batch: int  # crops per step over all devices and hosts
+    steps: int
+    seed: int
+    log_every: int  # steps between lines of metrics
+    evaluate_every: int  # steps between validation Dice
+    evaluate_subjects: int  # validation subjects scored during training; 0 is all
+    checkpoint_every: int  # steps between checkpoints
+    keep_checkpoints: int  # latest ones kept, beside the best
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        """Raises NeuronetError where a field is missing, unknown, of the wrong type or out of range."""
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise NeuronetError(f"the saved config is not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise NeuronetError(f"the saved config must be a JSON object, got {fields!r:.80}")
+        return from_dict(cls, fields)
+
+
+def from_dict(cls: type, fields: dict[str, Any], path: str = "config") -> Any:
+    """Builds the dataclass `cls` from plain nested dicts, refusing missing and unknown keys and wrong types."""
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(fields) - set(hints)):
+        raise NeuronetError(f"{path} has no field {unknown[0]!r}; its fields are {', '.join(hints)}")
+    if missing := sorted(set(hints) - set(fields)):
+        raise NeuronetError(f"{path} lacks the field {missing[0]!r}")
+    return cls(**{name: _convert(hint, fields[name], f"{path}.{name}") for name, hint in hints.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise NeuronetError(f"{path} takes a group of fields, got {value!r}")
+        return from_dict(typing.cast(type, hint), value, path)
+    if isinstance(hint, types.GenericAlias):  # tuple[int, int, int] or tuple[str, ...]
+        items = typing.get_args(hint)
+        if not isinstance(value, (list, tuple)) or (items[-1] is not ... and len(value) != len(items)):
+            raise NeuronetError(f"{path} takes {hint}, got {value!r}")
+        return tuple(_convert(items[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise NeuronetError(f"{path} takes {hint.__name__}, got {value!r}")
+    return value
+
+
+def check(config: Config) -> None:
+    """Raises NeuronetError on values that cannot train, before any device is touched."""
+
+    def require(holds: bool, path: str, value: Any, rule: str) -> None:
+        if not holds:
+            raise NeuronetError(f"config.{path} must be {rule}, got {value!r}")
+
+    def among(path: str, value: str, *choices: str) -> None:
+        require(value in choices, path, value, " or ".join(choices))
+
+    for path, value in _numbers(dataclasses.asdict(config)):
+        require(math.isfinite(value) and value >= 0, path, value, "finite and not negative")
+    for path in ("batch", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+        require(getattr(config, path) >= 1, path, getattr(config, path), "at least 1")
+
+    names = config.protocols
+    require(len(names) > 0 and len(set(names)) == len(names), "protocols", names, "one protocol or more, each once")
+    for name in names:
+        among("protocols", name, *PROTOCOLS)
+
+    data, model, loss, optimizer = config.data, config.model, config.loss, config.optimizer
+    require(
+        "@" not in data.store,
+        "data.store",
+        "***",
+        "free of credentials (user:password@); they belong in the environment",
+    )
+    require(data.foreground_fraction <= 1, "data.foreground_fraction", data.foreground_fraction, "in [0, 1]")
+    require(data.read_threads >= 1, "data.read_threads", data.read_threads, "at least 1")
+    require(data.prefetch >= 1, "data.prefetch", data.prefetch, "at least 1")
+
+    among("model.family", model.family, "reference", "neuronet")
+    among("model.compute_dtype", model.compute_dtype, "auto", "float32", "bfloat16")
+    require(
+        len(model.filters) > 0 and min(model.filters) > 0, "model.filters", model.filters, "positive channels per scale"
+    )
+    stride = 2 ** (len(model.filters) - 1)
+    for side in data.crop:
+        legal = (
+            f"positive multiples of {stride}; the nearest legal side is {max(stride, round(side / stride) * stride)}"
+        )
+        require(side > 0 and side % stride == 0, "data.crop", data.crop, legal)
+
+    require(loss.cross_entropy + loss.dice > 0, "loss", loss, "positive in one of its weights")
+    among("optimizer.schedule", optimizer.schedule, "constant", "cosine")
+    require(optimizer.ema_decay < 1, "optimizer.ema_decay", optimizer.ema_decay, "below 1")
+    require(config.mesh.space >= 1, "mesh.space", config.mesh.space, "at least 1")
+
+
+def _numbers(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _numbers(value, f"{path}.{name}" if path else name)
+    elif isinstance(tree, (int, float)):
+        yield path, tree
