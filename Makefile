@@ -3,7 +3,7 @@ PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2] if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 ifneq ($(MAKECMDGOALS),clean)
 ifeq ($(VERSION),)
-$(error NeuroNet-JAX needs Python 3.11 or newer and PYTHON=$(PYTHON) is $(shell $(PYTHON) --version 2>&1 || echo missing); name another one: make $(MAKECMDGOALS) PYTHON=python3.11)
+$(error NeuroNet-JAX needs Python 3.11 or newer, and $(PYTHON) is not: $(shell $(PYTHON) --version 2>&1 | head -1). Name another one: make $(MAKECMDGOALS) PYTHON=python3.11)
 endif
 endif
 
