@@ -7,10 +7,10 @@ Whatever cannot be trusted is a `RejectError`; whatever is accepted with a doubt
 
 import dataclasses
 import gzip
+import io
 import itertools
 import logging
-import os
-import tempfile
+import math
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -18,10 +18,11 @@ import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
 from nibabel.freesurfer.mghformat import MGHHeader
-from nibabel.spatialimages import HeaderDataError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 from nibabel.wrapstruct import WrapStructError
 
 from neuronet_jax.errors import NeuronetError, RejectError
+from neuronet_jax.files import Files
 
 _SILENT = logging.getLogger("neuronet_jax.nifti.silent")  # nibabel logs what it repairs; here it counts only what raises
 _SILENT.addHandler(logging.NullHandler())
@@ -69,7 +70,23 @@ def read_image(path: str | Path, limits: Limits = Limits()) -> Volume:
     Raises RejectError with E_FORMAT, E_TRUNCATED, E_CRC, E_TRAILING, E_HEADER, E_HEADER_SIZE, E_NDIM, E_DTYPE, E_SCALE, E_UNITS,
     E_NO_XFORM, E_XFORM, E_AFFINE, E_ZOOM or E_NAN; E_IO where the file cannot be read at all.
     """
-    volume = _read(path, limits)
+    return _image(_read(path, limits), limits)
+
+
+def check_image(image: SpatialImage, limits: Limits = Limits()) -> Volume:
+    """As `read_image`, for a nibabel image: its bytes as a NIfTI file pass the same guard."""
+    if math.prod(image.shape) > limits.voxels:
+        raise RejectError("E_HEADER_SIZE", f"{image.shape} voxels exceed the limit of {limits.voxels}")
+    try:
+        content = nib.Nifti1Image.from_image(image).to_bytes()
+    except HeaderDataError as error:
+        raise RejectError("E_DTYPE", f"the image cannot be stored as NIfTI: {error}") from error
+    except (OSError, EOFError) as error:  # voxels are read from the image's file only now
+        raise RejectError("E_IO", f"the voxels of the image cannot be read: {error}") from error
+    return _image(_parse(io.BytesIO(content), "image.nii", limits), limits)
+
+
+def _image(volume: Volume, limits: Limits) -> Volume:
     with np.errstate(over="ignore"):  # beyond float32 becomes Inf, counted below
         data, warnings = _finite(volume.data.astype(np.float32, copy=False), limits)
     return dataclasses.replace(volume, data=data, warnings=volume.warnings + warnings)
@@ -107,13 +124,26 @@ def write_labels(path: str | Path, labels: np.ndarray, like: Volume, overwrite: 
     path = Path(path)
     if not path.name.endswith(".nii.gz"):
         raise NeuronetError(f"label maps are written as .nii.gz, got the name {path.name!r}")
+    header = _labels_header(labels, like)
+    if path.exists() and not overwrite:
+        raise NeuronetError(f"{path} exists; ask to overwrite it, or choose another output folder")
+    voxels = labels.astype(header.get_data_dtype()).tobytes(order="F")
+    content = igzip.compress(header.binaryblock + b"\0" * 4 + voxels, compresslevel=3, mtime=0)
+    Files(str(path.parent.absolute())).write(path.name, content)
+
+
+def labels_image(labels: np.ndarray, like: Volume) -> nib.Nifti1Image:
+    """The same in memory: a NIfTI image with the header that `write_labels` writes, on the grid of `like`."""
+    header = _labels_header(labels, like)
+    return nib.Nifti1Image(labels.astype(header.get_data_dtype()), header.get_best_affine(), header)
+
+
+def _labels_header(labels: np.ndarray, like: Volume) -> nib.Nifti1Header:
     if labels.shape != like.data.shape:
         raise NeuronetError(f"labels of shape {labels.shape} do not fit the image's grid {like.data.shape}")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > 65535:
         raise NeuronetError(f"labels must be within 0 and 65535, got {low} to {high}")
-    if path.exists() and not overwrite:
-        raise NeuronetError(f"{path} exists; ask to overwrite it, or choose another output folder")
     header = nib.Nifti1Header(endianness="<")
     header.set_data_shape(labels.shape)
     header.set_data_dtype(np.uint8 if high <= 255 else np.uint16)
@@ -124,9 +154,7 @@ def write_labels(path: str | Path, labels: np.ndarray, like: Volume, overwrite: 
     header["cal_max"] = high
     header["descrip"] = b"NeuroNet-JAX labels"
     header["vox_offset"] = 352  # header and the four bytes that say: no extension
-    voxels = labels.astype(header.get_data_dtype()).tobytes(order="F")
-    content = igzip.compress(header.binaryblock + b"\0" * 4 + voxels, compresslevel=3, mtime=0)
-    write_atomic(path, content)
+    return header
 
 
 _TRANSFORM_FIELDS = (
@@ -135,22 +163,6 @@ _TRANSFORM_FIELDS = (
     + [f"qoffset_{axis}" for axis in "xyz"]
     + [f"srow_{axis}" for axis in "xyz"]
 )
-
-
-def write_atomic(path: str | Path, content: bytes) -> None:
-    """Writes beside the target and renames: readers see the whole file or none."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide results from the group
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 # ---- reading, in the order in which things are trusted --------------------------------------------------------------
