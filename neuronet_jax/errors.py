@@ -1,0 +1,23 @@
+"""The two ways in which things go wrong: a bad input, and a bad use of the library.
+
+Messages say the rule, the offending value and the fix.
+"""
+
+
+class NeuronetError(Exception):
+    """The library was asked for something that it cannot do. The message says what to change."""
+
+
+class RejectError(NeuronetError):
+    """One input is unusable; a cohort goes on without it.
+
+    `code` is stable (`E_CRC`, `E_AFFINE`, …): other programs select on it, people read `reason`.
+    """
+
+    def __init__(self, code: str, reason: str):
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+    def __reduce__(self):  # both arguments survive the way back from a worker process
+        return type(self), (self.code, self.reason)

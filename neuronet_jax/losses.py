@@ -1,0 +1,39 @@
+"""From sums over space to one number."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from neuronet_jax.config import LossConfig
+from neuronet_jax.models.head import Sums, spans
+
+
+def combine(
+    sums: Sums, present: Bool[Array, "b p"], voxels: int, classes: tuple[int, ...], weights: LossConfig
+) -> tuple[Float[Array, ""], dict[str, Float[Array, " p"]]]:
+    """The loss, and its parts per protocol: `cross_entropy` [p] and `dice` [p] (soft Dice, 1 is perfect).
+
+    Cross-entropy is the mean over the voxels of the samples that have the protocol. Dice takes the whole batch as one volume and
+    averages over the classes that occur in it, background left out: a class that a crop does not hold says nothing about its
+    overlap, and cross-entropy already punishes predicting it. Protocols weigh equally; one that no sample has weighs nothing.
+    """
+    has = present.astype(jnp.float32)  # b p
+    samples = jnp.maximum(has.sum(axis=0), 1.0)
+    cross_entropy = (has * sums.cross_entropy).sum(axis=0) / (samples * voxels)
+    dice = jnp.stack([_soft_dice(sums, has[:, p], span) for p, span in enumerate(spans(classes))])
+    weight = present.any(axis=0).astype(jnp.float32)
+    weight = weight / jnp.maximum(weight.sum(), 1.0)
+    loss = jnp.sum(weight * (weights.cross_entropy * cross_entropy + weights.dice * (1.0 - dice)))
+    return loss, {"cross_entropy": cross_entropy, "dice": dice}
+
+
+def _soft_dice(sums: Sums, has: Float[Array, " b"], span: tuple[int, int]) -> Float[Array, ""]:
+    foreground = slice(span[0] + 1, span[1])
+    intersection, predicted, reference = (
+        (has[:, None] * part[:, foreground]).sum(axis=0) for part in (sums.intersection, sums.predicted, sums.reference)
+    )
+    occurs = (reference > 0).astype(jnp.float32)
+    # One voxel is added above and below: a class of a few voxels must not swing the mean from 0 to 1 by one of them.
+    dice = (2.0 * intersection + 1.0) / (predicted + reference + 1.0)
+    # Where nothing occurs the protocol has no Dice to improve: 1, with no gradient.
+    count = occurs.sum()
+    return jnp.where(count > 0, (occurs * dice).sum() / jnp.maximum(count, 1.0), 1.0)

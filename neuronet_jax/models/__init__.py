@@ -1,0 +1,60 @@
+"""The network: one shared encoder, one decoder per protocol, in two families behind `ModelConfig.family`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Integer
+
+from neuronet_jax.config import ModelConfig
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.models import head, neuronet, reference
+
+FAMILIES: dict[str, Any] = {"reference": reference, "neuronet": neuronet}
+
+
+class Network(nnx.Module):
+    """Reads whitened crops or volumes [b x y z 1] whose sides are multiples of `stride`."""
+
+    def __init__(self, config: ModelConfig, protocols: tuple[str, ...], rngs: nnx.Rngs):
+        family = FAMILIES[config.family]
+        self.protocols = protocols
+        self.classes = tuple(PROTOCOLS[name].num_classes for name in protocols)
+        self.stride = 2 ** (len(config.filters) - 1)
+        self.compute_dtype = compute_dtype(config)
+        self.encoder = family.Encoder(config.filters, rngs)
+        self.decoders = family.Decoders(config.filters, dict(zip(protocols, self.classes, strict=True)), rngs)
+
+    def features(self, image: Float[Array, "b x y z 1"], train: bool = False) -> tuple[list[Array], head.Readout]:
+        """Features per scale, finest first, and the readout of all protocols. In training the moving moments move."""
+        if any(side % self.stride for side in image.shape[1:4]):
+            raise NeuronetError(f"sides must be multiples of {self.stride}, got {image.shape[1:4]}: pad or crop the image")
+        features = self.encoder(image.astype(self.compute_dtype), train)
+        return features, self.decoders(features, train)
+
+    def loss_sums(self, image: Float[Array, "b x y z 1"], labels: Integer[Array, "b p x y z"], train: bool) -> head.Sums:
+        """The sums over space that `losses.py` combines; never all scores at full resolution."""
+        return head.loss_sums(*self.features(image, train), labels, self.classes)
+
+    def labels(self, image: Float[Array, "b x y z 1"]) -> Integer[Array, "b p x y z"]:
+        """The most likely class of every voxel for each protocol, uint8; never all scores at full resolution."""
+        return head.labels(*self.features(image), self.classes)
+
+    def logits(self, image: Float[Array, "b x y z 1"], train: bool = False) -> dict[str, Float[Array, "b x y z k"]]:
+        """Class scores of each protocol, in float32. All at full resolution: for small inputs."""
+        scores = head.scores(*self.features(image, train)).astype(jnp.float32)
+        return {name: scores[..., a:b] for name, (a, b) in zip(self.protocols, head.spans(self.classes), strict=True)}
+
+
+def build(config: ModelConfig, protocols: tuple[str, ...], seed: int) -> Network:
+    """A freshly initialised network; the seed fixes every weight."""
+    return Network(config, protocols, nnx.Rngs(seed))
+
+
+def compute_dtype(config: ModelConfig) -> Any:
+    """The dtype of activations; "auto" is bfloat16 where the hardware multiplies it natively (GPU, TPU), float32 on CPU."""
+    if config.compute_dtype != "auto":
+        return jnp.dtype(config.compute_dtype)
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")

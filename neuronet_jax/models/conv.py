@@ -1,0 +1,102 @@
+"""3-D convolution, pooling and upsampling, in the form that each platform runs fastest.
+
+XLA's 3-D convolution is slow on CPU (7 GFLOP/s where oneDNN reaches 150) and fills an eighth of a TPU's lanes with 16 channels.
+Folding the first spatial axis away mends both: it becomes batch, and the kernel's taps along it are stacked in the channels, so
+that one 2-D convolution of k times the channels does the work. Both forms compute the same sums.
+
+The folded axis is x. A mesh therefore splits y (see `mesh.py`): a split fold axis would have to be gathered.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after an axis so that it comes out at ceil(size / stride), the odd one after (TensorFlow's SAME)."""
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def conv3d(x: Float[Array, "b x y z c"], kernel: Float[Array, "i j k c f"], stride: int = 1) -> Float[Array, "b u v w f"]:
+    """SAME convolution; each axis comes out at ceil(n / stride). The form is picked when the program is lowered."""
+    if kernel.shape[:3] == (1, 1, 1) and stride == 1:
+        return x @ kernel[0, 0, 0]
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=lambda x, kernel: folded_conv3d(x, kernel, stride),
+        tpu=lambda x, kernel: folded_conv3d(x, kernel, stride),
+        default=lambda x, kernel: native_conv3d(x, kernel, stride),
+    )
+
+
+def native_conv3d(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """XLA's own 3-D convolution."""
+    padding = [same_padding(n, k, stride) for n, k in zip(x.shape[1:4], kernel.shape[:3], strict=True)]
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride,) * 3, padding, dimension_numbers=("NXYZC", "XYZIO", "NXYZC")
+    )
+
+
+def folded_conv3d(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """The same sums as one 2-D convolution, x folded into the batch and its taps into the channels."""
+    b, n, _, _, c = x.shape
+    taps = kernel.shape[0]
+    out = -(-n // stride)
+    padded = jnp.pad(x, ((0, 0), same_padding(n, taps, stride), (0, 0), (0, 0), (0, 0)))
+    shifted = [jax.lax.slice_in_dim(padded, t, t + (out - 1) * stride + 1, stride, axis=1) for t in range(taps)]
+    stacked = jnp.concatenate(shifted, axis=-1)  # b u y z (taps c)
+    planes = stacked.reshape(b * out, *stacked.shape[2:])  # (b u) y z (taps c)
+    flat_kernel = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], taps * c, -1)  # j k (taps c) f
+    padding = [same_padding(n, k, stride) for n, k in zip(x.shape[2:4], kernel.shape[1:3], strict=True)]
+    y = jax.lax.conv_general_dilated(
+        planes, flat_kernel, (stride,) * 2, padding, dimension_numbers=("NYZC", "YZIO", "NYZC")
+    )
+    return y.reshape(b, out, *y.shape[1:])
+
+
+def max_pool(x: Float[Array, "b x y z c"]) -> Float[Array, "b u v w c"]:
+    """Maximum of 2×2×2 blocks, an odd border voxel forming a block of its own.
+
+    Pairwise maxima, axis by axis: the gradient of `reduce_window` is a scatter, which no platform runs well.
+    """
+    for axis in (1, 2, 3):
+        if x.shape[axis] % 2:
+            x = jnp.pad(x, [(0, int(a == axis)) for a in range(x.ndim)], mode="edge")
+        even, odd = _pairs(x, axis)
+        x = jnp.maximum(even, odd)
+    return x
+
+
+def _pairs(x: Array, axis: int) -> tuple[Array, Array]:
+    """The even and the odd slices along an axis of even size."""
+    paired = x.reshape(*x.shape[:axis], x.shape[axis] // 2, 2, *x.shape[axis + 1 :])
+    return jax.lax.index_in_dim(paired, 0, axis + 1, False), jax.lax.index_in_dim(paired, 1, axis + 1, False)
+
+
+def upsample_parts(x: Array, axis: int) -> tuple[Array, Array]:
+    """The even and the odd slices of the ×2 trilinear upsampling along one axis, zero beyond the border.
+
+    out[2i] = .75 x[i] + .25 x[i−1], out[2i+1] = .75 x[i] + .25 x[i+1] (the published fixed transposed convolution).
+    """
+    n = x.shape[axis]
+    padded = jnp.pad(x, [(int(a == axis),) * 2 for a in range(x.ndim)])
+    before = jax.lax.slice_in_dim(padded, 0, n, axis=axis)
+    after = jax.lax.slice_in_dim(padded, 2, n + 2, axis=axis)
+    near = jnp.asarray(0.75, x.dtype) * x
+    quarter = jnp.asarray(0.25, x.dtype)
+    return near + quarter * before, near + quarter * after
+
+
+def upsample_axis(x: Array, axis: int) -> Array:
+    """×2 linear upsampling along one axis."""
+    stacked = jnp.stack(upsample_parts(x, axis), axis=axis + 1)
+    return stacked.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
+
+
+def upsample(x: Float[Array, "b x y z c"]) -> Float[Array, "b 2x 2y 2z c"]:
+    """×2 trilinear upsampling, fixed weights."""
+    for axis in (3, 2, 1):
+        x = upsample_axis(x, axis)
+    return x

@@ -1,0 +1,103 @@
+"""The layers that both families are made of."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from neuronet_jax.models import conv
+
+EPSILON = 1e-3  # of every normalisation (the published value)
+MOMENTUM = 0.99  # of every moving moment (the published value)
+
+
+def fan_in_uniform(key: Array, shape: tuple[int, ...]) -> Array:
+    """Variance scaling with scale 1, fan-in, uniform: the published initialisation."""
+    return jax.nn.initializers.variance_scaling(1.0, "fan_in", "uniform")(key, shape, jnp.float32)
+
+
+class Conv(nnx.Module):
+    """A SAME convolution without bias, computed in the input's dtype."""
+
+    def __init__(self, size: int, channels: int, filters: int, *, stride: int = 1, rngs: nnx.Rngs):
+        self.stride = stride
+        self.kernel = nnx.Param(fan_in_uniform(rngs.params(), (size, size, size, channels, filters)))
+
+    def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b u v w f"]:
+        return conv.conv3d(x, self.kernel[...].astype(x.dtype), self.stride)
+
+
+class BatchNorm(nnx.Module):
+    """Normalises by moments over batch and space: the batch's own in training, moving ones otherwise.
+
+    The biased variance normalises; the moving variance takes the unbiased one, as the published network's fused kernel does.
+    """
+
+    def __init__(self, channels: int, momentum: float = MOMENTUM):
+        self.momentum = momentum
+        self.gamma = nnx.Param(jnp.ones(channels))
+        self.beta = nnx.Param(jnp.zeros(channels))
+        self.mean = nnx.BatchStat(jnp.zeros(channels))
+        self.variance = nnx.BatchStat(jnp.ones(channels))
+
+    def __call__(self, x: Float[Array, "b x y z c"], train: bool) -> Float[Array, "b x y z c"]:
+        if train:
+            mean, variance = channel_moments(x)
+            self.update(mean, variance, x.size // x.shape[-1])
+        else:
+            mean, variance = self.mean[...], self.variance[...]
+        scale, shift = self.affine(mean, variance)
+        return x * _broadcast(scale, x) + _broadcast(shift, x)
+
+    def affine(self, mean: Float[Array, " c"], variance: Float[Array, " c"]) -> tuple[Array, Array]:
+        """The scale and shift per channel that these moments give."""
+        scale = self.gamma[...] * jax.lax.rsqrt(variance + EPSILON)
+        return scale, self.beta[...] - mean * scale
+
+    def update(self, mean: Float[Array, " c"], variance: Float[Array, " c"], count: int) -> None:
+        """Moves the moving moments towards the moments of a batch of `count` values per channel."""
+        mean, variance = jax.lax.stop_gradient((mean, variance * (count / max(count - 1, 1))))
+        self.mean.set_value(self.momentum * self.mean[...] + (1 - self.momentum) * mean)
+        self.variance.set_value(self.momentum * self.variance[...] + (1 - self.momentum) * variance)
+
+
+def _broadcast(vector: Array, x: Array) -> Array:
+    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def channel_moments(x: Float[Array, "b x y z c"]) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+    """Mean and biased variance per channel, in float32, from centred values."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=(0, 1, 2, 3))
+    return mean, jnp.mean(jnp.square(x - _broadcast(mean, x)), axis=(0, 1, 2, 3))
+
+
+def channel_covariance(x: Float[Array, "b x y z c"]) -> tuple[Float[Array, " c"], Float[Array, "c c"]]:
+    """Mean and biased covariance of the channels, in float32, from centred values."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=(0, 1, 2, 3))
+    centred = x - _broadcast(mean, x)
+    count = x.size // x.shape[-1]
+    return mean, jnp.einsum("bxyzc,bxyzd->cd", centred, centred) / count
+
+
+class ResidualUnit(nnx.Module):
+    """Pre-activation unit: norm, relu6, convolution, twice, added to the identity.
+
+    With stride 2 the first kernel is 4³ (twice the stride) and the identity is max-pooled. Where channels grow the identity is padded
+    with zero channels, the smaller half before.
+    """
+
+    def __init__(self, channels: int, filters: int, *, stride: int = 1, momentum: float = MOMENTUM, rngs: nnx.Rngs):
+        self.stride = stride
+        self.padding = ((filters - channels) // 2, (filters - channels) - (filters - channels) // 2)
+        self.norm0 = BatchNorm(channels, momentum)
+        self.conv0 = Conv(3 if stride == 1 else 2 * stride, channels, filters, stride=stride, rngs=rngs)
+        self.norm1 = BatchNorm(filters, momentum)
+        self.conv1 = Conv(3, filters, filters, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b x y z c"], train: bool) -> Float[Array, "b u v w f"]:
+        y = self.conv0(jax.nn.relu6(self.norm0(x, train)))
+        y = self.conv1(jax.nn.relu6(self.norm1(y, train)))
+        identity = conv.max_pool(x) if self.stride == 2 else x
+        return y + jnp.pad(identity, ((0, 0),) * 4 + (self.padding,))

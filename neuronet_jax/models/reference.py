@@ -1,0 +1,70 @@
+"""The published NeuroNet, operation by operation (Rajchl et al., MIDL 2018, arXiv 1806.04224, and its reference code).
+
+The decoders hold no non-linearity, so they are not run as a chain of upsamplings of K channels but folded into one matrix per scale
+(`head.py` applies them): with z₃ = f₃W₃, z_s = up(z_{s+1}) + BN_s(f_sV_s) and logits = z₀L, upsampling commutes with every mixing of
+channels, hence logits = up³(f₃W₃L) + Σ_s upˢ(f_sA_s + b_s) with A_s = V_s diag(γ_s/σ_s) L and b_s = (β_s − μ_sγ_s/σ_s) L.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from neuronet_jax.models.head import Readout
+from neuronet_jax.models.layers import BatchNorm, Conv, ResidualUnit, channel_covariance, fan_in_uniform
+
+
+class Encoder(nnx.Module):
+    """A plain convolution at full resolution, then two residual units per scale, the first of stride 2."""
+
+    def __init__(self, filters: tuple[int, ...], rngs: nnx.Rngs):
+        self.stem = Conv(3, 1, filters[0], rngs=rngs)
+        self.units = nnx.List(
+            unit
+            for channels, wider in zip(filters, filters[1:], strict=False)
+            for unit in (ResidualUnit(channels, wider, stride=2, rngs=rngs), ResidualUnit(wider, wider, rngs=rngs))
+        )
+
+    def __call__(self, image: Float[Array, "b x y z 1"], train: bool) -> list[Array]:
+        """Features per scale, finest first: [b x y z 16], [b x/2 y/2 z/2 32], …"""
+        features = [self.stem(image)]
+        for down, same in zip(self.units[0::2], self.units[1::2], strict=True):
+            features.append(same(down(features[-1], train), train))
+        return features
+
+
+class Decoder(nnx.Module):
+    """One protocol's parameters: a projection and a normalisation per scale, and the last mixing of classes."""
+
+    def __init__(self, filters: tuple[int, ...], classes: int, rngs: nnx.Rngs):
+        self.projections = nnx.List(nnx.Param(fan_in_uniform(rngs.params(), (c, classes))) for c in filters)
+        self.norms = nnx.List(BatchNorm(classes) for _ in filters[:-1])
+        self.last = nnx.Param(fan_in_uniform(rngs.params(), (classes, classes)))
+
+    def __call__(self, features: list[Array], moments: list[tuple[Array, Array]] | None) -> list[tuple[Array, Array]]:
+        """One matrix [c k] and bias [k] per scale. `moments`: of the features, in training."""
+        last = self.last[...]
+        pairs = []
+        for scale, norm in enumerate(self.norms):
+            projection = self.projections[scale][...]  # c k
+            if moments is None:
+                mean, variance = norm.mean[...], norm.variance[...]
+            else:
+                feature_mean, covariance = moments[scale]
+                mean = feature_mean @ projection
+                variance = jnp.sum(projection * (covariance @ projection), axis=0)  # diag(Vᵀ Cov V)
+                norm.update(mean, variance, features[scale].size // features[scale].shape[-1])
+            gain, shift = norm.affine(mean, variance)
+            pairs.append(((projection * gain[None, :]) @ last, shift @ last))
+        coarsest = self.projections[-1][...] @ last
+        return [*pairs, (coarsest, jnp.zeros(coarsest.shape[1]))]
+
+
+class Decoders(nnx.Module):
+    def __init__(self, filters: tuple[int, ...], classes: dict[str, int], rngs: nnx.Rngs):
+        self.order = tuple(classes)  # a pytree's dictionaries come back sorted
+        self.protocols = nnx.Dict({name: Decoder(filters, k, rngs) for name, k in classes.items()})
+
+    def __call__(self, features: list[Array], train: bool) -> Readout:
+        # The batch moments of u = fV follow from those of f: no u is needed, and every protocol shares them.
+        moments = [channel_covariance(f) for f in features[:-1]] if train else None
+        return Readout.join([self.protocols[name](features, moments) for name in self.order])
