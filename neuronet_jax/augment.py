@@ -1,0 +1,121 @@
+"""Augmentation on the device, inside the step: one function draws all parameters of a sample, others apply them.
+
+A strength of 0 is the identity, exactly, and costs nothing: the code is not even traced.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Integer
+
+from neuronet_jax.config import AugmentConfig
+from neuronet_jax.labels import PROTOCOLS
+
+# At strength 1. The ranges cover what scanners and protocols change in T1 images; each is a normal's standard deviation.
+LOG_GAMMA, LOG_GAIN, OFFSET, LOG_BIAS, NOISE = 0.2, 0.1, 0.1, 0.15, 0.08
+ROTATION_DEGREES, LOG_SCALE, SHEAR = 7.0, 0.07, 0.03
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """What is done to one sample."""
+
+    flip: Bool[Array, ""]
+    log_gamma: Float[Array, ""]
+    log_gain: Float[Array, ""]
+    offset: Float[Array, ""]
+    log_bias: Float[Array, "3 3 3"]  # coefficients of the bias field's cosines
+    noise: Float[Array, ""]
+    noise_key: Array
+    matrix: Float[Array, "3 3"]  # from output to input voxels, about the centre
+
+
+def augment(batch: dict[str, Array], key: Array, config: AugmentConfig, protocols: tuple[str, ...]) -> dict[str, Array]:
+    """Changes `image` [b x y z 1] and `labels` [b p x y z] of a batch, each sample by its own parameters."""
+    image, labels = batch["image"], batch["labels"]
+    keys = jax.random.split(key, image.shape[0])
+    parameters = jax.vmap(lambda k: draw(k, config))(keys)
+    if config.flip:
+        image, labels = jax.vmap(lambda i, s, p: mirror(i, s, p.flip, protocols))(image, labels, parameters)
+    if config.spatial:
+        image, labels = jax.vmap(lambda i, s, p: warp(i, s, p.matrix))(image, labels, parameters)
+    if config.intensity:
+        image = jax.vmap(change_intensity)(image, parameters)
+    return {**batch, "image": image, "labels": labels}
+
+
+def draw(key: Array, config: AugmentConfig) -> Parameters:
+    """All parameters of one sample."""
+    keys = iter(jax.random.split(key, 10))
+    light, space = config.intensity, config.spatial
+
+    def normal(deviation: float, shape: tuple[int, ...] = ()) -> Array:
+        # Truncated: a rare extreme would teach nothing that a scanner does.
+        return deviation * jax.random.truncated_normal(next(keys), -2.0, 2.0, shape)
+
+    rotation = _rotation(jnp.deg2rad(normal(space * ROTATION_DEGREES, (3,))))
+    scale = jnp.diag(jnp.exp(normal(space * LOG_SCALE, (3,))))
+    shear = jnp.eye(3) + jnp.triu(normal(space * SHEAR, (3, 3)), 1)
+    return Parameters(
+        flip=jax.random.bernoulli(next(keys)),
+        log_gamma=normal(light * LOG_GAMMA),
+        log_gain=normal(light * LOG_GAIN),
+        offset=normal(light * OFFSET),
+        log_bias=normal(light * LOG_BIAS, (3, 3, 3)),
+        noise=jnp.abs(normal(light * NOISE)),
+        noise_key=next(keys),
+        matrix=rotation @ scale @ shear,
+    )
+
+
+def mirror(
+    image: Float[Array, "x y z 1"], labels: Integer[Array, "p x y z"], flip: Bool[Array, ""], protocols: tuple[str, ...]
+) -> tuple[Array, Array]:
+    """Mirrors left-right (x, in RAS+ order) where `flip`; every structure takes its partner's label."""
+    partners = [np.asarray(PROTOCOLS[name].partners, np.uint8) for name in protocols]
+    swapped = jnp.stack([jnp.asarray(table)[labels[p, ::-1].astype(jnp.int32)] for p, table in enumerate(partners)])
+    return jnp.where(flip, image[::-1], image), jnp.where(flip, swapped, labels)
+
+
+def warp(image: Float[Array, "x y z 1"], labels: Integer[Array, "p x y z"], matrix: Float[Array, "3 3"]) -> tuple[Array, Array]:
+    """Rotates, scales and shears about the centre: image linear, labels nearest, the border's value beyond the border."""
+    shape = labels.shape[1:]
+    centre = (jnp.asarray(shape, jnp.float32) - 1.0) / 2.0
+    axes = [jnp.arange(n, dtype=jnp.float32) - c for n, c in zip(shape, centre, strict=True)]
+    grid = jnp.stack(jnp.meshgrid(*axes, indexing="ij"))  # 3 x y z
+    source = jnp.einsum("ij,jxyz->ixyz", matrix, grid) + centre.reshape(3, 1, 1, 1)
+    moved = jax.scipy.ndimage.map_coordinates(image[..., 0], list(source), order=1, mode="nearest")
+    nearest = [jnp.clip(jnp.round(s).astype(jnp.int32), 0, n - 1) for s, n in zip(source, shape, strict=True)]
+    return moved[..., None], labels[:, nearest[0], nearest[1], nearest[2]]
+
+
+def change_intensity(image: Float[Array, "x y z 1"], p: Parameters) -> Float[Array, "x y z 1"]:
+    """Contrast (gamma), a smooth bias field, noise, gain and offset, on a whitened image.
+
+    Gamma and bias act above the darkest value, so that air stays air.
+    """
+    low, high = jnp.min(image), jnp.max(image)
+    span = jnp.maximum(high - low, 1e-6)
+    unit = jnp.clip((image - low) / span, 1e-6, 1.0)  # a power's gradient at 0 is not finite
+    changed = span * unit ** jnp.exp(p.log_gamma) * _bias_field(image.shape[:3], p.log_bias)[..., None] + low
+    noise = p.noise * jax.random.normal(p.noise_key, image.shape)
+    return jnp.exp(p.log_gain) * changed + p.offset + noise
+
+
+def _bias_field(shape: tuple[int, ...], coefficients: Float[Array, "3 3 3"]) -> Float[Array, "x y z"]:
+    """exp of a sum of products of the cosines of 0, ½ and 1 period per axis, constant left out."""
+    bases = [jnp.cos(jnp.pi * jnp.arange(3.0)[:, None] * (jnp.arange(float(n)) + 0.5)[None, :] / n) for n in shape]
+    varying = coefficients.at[0, 0, 0].set(0.0)
+    return jnp.exp(jnp.einsum("ijk,ix,jy,kz->xyz", varying, *bases))
+
+
+def _rotation(angles: Float[Array, "3"]) -> Float[Array, "3 3"]:
+    """Rotation by the given radians about x, then y, then z."""
+    (cx, cy, cz), (sx, sy, sz) = jnp.cos(angles), jnp.sin(angles)
+    x = jnp.array([[1.0, 0.0, 0.0], [0.0, cx, -sx], [0.0, sx, cx]])
+    y = jnp.array([[cy, 0.0, sy], [0.0, 1.0, 0.0], [-sy, 0.0, cy]])
+    z = jnp.array([[cz, -sz, 0.0], [sz, cz, 0.0], [0.0, 0.0, 1.0]])
+    return z @ y @ x

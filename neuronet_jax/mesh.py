@@ -1,0 +1,66 @@
+"""The one mesh and how arrays lie on it.
+
+`data` splits the batch: every crop of a step is independent of the others but for the moments of normalisation. `space` splits the y axis
+of a volume among the devices that share it, for crops too large for one; XLA inserts the exchange of neighbouring planes. It is y and
+never x, because the convolutions fold x into the batch (see `models/conv.py`). One device is a mesh of 1 × 1.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from neuronet_jax.config import Config
+from neuronet_jax.errors import NeuronetError
+
+DATA, SPACE = "data", "space"
+
+_BATCH = {
+    "image": PartitionSpec(DATA, None, SPACE),  # b x y z 1
+    "labels": PartitionSpec(DATA, None, None, SPACE),  # b p x y z
+    "present": PartitionSpec(DATA),  # b p
+    "slot": PartitionSpec(DATA),  # b
+}
+
+
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """Arranges the devices (all of them by default) as `data` × `space`.
+
+    Raises NeuronetError, before anything is compiled, where batch or crop cannot be split that way.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    count, space = len(devices), config.mesh.space
+    local = min(jax.local_device_count(), count)
+    if local % space:
+        legal = [n for n in range(1, local + 1) if local % n == 0]
+        raise NeuronetError(f"mesh.space must divide the {local} devices of one host, got {space}: take one of {legal}")
+    data = count // space
+    if config.batch % data:
+        lower = config.batch // data * data
+        near = f"{lower} or {lower + data}" if lower else f"{data}"
+        raise NeuronetError(f"batch must be a multiple of the mesh's data axis, {data}; got {config.batch}: take {near}")
+    unit = space * 2 ** (len(config.model.filters) - 1)
+    side = config.data.crop[1]
+    if side % unit:
+        near = max(unit, round(side / unit) * unit)
+        raise NeuronetError(f"with mesh.space={space} the crop's y side must be a multiple of {unit}, got {side}: take {near}")
+    # Auto: XLA places intermediate arrays from the shardings of the inputs (make_mesh defaults to Explicit axes).
+    return jax.make_mesh((data, space), (DATA, SPACE), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array: parameters, moments, optimiser."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each array of a batch lies."""
+    return {name: NamedSharding(mesh, spec) for name, spec in _BATCH.items()}
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Puts this process's share of a batch on its devices, as global arrays."""
+    shardings = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(shardings[name], array) for name, array in batch.items()}
