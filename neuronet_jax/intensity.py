@@ -1,0 +1,58 @@
+"""Intensities of a head: spikes removed, then whitened by the mean and standard deviation of the whole volume.
+
+The published network whitens over all voxels, background included; statistics are those of the conformed volume, before
+padding or cropping to a store's grid, so that training and inference see the same numbers.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from neuronet_jax.errors import RejectError
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    mean: float
+    std: float
+
+
+def statistics(image: np.ndarray) -> Statistics:
+    """Mean and (biased) standard deviation over all voxels, accumulated in float64.
+
+    Raises RejectError E_NAN where they are not finite, E_CONSTANT where the image holds nothing to see.
+    """
+    mean = float(np.mean(image, dtype=np.float64))
+    std = float(np.std(image, dtype=np.float64, mean=np.float64(mean).reshape((1,) * image.ndim)))
+    if not np.isfinite(mean) or not np.isfinite(std):
+        raise RejectError("E_NAN", "the image holds NaN or Inf")
+    if std <= 1e-6 * abs(mean) or std == 0:  # float32 resolves 1e-7
+        raise RejectError("E_CONSTANT", f"the image is constant (mean {mean:.6g}, standard deviation {std:.6g})")
+    return Statistics(mean, std)
+
+
+def whiten(image: np.ndarray, mean: float, std: float) -> np.ndarray:
+    """float32 of the same shape with zero mean and unit variance over the volume that `mean` and `std` came from."""
+    return (image.astype(np.float32) - np.float32(mean)) * np.float32(1 / std)
+
+
+def clip_spikes(image: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Clips voxels far outside the range of the rest; ordinary images pass unchanged, bit by bit.
+
+    The range is that of the 0.1st to the 99.9th percentile of the non-zero voxels (exact zeros are defacing, skull stripping
+    or padding), widened by three times its width on both sides: fat and vessels stay, one voxel of 10⁶ does not ruin the whitening.
+    Returns W_INTENSITY where voxels were clipped, or where more than 0.1 % are negative (wrapped integers, or no T1w magnitude).
+    Raises RejectError E_CONSTANT where all voxels are zero.
+    """
+    values = image[image != 0]
+    if values.size == 0:
+        raise RejectError("E_CONSTANT", "all voxels of the image are zero")
+    ranks = [int(q * (values.size - 1)) for q in (0.001, 0.999)]
+    low, high = (float(v) for v in np.partition(values, ranks)[ranks])
+    width = high - low
+    lowest, highest = low - 3 * width, high + 3 * width
+    clipped = bool(values.min() < min(lowest, 0) or values.max() > highest)
+    negative = np.count_nonzero(values < 0) > 1e-3 * image.size
+    if clipped:
+        image = np.clip(image, min(lowest, 0), highest, dtype=image.dtype)
+    return image, ("W_INTENSITY",) if clipped or negative else ()
