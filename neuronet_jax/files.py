@@ -1,8 +1,8 @@
 """Small whole files under a local path, gs:// or s3://, through one interface (TensorStore's key-value stores).
 
-Only these three kinds of place exist here: everything else that TensorStore could open (http, memory, file:// URLs, JSON specs,
-`|` chains) is refused before TensorStore sees it. S3-compatible servers are reached by the usual variables AWS_ENDPOINT_URL and
-AWS_REGION; credentials come from each cloud's own chain.
+Only these three kinds of place exist here: everything else that TensorStore could open (http, memory, file:// URLs,
+JSON specs, `|` chains) is refused before TensorStore sees it. S3-compatible servers are reached by the usual variables
+AWS_ENDPOINT_URL and AWS_REGION; credentials come from each cloud's own chain.
 """
 
 import functools
@@ -46,7 +46,11 @@ def local_path(dest: str) -> Path | None:
 
 
 class Files:
-    """Whole small files below `dest`. A write is seen entirely or not at all (temporary name and rename, or one object put)."""
+    """Whole small files below `dest`.
+
+    A write is seen entirely or not at all: a temporary name and a rename on disk, one put in a bucket.
+    Every failure is a NeuronetError that starts with E_IO.
+    """
 
     def __init__(self, dest: str):
         self.dest = dest

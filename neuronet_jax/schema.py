@@ -1,0 +1,239 @@
+"""What a store holds: the rows of subjects.tsv, the fields of store.json and the zarr3 metadata of the arrays.
+
+Schema version 1 is the first; a change of any of these raises it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from neuronet_jax.errors import NeuronetError
+
+SCHEMA_VERSION = 1
+FOREGROUND_POINTS = 2048  # 12 kB per subject: crops rarely repeat over some hundred epochs, small beside one chunk
+SPLITS = ("train", "validation", "test")
+_CODEC = {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 1, "shuffle": "shuffle"}}
+_ID = re.compile(r"[A-Za-z0-9]+")
+
+
+class StoreError(NeuronetError):
+    """A store that cannot be used as asked. Stable codes: E_SHARD_MISSING, E_CRC, E_IO, E_INCOMPLETE, E_MISMATCH, …"""
+
+    def __init__(self, code: str, reason: str):
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+    def __reduce__(self):  # both arguments survive the way back from a worker process
+        return type(self), (self.code, self.reason)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of subjects.tsv. Affines are float64 4×4 voxel → RAS+ mm, kept as nested tuples."""
+
+    slot: int  # position along the arrays' first axis
+    id: str
+    split: str  # train, validation or test
+    present: tuple[bool, ...]  # per protocol of the store
+    mean: float  # of the whole conformed volume, for whitening
+    std: float
+    source_shape: tuple[int, ...]  # the input file's own grid
+    source_affine: tuple[tuple[float, ...], ...]
+    affine: tuple[tuple[float, ...], ...]  # of the stored grid
+    conformed_shape: tuple[int, ...]
+    origin: tuple[int, ...]  # voxel of the conformed volume at the stored grid's corner; negative where padded
+    warnings: tuple[str, ...] = ()
+    content_hash: str = ""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One row of rejects.tsv."""
+
+    id: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is stored of one subject."""
+
+    image: np.ndarray  # float32 [x y z]
+    labels: np.ndarray  # uint8 [p x y z], zeros for absent protocols
+    foreground: np.ndarray  # int16 [n 3], from `sample_foreground`
+    subject: Subject
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """store.json. While a store is being written its counts and hashes are zero and empty."""
+
+    schema_version: int
+    protocols: tuple[str, ...]
+    grid: tuple[int, int, int]  # voxels along x, y, z (RAS+)
+    voxel_size_mm: float
+    slots: int  # length of the arrays; rejected subjects leave holes
+    shard_subjects: int
+    chunk: int  # voxels per side of an inner chunk
+    provenance: dict[str, Any]
+    subjects: int = 0
+    subjects_hash: str = ""  # sha256 of subjects.tsv
+    split_hash: str = ""
+
+    def to_json(self) -> bytes:
+        return (json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "StoreInfo":
+        """Raises StoreError E_SCHEMA for another version, E_MISMATCH for fields that are missing or unknown."""
+        try:
+            fields = json.loads(data)
+            version = fields["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError("E_MISMATCH", f"store.json is not readable ({error}); rebuild the store") from error
+        if version != SCHEMA_VERSION:
+            fix = "update neuronet_jax" if version > SCHEMA_VERSION else "rebuild the store"
+            raise StoreError(
+                "E_SCHEMA", f"the store has schema version {version}, this release reads {SCHEMA_VERSION}; {fix}"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(fields) != names:
+            raise StoreError(
+                "E_MISMATCH", f"store.json has unexpected fields {sorted(set(fields) ^ names)}; rebuild the store"
+            )
+        fields["protocols"], fields["grid"] = tuple(fields["protocols"]), tuple(fields["grid"])
+        return cls(**fields)
+
+    def shard_of(self, slot: int) -> int:
+        """First slot of the shard that holds `slot`."""
+        return slot - slot % self.shard_subjects
+
+
+def split_hash(subjects: Sequence[Subject]) -> str:
+    """sha256 over the sorted pairs of id and split: changes when, and only when, somebody changes sides."""
+    lines = sorted(f"{subject.id}\t{subject.split}\n" for subject in subjects)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def sample_foreground(
+    labels: np.ndarray, present: Sequence[bool], seed: int, points: int = FOREGROUND_POINTS
+) -> np.ndarray:
+    """int16 [points 3]: labelled voxels of `labels` (uint8 [p x y z]), drawn with replacement.
+
+    Half are uniform over the voxels labelled in any present protocol; half first draw a structure uniformly among all
+    those of the present protocols, then one of its voxels, so that the accumbens is seen as often as the white matter.
+    Raises NeuronetError where nothing is labelled.
+    """
+    rng = np.random.default_rng(seed)
+    maps = labels[np.asarray(present, bool)].reshape(-1, labels[0].size)  # [p voxels]
+    anywhere = np.flatnonzero(maps.any(axis=0))
+    if anywhere.size == 0:
+        raise NeuronetError("foreground needs at least one labelled voxel, got background only")
+    uniform = anywhere[rng.integers(anywhere.size, size=points - points // 2)]
+    structures: list[np.ndarray] = []  # the flat voxel indices of each structure
+    for classes in maps:
+        order = anywhere[np.argsort(classes[anywhere], kind="stable")]
+        counts = np.bincount(classes[anywhere])
+        structures += [voxels for voxels in np.split(order, np.cumsum(counts)[:-1])[1:] if voxels.size]
+    chosen = [structures[i] for i in rng.integers(len(structures), size=points // 2)]
+    balanced = np.array([voxels[rng.integers(voxels.size)] for voxels in chosen], dtype=np.int64)
+    return np.stack(np.unravel_index(np.concatenate([uniform, balanced]), labels.shape[1:]), axis=-1).astype(np.int16)
+
+
+def subjects_to_tsv(subjects: Sequence[Subject]) -> bytes:
+    """Rows in the order of the slots; floats by repr, so that they read back exactly."""
+    names = [field.name for field in dataclasses.fields(Subject)]
+    lines = ["\t".join(names)]
+    for subject in sorted(subjects, key=lambda subject: subject.slot):
+        values = (getattr(subject, name) for name in names)
+        lines.append("\t".join(value if isinstance(value, str) else json.dumps(value) for value in values))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def subjects_from_tsv(data: bytes) -> tuple[Subject, ...]:
+    """Inverse of `subjects_to_tsv`. Raises StoreError E_MISMATCH for other columns."""
+    header, *rows = data.decode().splitlines()
+    names = [field.name for field in dataclasses.fields(Subject)]
+    if header.split("\t") != names:
+        raise StoreError("E_MISMATCH", f"subjects.tsv must have the columns {names}, got {header.split(chr(9))}")
+    strings = ("id", "split", "content_hash")
+    subjects = []
+    for row in rows:
+        fields: dict[str, Any] = dict(zip(names, row.split("\t"), strict=True))
+        subjects.append(Subject(**{n: v if n in strings else _tuples(json.loads(v)) for n, v in fields.items()}))
+    return tuple(subjects)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def check_subjects(subjects: Sequence[Subject], info: StoreInfo) -> None:
+    slots: set[int] = set()
+    splits: dict[str, str] = {}
+    for subject in subjects:
+        if not _ID.fullmatch(subject.id):
+            raise StoreError("E_ID", f"the subject id in slot {subject.slot} must be letters and digits only")
+        if not 0 <= subject.slot < info.slots or subject.slot in slots:
+            raise StoreError("E_MISMATCH", f"slot {subject.slot} is given twice or outside 0…{info.slots - 1}")
+        if subject.split not in SPLITS or len(subject.present) != len(info.protocols):
+            raise StoreError(
+                "E_MISMATCH", f"slot {subject.slot} needs a split of {SPLITS} and one `present` per protocol"
+            )
+        if splits.setdefault(subject.id, subject.split) != subject.split:
+            raise StoreError(
+                "E_LEAK",
+                f"the subject of slot {subject.slot} is in {subject.split} and {splits[subject.id]}; choose one",
+            )
+        slots.add(subject.slot)
+
+
+def array_metadata(info: StoreInfo) -> dict[str, dict[str, Any]]:
+    """zarr3 metadata of each array."""
+    sides = tuple(-(-side // info.chunk) * info.chunk for side in info.grid)  # a shard is a whole number of chunks
+    cube = (info.chunk,) * 3
+    protocols = len(info.protocols)
+    per_shard = info.shard_subjects
+
+    def array(dtype: str, shape: tuple, shard: tuple, chunk: tuple, names: tuple) -> dict[str, Any]:
+        inner = {
+            "chunk_shape": chunk,
+            "codecs": [{"name": "bytes"}, _CODEC, {"name": "crc32c"}],
+            "index_codecs": [{"name": "bytes"}, {"name": "crc32c"}],
+        }
+        return {
+            "shape": shape,
+            "data_type": dtype,
+            "fill_value": 0,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+            "codecs": [{"name": "sharding_indexed", "configuration": inner}],
+            "dimension_names": names,
+        }
+
+    n, points = info.slots, FOREGROUND_POINTS
+    volume = ("x", "y", "z")
+    return {
+        "foreground": array(
+            "int16", (n, points, 3), (per_shard, points, 3), (1, points, 3), ("subject", "point", "axis")
+        ),
+        "labels": array(
+            "uint8",
+            (n, protocols, *info.grid),
+            (per_shard, protocols, *sides),
+            (1, protocols, *cube),
+            ("subject", "protocol", *volume),
+        ),
+        "image": array("float32", (n, *info.grid), (per_shard, *sides), (1, *cube), ("subject", *volume)),
+    }
+
+
+def shard_key(name: str, number: int) -> str:
+    return f"{name}/c/{number}" + "/0" * {"foreground": 2, "labels": 4, "image": 3}[name]
