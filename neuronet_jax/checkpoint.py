@@ -1,4 +1,4 @@
-"""Checkpoints of a run: state, data position and config, written in the background, committed whole, checked on reading.
+"""Checkpoints of a run: state, data position and config, written in the background and checked on reading.
 
     WORKDIR/checkpoints/<step>/state      arrays by path (`params/encoder/…`), Orbax's sharded format
                                position   one JSON per process: where its data iterator stood
@@ -20,6 +20,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -48,7 +49,7 @@ class Checkpoints:
     `run_dir` is local or gs://. `keep` latest checkpoints stay, and the one of the best score. With `read_only`
     nothing is written, removed or renamed, and another job may be writing.
 
-    Every method raises NeuronetError; a failed background save is raised by the next `check`, `save`, `wait` or `close`.
+    Every method raises NeuronetError. The next `check`, `save`, `wait` or `close` raises that of a background save.
     """
 
     def __init__(self, run_dir: str | os.PathLike, keep: int = 3, read_only: bool = False):
@@ -214,15 +215,14 @@ class Checkpoints:
             raw, restore_args=ocp.checkpoint_utils.construct_restore_args(raw), partial_restore=part
         )
         try:
-            arrays = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
+            arrays = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
         except Exception as error:
             raise NeuronetError(f"checkpoint {step} cannot be read: {error}") from error
         leaves = [_unraw(arrays[path], leaf) for path, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
     def _position(self, step: int) -> Any:
-        args = ocp.args.Composite(position=_PositionRestore())
-        return self._manager.restore(step, args=args).position
+        return self._manager.restore(step, args=ocp.args.Composite(position=_PositionRestore()))["position"]
 
     def _probe(self) -> None:
         """Writes and removes a file, so that a run that cannot save ends before its first step."""
@@ -235,7 +235,7 @@ class Checkpoints:
             raise NeuronetError(f"cannot write checkpoints: {error}; give a --workdir that can be written") from error
 
     def _tidy(self) -> None:
-        """Reports directories that look like checkpoints but are not finished; a writer also moves them out of the way."""
+        """Reports directories that look like checkpoints but are not finished; a writer moves them out of the way."""
         if multihost.process_index() == 0:
             for path in list(self._folder.iterdir()):
                 if path.name.endswith(".deleting") and not self._read_only:
@@ -277,7 +277,8 @@ def _problem(folder: epath.Path) -> str:
     try:
         if not _finished(folder):
             return "it is not there or was never finished"
-        listed = dict(reversed(line.split("  ", 1)) for line in (folder / MANIFEST).read_text().splitlines())
+        lines = [line.partition("  ") for line in (folder / MANIFEST).read_text().splitlines()]
+        listed = {name: digest for digest, _, name in lines}
         if different := set(listed) ^ set(_files(folder)):
             return f"{sorted(different)[0]} is missing or not in the manifest"
         for name, digest in listed.items():
@@ -302,8 +303,7 @@ def _files(folder: epath.Path) -> list[str]:
 
 
 def _sha256(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def _differences(saved: dict[str, list], wanted: dict[str, list], part: bool) ->
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _raw(leaf: Any) -> Any:
