@@ -24,7 +24,9 @@ from nibabel.wrapstruct import WrapStructError
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.files import Files
 
-_SILENT = logging.getLogger("neuronet_jax.nifti.silent")  # nibabel logs what it repairs; here it counts only what raises
+_SILENT = logging.getLogger(
+    "neuronet_jax.nifti.silent"
+)  # nibabel logs what it repairs; here it counts only what raises
 _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
 _NIFTI = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by sizeof_hdr
@@ -228,7 +230,9 @@ def _inflate(stream: IO[bytes], read_header: Any, limits: Limits) -> Volume:
     buffer = np.empty(voxels * dtype.itemsize, np.uint8)
     _fill(stream, memoryview(buffer))
     if _drain(stream, limits.trailing_bytes) > limits.trailing_bytes:
-        raise RejectError("E_TRAILING", f"more than {limits.trailing_bytes} bytes follow the voxels; the file is damaged or hostile")
+        raise RejectError(
+            "E_TRAILING", f"more than {limits.trailing_bytes} bytes follow the voxels; the file is damaged or hostile"
+        )
     data = buffer.view(dtype).reshape(shape, order="F")
     data = data.astype(dtype.newbyteorder("="), copy=False)
     if (slope, inter) != (1.0, 0.0):
@@ -337,7 +341,9 @@ def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.nda
             notes.append("W_XFORM")
     if not candidates:
         if not limits.assume_ras:
-            raise RejectError("E_NO_XFORM", "sform_code and qform_code are 0: left and right are unknown (--assume_ras accepts)")
+            raise RejectError(
+                "E_NO_XFORM", "sform_code and qform_code are 0: left and right are unknown (--assume_ras accepts)"
+            )
         affine = np.diag([*zooms, 1.0])
         affine[:3, 3] = -zooms * (np.array(shape) - 1) / 2  # centred
         notes.append("W_LR_UNSAFE")
@@ -346,13 +352,19 @@ def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.nda
     assert affine is not None
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
     if np.any(np.abs(spacing_mm - zooms) > 1e-3):
-        raise RejectError("E_ZOOM", f"pixdim says {zooms.tolist()} mm, the affine {spacing_mm.tolist()} mm; correct the header")
+        raise RejectError(
+            "E_ZOOM", f"pixdim says {zooms.tolist()} mm, the affine {spacing_mm.tolist()} mm; correct the header"
+        )
     low, high = limits.spacing_mm
     if np.any(spacing_mm < low) or np.any(spacing_mm > high):
-        raise RejectError("E_UNITS", f"voxels of {spacing_mm.tolist()} mm are outside {low} to {high} mm; are the units mm?")
+        raise RejectError(
+            "E_UNITS", f"voxels of {spacing_mm.tolist()} mm are outside {low} to {high} mm; are the units mm?"
+        )
     fov_mm, (low, high) = spacing_mm * shape, limits.fov_mm
     if np.any(fov_mm < low) or np.any(fov_mm > high):
-        raise RejectError("E_UNITS", f"a field of view of {fov_mm.round(1).tolist()} mm is no head ({low} to {high} mm per axis)")
+        raise RejectError(
+            "E_UNITS", f"a field of view of {fov_mm.round(1).tolist()} mm is no head ({low} to {high} mm per axis)"
+        )
     if _is_oblique(affine[:3, :3] / spacing_mm):
         notes.append("W_OBLIQUE")
     return affine, notes
@@ -371,7 +383,9 @@ def _finite(data: np.ndarray, limits: Limits) -> tuple[np.ndarray, tuple[str, ..
     if bad == 0:
         return data, ()
     if bad > limits.nan_fraction * data.size:
-        raise RejectError("E_NAN", f"{bad} of {data.size} voxels are NaN or Inf; at most {limits.nan_fraction:.2%} may be")
+        raise RejectError(
+            "E_NAN", f"{bad} of {data.size} voxels are NaN or Inf; at most {limits.nan_fraction:.2%} may be"
+        )
     return np.where(finite, data, data.dtype.type(0)), ("W_NAN",)
 
 
@@ -386,7 +400,9 @@ def _fill(stream: Any, view: memoryview) -> None:
     while filled < len(view):
         count = stream.readinto(view[filled:])
         if not count:
-            raise RejectError("E_TRUNCATED", f"the file ends {len(view) - filled} bytes early; copy or download it again")
+            raise RejectError(
+                "E_TRUNCATED", f"the file ends {len(view) - filled} bytes early; copy or download it again"
+            )
         filled += count
 
 

@@ -36,7 +36,9 @@ def spacing_mm(affine: np.ndarray) -> np.ndarray:
     return np.linalg.norm(affine[:3, :3], axis=0)
 
 
-def conform(data: np.ndarray, affine: np.ndarray, voxel_size_mm: float, is_label: bool) -> tuple[np.ndarray, np.ndarray]:
+def conform(
+    data: np.ndarray, affine: np.ndarray, voxel_size_mm: float, is_label: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """The volume [x y z] in RAS+ order with voxels of `voxel_size_mm`, C-contiguous, and its affine.
 
     Images (float32) are interpolated linearly after a Gaussian that removes what a coarser grid cannot hold; labels take
@@ -72,7 +74,9 @@ def reorient(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return data.transpose(order)[flips], affine @ to_input
 
 
-def resample(data: np.ndarray, affine: np.ndarray, voxel_size_mm: float, is_label: bool) -> tuple[np.ndarray, np.ndarray]:
+def resample(
+    data: np.ndarray, affine: np.ndarray, voxel_size_mm: float, is_label: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """The volume with cubic voxels of `voxel_size_mm`, axis by axis, C-contiguous, and its affine. See `conform`."""
     affine = np.array(affine, np.float64)
     for axis, spacing in enumerate(spacing_mm(affine)):
@@ -103,7 +107,9 @@ def to_grid(labels: np.ndarray, affine: np.ndarray, target: Grid) -> np.ndarray:
     along[range(3), order] = True
     drift = np.abs(to_source[:3, :3][~along]).max() * max(target.shape)  # voxels by which rows of the grids diverge
     if drift > 1e-2:
-        return scipy.ndimage.affine_transform(labels, to_source, output_shape=target.shape, order=0, mode="constant", cval=0)
+        return scipy.ndimage.affine_transform(
+            labels, to_source, output_shape=target.shape, order=0, mode="constant", cval=0
+        )
     gathered, inside = [], []
     for source, axis in enumerate(order):  # each axis of the source is walked by one axis of the target
         positions = to_source[source, 3] + to_source[source, axis] * np.arange(target.shape[axis])
@@ -128,7 +134,9 @@ def place(array: np.ndarray, shape: Sequence[int], origin: Sequence[int]) -> np.
     return result
 
 
-def crop_origin(shape: Sequence[int], size: Sequence[int], low: Sequence[int], high: Sequence[int]) -> tuple[int, int, int]:
+def crop_origin(
+    shape: Sequence[int], size: Sequence[int], low: Sequence[int], high: Sequence[int]
+) -> tuple[int, int, int]:
     """Where a box of `size` starts in a volume of `shape`: centred padding where it is larger; where it is smaller,
     centred on the voxels `low` to `high` (excluded) as far as the volume allows."""
     origin = []

@@ -1,0 +1,429 @@
+"""From images and label maps on disk to a finished store.
+
+    python -m data_prep.build --manifest=cohort.csv --store=stores/cohort
+    python -m data_prep.build --manifest=cohort.csv --store=gs://bucket/cohort --scheduler=tcp://head:8786
+
+One task is one whole shard: its subjects are read, checked, conformed and written by one worker, once. A build that was killed
+is continued by the same command: shards with a record of their own are done. Unusable subjects go to rejects.tsv with a code
+and a reason. Exit status: 0 done; 2 an error, named; 3 more rejects than --max-reject-fraction, the store left unfinished.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+import neuronet_jax
+from data_prep import cluster
+from data_prep.manifest import Source, assign_splits, check_sources, ids_hash, read_ids, read_manifest
+from data_prep.subject import Settings, image_hash, prepare
+from neuronet_jax.errors import NeuronetError, RejectError
+from neuronet_jax.files import Files
+from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.nifti import Limits
+from neuronet_jax.store import (
+    Record,
+    Reject,
+    Store,
+    StoreInfo,
+    StoreWriter,
+    Subject,
+    subjects_from_tsv,
+    subjects_to_tsv,
+)
+
+HEAD_MM = (
+    192,
+    224,
+    192,
+)  # holds an adult brain with room for a crop to move; the published heads were cut to about that
+_MAX_REJECT_FRACTION = 0.05
+_RETRY_AFTER_S = (1, 5, 25)  # a network file system that hiccups is back within half a minute or needs a person
+
+
+class TooManyRejects(NeuronetError):
+    """More subjects were rejected than the caller allows; the store stays unfinished, rejects.tsv is written."""
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What became of the cohort. `rejects` names subjects: not for logs."""
+
+    store: str
+    subjects: dict[str, int]  # per split
+    rejects: tuple[Reject, ...]
+    warnings: dict[str, int]  # subjects per W_… code
+    excluded: int
+    seconds: float
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Subjects per E_… code."""
+        return dict(collections.Counter(reject.code for reject in self.rejects))
+
+
+def build(
+    manifest: Path,
+    store: str,
+    *,
+    voxel_size_mm: float = 1.0,
+    grid: tuple[int, int, int] | None = None,
+    exclude: Path | None = None,
+    splits: Path | None = None,
+    **options: Any,
+) -> BuildReport:
+    """Builds the store of a manifest (columns in `data_prep.manifest`); `options` as for `build_sources`."""
+    excluded = read_ids(Path(exclude)) if exclude else set()
+    sources = assign_splits(read_manifest(Path(manifest)), Path(splits) if splits else None)
+    return build_sources(sources, store, voxel_size_mm=voxel_size_mm, grid=grid, excluded=excluded, **options)
+
+
+def build_sources(
+    sources: Sequence[Source],
+    store: str,
+    *,
+    voxel_size_mm: float = 1.0,
+    grid: tuple[int, int, int] | None = None,
+    excluded: Collection[str] = (),
+    workers: int | None = None,
+    scheduler: str | None = None,
+    shard_subjects: int | None = None,
+    max_reject_fraction: float = _MAX_REJECT_FRACTION,
+    missing: Literal["keep", "reject"] = "keep",
+    resample_labels: bool = False,
+    limits: Limits = Limits(),
+    progress: bool = False,
+) -> BuildReport:
+    """Builds the store at `store` from `sources`, or continues it; a store finished from the same input is left as it is.
+
+    Subjects in `excluded` are left out without a trace. Raises NeuronetError for a bad cohort, a place that holds another store,
+    or failed writing, and TooManyRejects.
+    """
+    start = time.monotonic()
+    check_sources(sources)
+    kept = [source for source in sources if source.id not in set(excluded)]
+    protocols = tuple(name for name in PROTOCOLS if any(name in source.labels for source in kept))
+    if not protocols:
+        raise NeuronetError("no subject with a label map is left to build from")
+    settings = Settings(protocols, grid or default_grid(voxel_size_mm), voxel_size_mm, missing, resample_labels, limits)
+    shard_subjects = shard_subjects or min(max(len(kept) // 16, 1), 8)  # small cohorts still feed several workers
+    provenance = _provenance(kept, settings, excluded)
+
+    files = Files(store)
+    if files.read("COMPLETE") is not None:
+        finished = Store.open(store)
+        if finished.info.provenance != provenance or finished.info.shard_subjects != shard_subjects:
+            raise NeuronetError(
+                f"E_EXISTS: {store} holds a finished store of other input or settings; choose another place"
+            )
+        rejects = _read_rejects(files)
+        _tidy(files)
+        return _report(store, finished.subjects, rejects, len(sources) - len(kept), time.monotonic() - start)
+    writer = _writer(store, settings, len(kept), shard_subjects, provenance)
+
+    shards = {slot: tuple(kept[slot : slot + shard_subjects]) for slot in range(0, len(kept), shard_subjects)}
+    rows: dict[int, ShardRows] = {}
+    for slot in shards:
+        done = ShardRows.read(files, slot)
+        # rejects are tried again: somebody may have repaired the files
+        if done is not None and not done.rejects and (not done.subjects or writer.has_shard(slot)):
+            rows[slot] = done
+    duplicates: dict[str, int] = {}
+    with _progress(progress, len(kept)) as advance:
+        advance(sum(len(shards[slot]) for slot in rows))
+        while todo := [slot for slot in shards if slot not in rows]:
+            tasks = {f"shard-{slot}": (store, slot, shards[slot], settings, duplicates) for slot in todo}
+            for result in cluster.run(build_shard, tasks, workers, scheduler):
+                if isinstance(result, NeuronetError):
+                    raise result
+                rows[result.slot] = result
+                advance(len(shards[result.slot]))
+            for slot, first in _duplicates(rows).items():  # known only now: their shards are written again without them
+                duplicates[kept[slot].id] = first
+                again = rows.pop(slot - slot % shard_subjects, None)
+                advance(-len(shards[again.slot]) if again else 0)
+
+    subjects = [subject for slot in sorted(rows) for subject in rows[slot].subjects]
+    rejects = [reject for slot in sorted(rows) for reject in rows[slot].rejects]
+    if len(rejects) > max_reject_fraction * len(kept):
+        files.write("rejects.tsv", _rejects_tsv(rejects))
+        codes = ", ".join(f"{code} {n}" for code, n in sorted(collections.Counter(r.code for r in rejects).items()))
+        raise TooManyRejects(
+            f"{len(rejects)} of {len(kept)} subjects were rejected ({codes}), more than the allowed {max_reject_fraction:.1%}; "
+            f"see rejects.tsv in {store}, repair the files or raise --max-reject-fraction, and run the same command again"
+        )
+    writer.finalize(subjects, rejects)
+    _tidy(files)
+    return _report(store, subjects, rejects, len(sources) - len(kept), time.monotonic() - start)
+
+
+def default_grid(voxel_size_mm: float) -> tuple[int, int, int]:
+    """Voxels that hold `HEAD_MM`, in multiples of 16: three halvings, then an even split over two devices."""
+    x, y, z = (16 * math.ceil(math.ceil(side / voxel_size_mm) / 16) for side in HEAD_MM)
+    return x, y, z
+
+
+# ---- in the workers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """The table rows of one shard: its record that it is done."""
+
+    slot: int
+    subjects: tuple[Subject, ...]
+    rejects: tuple[Reject, ...]
+
+    @staticmethod
+    def name(slot: int) -> str:
+        return f"unfinished-{slot:08d}.json"
+
+    @classmethod
+    def read(cls, files: Files, slot: int) -> "ShardRows | None":
+        data = files.read(cls.name(slot))
+        if data is None:
+            return None
+        fields = json.loads(data)
+        return cls(
+            slot, subjects_from_tsv(fields["subjects"].encode()), tuple(Reject(*row) for row in fields["rejects"])
+        )
+
+    def write(self, files: Files) -> None:
+        rejects = [dataclasses.astuple(reject) for reject in self.rejects]
+        fields = {"subjects": subjects_to_tsv(self.subjects).decode(), "rejects": rejects}
+        files.write(self.name(self.slot), json.dumps(fields).encode())
+
+
+def build_shard(
+    store: str, first_slot: int, sources: Sequence[Source], settings: Settings, duplicates: dict[str, int]
+) -> ShardRows | NeuronetError:
+    """Prepares and writes one shard, then its record. Errors are returned: Dask would log a raised one with the arguments."""
+    try:
+        writer = StoreWriter.open(store)
+        writer.files.delete(ShardRows.name(first_slot))
+        records: list[Record | None] = []
+        rejects = []
+        for slot, source in enumerate(sources, first_slot):
+            try:
+                if source.id in duplicates:
+                    raise RejectError("E_DUPLICATE", f"the image is the same as that of slot {duplicates[source.id]}")
+                records.append(_prepare(source, slot, settings))
+            except RejectError as error:
+                records.append(None)
+                rejects.append(Reject(source.id, error.code, error.reason))
+        if any(records):
+            writer.write_shard(first_slot, records)
+        else:
+            writer.delete_shard(first_slot)
+        rows = ShardRows(first_slot, tuple(record.subject for record in records if record), tuple(rejects))
+        rows.write(writer.files)
+        return rows
+    except NeuronetError as error:
+        return error
+
+
+def _prepare(source: Source, slot: int, settings: Settings) -> Record:
+    """`prepare` with bounded retries of reading; what nobody foresaw becomes a reject that says where it happened."""
+    for wait_s in (*_RETRY_AFTER_S, None):
+        try:
+            return prepare(source, slot, settings)
+        except RejectError as error:
+            if error.code != "E_IO" or wait_s is None or _is_permanent(error):
+                raise
+            time.sleep(wait_s)
+        except Exception as error:  # one strange file must not stop a cohort of 50,000
+            trace = error.__traceback__
+            while trace and trace.tb_next:
+                trace = trace.tb_next
+            where = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else "?"
+            raise RejectError("E_INTERNAL", f"{type(error).__name__} at {where}") from error  # its text may name files
+    raise AssertionError("unreachable")
+
+
+def _is_permanent(error: RejectError) -> bool:
+    causes = (error.__cause__, getattr(error.__cause__, "__cause__", None))
+    return any(isinstance(cause, FileNotFoundError | PermissionError | NotADirectoryError) for cause in causes)
+
+
+# ---- around them ----------------------------------------------------------------------------------------------------
+
+
+def _provenance(sources: Sequence[Source], settings: Settings, excluded: Collection[str]) -> dict[str, Any]:
+    """What the store was made of and how, without paths or ids: equal for equal builds."""
+    rows = [f"{source.id}\t{source.split}\t{','.join(sorted(source.labels))}\n" for source in sources]
+    return json.loads(
+        json.dumps(
+            {
+                "software": f"neuronet-jax {neuronet_jax.__version__}",
+                "sources_hash": hashlib.sha256("".join(rows).encode()).hexdigest(),
+                "exclude_hash": ids_hash(excluded),
+                "settings": dataclasses.asdict(settings),
+            }
+        )
+    )
+
+
+def _writer(store: str, settings: Settings, slots: int, shard_subjects: int, provenance: dict[str, Any]) -> StoreWriter:
+    data = Files(store).read("unfinished.json")
+    if data is None:
+        return StoreWriter.create(
+            store,
+            protocols=settings.protocols,
+            grid=settings.grid,
+            voxel_size_mm=settings.voxel_size_mm,
+            slots=slots,
+            shard_subjects=shard_subjects,
+            provenance=provenance,
+        )
+    info = StoreInfo.from_json(data)
+    if info.provenance != provenance or info.shard_subjects != shard_subjects:
+        raise NeuronetError(
+            f"E_EXISTS: {store} holds an unfinished store of other input or settings; delete it or choose another place"
+        )
+    return StoreWriter.open(store)
+
+
+def _duplicates(rows: dict[int, ShardRows]) -> dict[int, int]:
+    """Slot of every subject whose image an earlier slot already has, and that slot."""
+    first: dict[str, int] = {}
+    found = {}
+    for slot in sorted(rows):
+        for subject in rows[slot].subjects:
+            earlier = first.setdefault(image_hash(subject), subject.slot)
+            if earlier != subject.slot:
+                found[subject.slot] = earlier
+    return found
+
+
+def _rejects_tsv(rejects: Iterable[Reject]) -> bytes:
+    lines = ["\t".join(" ".join(value.split()) for value in dataclasses.astuple(reject)) for reject in rejects]
+    return ("\n".join(["id\tcode\treason", *lines]) + "\n").encode()
+
+
+def _read_rejects(files: Files) -> list[Reject]:
+    lines = (files.read("rejects.tsv") or b"").decode().splitlines()[1:]
+    return [Reject(*line.split("\t", 2)) for line in lines]
+
+
+def _tidy(files: Files) -> None:
+    """Removes what only an unfinished store needs."""
+    for name in [*files.names("unfinished-"), "unfinished.json"]:
+        files.delete(name)
+
+
+def _report(
+    store: str, subjects: Sequence[Subject], rejects: Sequence[Reject], excluded: int, seconds: float
+) -> BuildReport:
+    splits = collections.Counter(subject.split for subject in subjects)
+    warnings = collections.Counter(code for subject in subjects for code in subject.warnings)
+    return BuildReport(store, dict(splits), tuple(rejects), dict(sorted(warnings.items())), excluded, seconds)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Any) -> str:
+        return f"{task.speed:.2f} subjects/s" if task.speed else ""
+
+
+class _progress:
+    """A bar with rate and time left; `with` gives the function that advances it."""
+
+    def __init__(self, shown: bool, total: int):
+        columns = (TextColumn("building"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), disable=not shown, speed_estimate_period=120)
+        self._task = self._bar.add_task("building", total=total)
+
+    def __enter__(self):
+        self._bar.start()
+        return lambda count: self._bar.advance(self._task, count)
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--store", required=True, help="where to: a local path, gs://bucket/path or s3://bucket/path")
+    add(
+        "--manifest",
+        type=Path,
+        required=True,
+        help="CSV: id,t1,fsl_fast,fsl_first,spm_tissue,malp_em,malp_em_tissue[,split]",
+    )
+    add("--exclude", type=Path, help="ids of withdrawn participants, one per line")
+    add(
+        "--splits",
+        type=Path,
+        help="CSV id,split for a manifest without that column (default: 90/5/5 %% by a hash of the id)",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--workers", type=int, help="processes on this machine (default: one per core; 0: in this process)"
+    )
+    where.add_argument("--scheduler", help="address of a Dask scheduler, e.g. of dask-jobqueue on Slurm")
+    add("--voxel_size_mm", type=float, default=1.0)
+    add("--grid", type=_grid, help="voxels X,Y,Z of the stored volumes (default: 192x224x192 mm)")
+    add(
+        "--shard_subjects",
+        type=int,
+        help="subjects per shard, the unit of writing (default: 8, fewer in a small cohort)",
+    )
+    add("--max-reject-fraction", type=float, default=_MAX_REJECT_FRACTION)
+    add("--missing", choices=("keep", "reject"), default="keep", help="subjects that lack some of the label maps")
+    add("--resample_labels", action="store_true", help="accept label maps on another grid than the image's")
+    add("--transform", choices=("sform", "qform", "reject"), default="sform", help="which counts where the two differ")
+    add("--assume_ras", action="store_true", help="accept images without orientation; left and right are then a guess")
+    options = vars(parser.parse_args(arguments))
+    limits = Limits(transform=options.pop("transform"), assume_ras=options.pop("assume_ras"))
+    console = Console(stderr=True)
+    try:
+        report = build(**options, limits=limits, progress=True)
+    except TooManyRejects as error:
+        console.print(str(error), style="red", highlight=False)
+        return 3
+    except NeuronetError as error:
+        console.print(f"error: {error}", style="red", highlight=False)
+        return 2
+    print(summary(report))
+    return 0
+
+
+def summary(report: BuildReport) -> str:
+    """The report in a few lines, without ids."""
+
+    def counts(table: dict[str, int]) -> str:
+        return ", ".join(f"{name} {n}" for name, n in table.items()) or "none"
+
+    total = sum(report.subjects.values())
+    return (
+        f"store {report.store}: {total} subjects ({counts(report.subjects)}) in {report.seconds:.1f} s\n"
+        f"rejected: {counts(report.rejected)}; warnings: {counts(report.warnings)}; excluded: {report.excluded}"
+    )
+
+
+def _grid(text: str) -> tuple[int, int, int]:
+    try:
+        x, y, z = (int(side) for side in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"a grid is X,Y,Z, got {text!r}") from error
+    return x, y, z
+
+
+if __name__ == "__main__":
+    sys.exit(main())
