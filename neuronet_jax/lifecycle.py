@@ -1,0 +1,104 @@
+"""How a run ends early: asked to (signals of the scheduler or the keyboard), or because it no longer moves."""
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from types import TracebackType
+
+import jax
+from jax.experimental import multihost_utils
+
+EXIT_STALLED = 6
+
+log = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a question asked after every step.
+
+        with StopRequest() as stop:
+            for step in …:
+                …
+                if stop.requested(step):
+                    break  # save, then exit 0
+
+    After that, Ctrl-C ends the process at once. In a run of several processes one signal to one of them is enough: all
+    get the same answer at the same step, by JAX's preemption service, which owns SIGTERM there.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._distributed = jax.process_count() > 1
+        signals = (
+            [signal.SIGINT, signal.SIGUSR1] if self._distributed else [signal.SIGINT, signal.SIGUSR1, signal.SIGTERM]
+        )
+        self._previous = {number: signal.signal(number, self._ask) for number in signals}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int) -> bool:
+        """Whether to save and stop after `step`. Every process must ask at every step."""
+        if self._distributed:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def _ask(self, number: int, frame: object) -> None:
+        self._asked = True
+        os.write(2, f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C ends at once\n".encode())
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._distributed:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Watchdog:
+    """Ends the process with EXIT_STALLED when the run has not moved for long.
+
+    After `timeout_s` without `progress` it warns and writes the stacks of all threads to stderr; after twice that it
+    writes them again and exits, so that a scheduler can restart the job: a hung reader, a lost peer in a collective.
+    It counts its own ticks, not the clock: a process that was itself suspended has not stalled.
+    """
+
+    def __init__(self, timeout_s: float):
+        self._timeout_s = timeout_s
+        self._moves = 0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def progress(self) -> None:
+        """Says that the run has moved. Call it after every step, evaluated subject and save."""
+        self._moves += 1
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        tick_s = self._timeout_s / 20
+        moves, still_s, warned = 0, 0.0, False
+        while not self._closed.wait(tick_s):
+            if moves != self._moves:
+                moves, still_s, warned = self._moves, 0.0, False
+                continue
+            still_s += tick_s
+            if still_s >= self._timeout_s and not warned:
+                warned = True
+                log.warning("no progress for %.3g s; the run ends if it does not move in as long again", still_s)
+                faulthandler.dump_traceback(all_threads=True)
+            if still_s >= 2 * self._timeout_s:
+                log.error("no progress for %.3g s: ending the process with status %d", still_s, EXIT_STALLED)
+                faulthandler.dump_traceback(all_threads=True)
+                sys.stdout.flush()
+                os._exit(EXIT_STALLED)  # a stalled main thread cannot raise

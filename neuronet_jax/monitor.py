@@ -1,0 +1,197 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, and a progress bar (plain lines without a terminal).
+
+None of it can stop the training: a sink that fails is reported once, and the run goes on without what it missed.
+Only numbers and pictures are written, under names of the program's own: no subject, no path.
+"""
+
+import collections
+import datetime
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Num, UInt8
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.labels import Protocol
+
+SHOWN = ("loss", "dice")  # the metrics beside the progress bar
+
+log = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Writes the metrics of a run below `run_dir`, from process 0 only; in the others every method does nothing.
+
+    What an earlier run wrote after `resume_step` (0: a fresh run) is dropped: those steps are run again.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, total_steps: int, resume_step: int = 0, process_index: int = 0):
+        self._active = process_index == 0
+        self._total_steps = total_steps
+        self._failed: set[str] = set()
+        self._shown: dict[str, float] = {}
+        self._ticks = collections.deque([(resume_step, time.monotonic())], maxlen=10)  # a rate over ten reports
+        self._jsonl = Path(run_dir) / "metrics.jsonl"
+        self._events: EventsWriter | None = None
+        self._progress: Progress | None = None
+        if not self._active:
+            return
+        self._try("metrics.jsonl", lambda: _drop_after(self._jsonl, resume_step))
+        self._try("TensorBoard", lambda: self._open_events(Path(run_dir) / "tensorboard", resume_step))
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+            self._progress = Progress(*columns, console=console)
+            self._progress.add_task("", total=total_steps, completed=resume_step)
+            self._progress.start()
+        self._console = console
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes numbers (or arrays of one element) by name. A value that is not finite is null in metrics.jsonl."""
+        if not self._active:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **{k: _finite(v) for k, v in numbers.items()}})
+        self._try("metrics.jsonl", lambda: _append(self._jsonl, line + "\n"))
+        self._write_events(step, [summary.scalar(name, value) for name, value in numbers.items()])
+        self._shown |= {name: numbers[name] for name in SHOWN if name in numbers}
+        self._ticks.append((step, time.monotonic()))
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=step, description=self._status())
+        else:
+            self._console.print(f"step {step}/{self._total_steps}  {self._status()}", highlight=False)
+
+    def pictures(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w 3"]]) -> None:
+        """Writes RGB pictures by name, to TensorBoard."""
+        if self._active:
+            self._try("TensorBoard", lambda: self._write_pictures(step, images))
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the files."""
+        if self._progress:
+            self._progress.stop()
+        if self._events:
+            self._try("TensorBoard", self._events.close)
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _status(self) -> str:
+        """`loss 0.512  dice 0.431  2.3 steps/s  1:02:03 left`"""
+        parts = [f"{name} {value:.3f}" for name, value in self._shown.items()]
+        (first, then), (last, now) = self._ticks[0], self._ticks[-1]
+        if last > first and now > then:
+            rate = (last - first) / (now - then)
+            left = datetime.timedelta(seconds=round((self._total_steps - last) / rate))
+            parts += [f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step", f"{left} left"]
+        return "  ".join(parts)
+
+    def _open_events(self, folder: Path, resume_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Synchronous: tensorboardX's own queue blocks the training for ever once its thread has died of a full disk.
+        self._events = EventsWriter(str(folder / "events"))
+        if resume_step:  # TensorBoard hides what it has read of later steps
+            start = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(step=resume_step + 1, wall_time=time.time(), session_log=start))
+
+    def _write_events(self, step: int, summaries: list[Summary]) -> None:
+        def write(events: EventsWriter) -> None:
+            for entry in summaries:
+                events.write_event(Event(step=step, wall_time=time.time(), summary=entry))
+            events.flush()
+
+        if events := self._events:
+            self._try("TensorBoard", lambda: write(events))
+
+    def _write_pictures(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        self._write_events(step, [summary.image(name, image, dataformats="HWC") for name, image in images.items()])
+
+    def _try(self, sink: str, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except Exception as error:
+            if sink not in self._failed:
+                self._failed.add(sink)
+                log.warning("%s cannot be written, training goes on without: %s", sink, error)
+
+
+def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in order, each with `step` and `time`; a line cut short by a crash is left out."""
+    return _read(Path(run_dir) / "metrics.jsonl")
+
+
+def label_picture(
+    image: Num[np.ndarray, "x y z"],
+    labels: UInt8[np.ndarray, "x y z"],
+    reference: UInt8[np.ndarray, "x y z"],
+    protocol: Protocol,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The middle axial, coronal and sagittal slices: image, `labels` over it, `reference` over it, side by side.
+
+    Arrays are in RAS+ order and hold intensities and class indices of `protocol`. Anterior or superior is up, the
+    subject's left is on the left. Raises NeuronetError where the shapes differ.
+    """
+    if not image.shape == labels.shape == reference.shape:
+        raise NeuronetError(
+            f"image, labels and reference must share a shape, got {image.shape}, {labels.shape}, {reference.shape}"
+        )
+    low, high = np.percentile(image, (1, 99))
+    grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)[..., None] * np.full(3, 255.0)  # [x y z 3]
+    colors = np.array([structure.color for structure in protocol.structures], np.float64)  # [k 3]
+
+    def over(classes: np.ndarray) -> np.ndarray:
+        return np.where((classes > 0)[..., None], (grey + colors[classes]) / 2, grey)
+
+    panels = np.concatenate([grey, over(labels), over(reference)], axis=-1)  # [x y z 9]: three RGB volumes
+    rows = []
+    for axis in (2, 1, 0):
+        view = np.rot90(np.take(panels, panels.shape[axis] // 2, axis))  # [h w 9], the higher axis upwards
+        rows.append(np.concatenate(np.split(view, 3, axis=-1), axis=1))  # [h 3w 3]
+    width = max(row.shape[1] for row in rows)
+    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
+    return np.concatenate(rows).round().astype(np.uint8)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _append(file: Path, text: str) -> None:
+    with file.open("a") as stream:
+        stream.write(text)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # a crash or a full disk cut it short
+            continue
+    return lines
+
+
+def _drop_after(file: Path, step: int) -> None:
+    """Rewrites `file` without the lines later than `step` and without broken ones; makes it where it is missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept = [json.dumps(line) + "\n" for line in _read(file) if line["step"] <= step]
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(file)
