@@ -3,9 +3,10 @@
     python -m data_prep.build --manifest=cohort.csv --store=stores/cohort
     python -m data_prep.build --manifest=cohort.csv --store=gs://bucket/cohort --scheduler=tcp://head:8786
 
-One task is one whole shard: its subjects are read, checked, conformed and written by one worker, once. A build that was killed
-is continued by the same command: shards with a record of their own are done. Unusable subjects go to rejects.tsv with a code
-and a reason. Exit status: 0 done; 2 an error, named; 3 more rejects than --max-reject-fraction, the store left unfinished.
+One task is one whole shard: its subjects are read, checked, conformed and written by one worker, once. A build that
+was killed is continued by the same command: shards with a record of their own are done. Unusable subjects go to
+rejects.tsv with a code and a reason. Exit status: 0 done; 2 an error, named; 3 more rejects than
+--max-reject-fraction, the store left unfinished.
 """
 
 import argparse
@@ -31,17 +32,9 @@ from data_prep.subject import Settings, image_hash, prepare
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.nifti import Limits
-from neuronet_jax.store import (
-    Record,
-    Reject,
-    Store,
-    StoreInfo,
-    StoreWriter,
-    Subject,
-    subjects_from_tsv,
-    subjects_to_tsv,
-)
+from neuronet_jax.nifti import DEFAULT_LIMITS, Limits
+from neuronet_jax.schema import Record, Reject, StoreInfo, Subject, subjects_from_tsv, subjects_to_tsv
+from neuronet_jax.store import Store, StoreWriter
 
 HEAD_MM = (
     192,
@@ -102,13 +95,14 @@ def build_sources(
     max_reject_fraction: float = _MAX_REJECT_FRACTION,
     missing: Literal["keep", "reject"] = "keep",
     resample_labels: bool = False,
-    limits: Limits = Limits(),
+    limits: Limits = DEFAULT_LIMITS,
+    note: str = "",
     progress: bool = False,
 ) -> BuildReport:
-    """Builds the store at `store` from `sources`, or continues it; a store finished from the same input is left as it is.
+    """Builds the store at `store` from `sources`, or continues it; one finished from the same input is left as it is.
 
-    Subjects in `excluded` are left out without a trace. Raises NeuronetError for a bad cohort, a place that holds another store,
-    or failed writing, and TooManyRejects.
+    Subjects in `excluded` are left out without a trace; `note` is kept in the store's provenance. Raises NeuronetError
+    for a bad cohort, a place that holds another store, or failed writing, and TooManyRejects.
     """
     start = time.monotonic()
     check_sources(sources)
@@ -118,7 +112,7 @@ def build_sources(
         raise NeuronetError("no subject with a label map is left to build from")
     settings = Settings(protocols, grid or default_grid(voxel_size_mm), voxel_size_mm, missing, resample_labels, limits)
     shard_subjects = shard_subjects or min(max(len(kept) // 16, 1), 8)  # small cohorts still feed several workers
-    provenance = _provenance(kept, settings, excluded)
+    provenance = _provenance(kept, settings, excluded, note)
 
     files = Files(store)
     if files.read("COMPLETE") is not None:
@@ -160,8 +154,8 @@ def build_sources(
         files.write("rejects.tsv", _rejects_tsv(rejects))
         codes = ", ".join(f"{code} {n}" for code, n in sorted(collections.Counter(r.code for r in rejects).items()))
         raise TooManyRejects(
-            f"{len(rejects)} of {len(kept)} subjects were rejected ({codes}), more than the allowed {max_reject_fraction:.1%}; "
-            f"see rejects.tsv in {store}, repair the files or raise --max-reject-fraction, and run the same command again"
+            f"{len(rejects)} of {len(kept)} subjects were rejected ({codes}), more than {max_reject_fraction:.1%}; "
+            f"see rejects.tsv in {store}, repair the files or raise --max-reject-fraction, and run it again"
         )
     writer.finalize(subjects, rejects)
     _tidy(files)
@@ -208,7 +202,10 @@ class ShardRows:
 def build_shard(
     store: str, first_slot: int, sources: Sequence[Source], settings: Settings, duplicates: dict[str, int]
 ) -> ShardRows | NeuronetError:
-    """Prepares and writes one shard, then its record. Errors are returned: Dask would log a raised one with the arguments."""
+    """Prepares and writes one shard, then its record.
+
+    Errors are returned: Dask would log a raised one together with the arguments, which name subjects.
+    """
     try:
         writer = StoreWriter.open(store)
         writer.files.delete(ShardRows.name(first_slot))
@@ -259,7 +256,7 @@ def _is_permanent(error: RejectError) -> bool:
 # ---- around them ----------------------------------------------------------------------------------------------------
 
 
-def _provenance(sources: Sequence[Source], settings: Settings, excluded: Collection[str]) -> dict[str, Any]:
+def _provenance(sources: Sequence[Source], settings: Settings, excluded: Collection[str], note: str) -> dict[str, Any]:
     """What the store was made of and how, without paths or ids: equal for equal builds."""
     rows = [f"{source.id}\t{source.split}\t{','.join(sorted(source.labels))}\n" for source in sources]
     return json.loads(
@@ -269,6 +266,7 @@ def _provenance(sources: Sequence[Source], settings: Settings, excluded: Collect
                 "sources_hash": hashlib.sha256("".join(rows).encode()).hexdigest(),
                 "exclude_hash": ids_hash(excluded),
                 "settings": dataclasses.asdict(settings),
+                **({"note": note} if note else {}),
             }
         )
     )

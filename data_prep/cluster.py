@@ -13,8 +13,8 @@ def run(
 ) -> Iterator[Any]:
     """The results of `function(*arguments)` for every named task, as they come.
 
-    `workers` processes on this machine (default: one per core; 0: in this process, for debugging and small cohorts), or the
-    workers of the Dask scheduler at `scheduler`. A task whose worker is lost is given to another one.
+    `workers` processes on this machine (default: one per core; 0: in this process, for debugging and small cohorts),
+    or the workers of the Dask scheduler at `scheduler`. A task whose worker is lost is given to another one.
     """
     if workers == 0 and scheduler is None:
         for arguments in tasks.values():
@@ -26,7 +26,7 @@ def run(
         address: Any = scheduler
         if scheduler is None:
             count = min(workers or os.cpu_count() or 1, len(tasks))
-            local = LocalCluster(n_workers=count, threads_per_worker=1, processes=True, dashboard_address=None)
+            local = LocalCluster(n_workers=count, threads_per_worker=1, processes=True, dashboard_address=":0")
             address = stack.enter_context(local)
         client = stack.enter_context(Client(address))
         futures = [client.submit(function, *arguments, key=name, pure=False) for name, arguments in tasks.items()]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.schema import SPLITS
 
-SPLITS = ("train", "validation", "test")
 _ID = re.compile(r"[A-Za-z0-9]+")
 
 
@@ -31,8 +31,8 @@ class Source:
 def read_manifest(path: Path) -> list[Source]:
     """The subjects in the order of the rows of `id,t1,fsl_fast,fsl_first,spm_tissue,malp_em,malp_em_tissue[,split]`.
 
-    Paths are absolute or relative to the manifest; a map that is absent is an empty cell. Raises NeuronetError for missing
-    columns or cells, E_ID, E_DUPLICATE, E_SPLIT, and E_LEAK for a subject in two splits.
+    Paths are absolute or relative to the manifest; a map that is absent is an empty cell. Raises NeuronetError for
+    missing columns or cells, E_ID, E_DUPLICATE, E_SPLIT, and E_LEAK for a subject in two splits.
     """
     rows = _table(path, "id", "t1")
     known = {"id", "t1", "split", *PROTOCOLS}
@@ -73,8 +73,9 @@ def check_sources(sources: Sequence[Source]) -> None:
 def assign_splits(sources: Sequence[Source], splits: Path | None = None) -> list[Source]:
     """Every subject with its split: the manifest's own, or the file's `id,split`, or 90 / 5 / 5 % by a hash of the id.
 
-    The hash depends on the id alone, so a subject never changes sides when the cohort grows. Raises NeuronetError E_SPLIT where a
-    split is missing for some, or manifest and file disagree; E_LEAK where the file puts a subject into two splits.
+    The hash depends on the id alone, so a subject never changes sides when the cohort grows. Raises NeuronetError
+    E_SPLIT where a split is missing for some, or manifest and file disagree; E_LEAK where the file puts a subject
+    into two splits.
     """
     table = _read_splits(splits) if splits else {}
     if not splits and not any(source.split for source in sources):

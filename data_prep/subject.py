@@ -12,7 +12,7 @@ from data_prep.manifest import Source
 from neuronet_jax import intensity, nifti, space
 from neuronet_jax.errors import RejectError
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, MALP_EM_VOLUMES_MM3, PROTOCOLS, Protocol
-from neuronet_jax.store import Record, Subject, sample_foreground
+from neuronet_jax.schema import Record, Subject, sample_foreground
 
 _GEOMETRY_TOLERANCE_MM = 0.1  # tools rewrite affines in float32; a tenth of a millimetre moves no label
 
@@ -26,7 +26,7 @@ class Settings:
     voxel_size_mm: float
     missing: Literal["keep", "reject"] = "keep"
     resample_labels: bool = False  # accept label maps on another grid than the image's
-    limits: nifti.Limits = nifti.Limits()
+    limits: nifti.Limits = nifti.DEFAULT_LIMITS
 
 
 def prepare(source: Source, slot: int, settings: Settings) -> Record:
@@ -110,7 +110,7 @@ def _read_classes(
             if not settings.resample_labels:
                 raise RejectError(
                     "E_GEOMETRY",
-                    f"it has the shape {volume.data.shape}, the image {image.data.shape}, and corners {gap_mm:.3g} mm apart; "
+                    f"its grid {volume.data.shape} is not the image's {image.data.shape} (off by {gap_mm:.3g} mm); "
                     "--resample_labels takes the nearest voxels",
                 )
             classes = space.to_grid(classes, volume.affine, space.Grid(image.data.shape, image.affine))
@@ -142,10 +142,9 @@ def _check_maps(maps: dict[str, np.ndarray], affine: np.ndarray) -> list[str]:
             warnings.append("W_LABEL_MISSING")
         if _is_mirrored(protocol, counts):
             warnings.append("W_LR_SWAP")
-    if {"malp_em", "malp_em_tissue"} <= maps.keys():
-        # the tissue map is a fixed merge of the structure map
-        if np.any(MALP_EM_TO_TISSUE[maps["malp_em"]] != maps["malp_em_tissue"]):
-            warnings.append("W_TISSUE_MISMATCH")
+    structures, tissues = maps.get("malp_em"), maps.get("malp_em_tissue")
+    if structures is not None and tissues is not None and np.any(MALP_EM_TO_TISSUE[structures] != tissues):
+        warnings.append("W_TISSUE_MISMATCH")  # the tissue map is a fixed merge of the structure map
     return warnings
 
 

@@ -39,10 +39,10 @@ def whiten(image: np.ndarray, mean: float, std: float) -> np.ndarray:
 def clip_spikes(image: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     """Clips voxels far outside the range of the rest; ordinary images pass unchanged, bit by bit.
 
-    The range is that of the 0.1st to the 99.9th percentile of the non-zero voxels (exact zeros are defacing, skull stripping
-    or padding), widened by three times its width on both sides: fat and vessels stay, one voxel of 10⁶ does not ruin the whitening.
-    Returns W_INTENSITY where voxels were clipped, or where more than 0.1 % are negative (wrapped integers, or no T1w magnitude).
-    Raises RejectError E_CONSTANT where all voxels are zero.
+    The range is that of the 0.1st to the 99.9th percentile of the non-zero voxels (exact zeros are defacing, skull
+    stripping or padding), widened by three times its width on both sides: fat and vessels stay, one voxel of 10⁶ does
+    not ruin the whitening. Returns W_INTENSITY where voxels were clipped, or where more than 0.1 % are negative
+    (wrapped integers, or no T1w magnitude). Raises RejectError E_CONSTANT where all voxels are zero.
     """
     values = image[image != 0]
     if values.size == 0:

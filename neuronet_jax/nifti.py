@@ -31,6 +31,7 @@ _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
 _NIFTI = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by sizeof_hdr
 _MGH_HEADER_BYTES = 284
+_DEFLATE_ERROR: type[Exception] = getattr(isal_zlib, "error")  # noqa: B009 (its stub types it as an instance)
 _CONVERT = "convert it with dcm2niix (DICOM) or mri_convert, and give a .nii, .nii.gz or .mgz file"
 
 
@@ -52,8 +53,9 @@ class Limits:
 class Volume:
     """A checked image or label map on its own grid.
 
-    `data` is [x y z] in file order (float32 for images, integers for labels), `affine` maps voxels to RAS+ mm, `header` is
-    kept for writing results back with the same qform, sform and codes, `warnings` holds the stable W_… codes.
+    `data` is [x y z] in file order (float32 for images, integers for labels), `affine` maps voxels to RAS+ mm,
+    `header` is kept for writing results back with the same qform, sform and codes, `warnings` holds the stable W_…
+    codes.
     """
 
     data: np.ndarray
@@ -66,11 +68,14 @@ class Volume:
         return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))  # type: ignore[return-value]
 
 
-def read_image(path: str | Path, limits: Limits = Limits()) -> Volume:
+DEFAULT_LIMITS = Limits()
+
+
+def read_image(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Volume:
     """The image as float32 [x y z], scaling applied, stray NaN and Inf voxels set to 0 (W_NAN).
 
-    Raises RejectError with E_FORMAT, E_TRUNCATED, E_CRC, E_TRAILING, E_HEADER, E_HEADER_SIZE, E_NDIM, E_DTYPE, E_SCALE, E_UNITS,
-    E_NO_XFORM, E_XFORM, E_AFFINE, E_ZOOM or E_NAN; E_IO where the file cannot be read at all.
+    Raises RejectError with E_FORMAT, E_TRUNCATED, E_CRC, E_TRAILING, E_HEADER, E_HEADER_SIZE, E_NDIM, E_DTYPE,
+    E_SCALE, E_UNITS, E_NO_XFORM, E_XFORM, E_AFFINE, E_ZOOM or E_NAN; E_IO where the file cannot be read at all.
     """
     return _image(_read(path, limits), limits)
 
@@ -94,7 +99,7 @@ def _image(volume: Volume, limits: Limits) -> Volume:
     return dataclasses.replace(volume, data=data, warnings=volume.warnings + warnings)
 
 
-def read_labels(path: str | Path, limits: Limits = Limits()) -> Volume:
+def read_labels(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Volume:
     """The label map as integers [x y z]; floats within 1e-3 of an integer are rounded, stray NaN voxels are background.
 
     Raises RejectError as `read_image` does, and E_LABEL_FLOAT where voxels are no integers.
@@ -108,7 +113,7 @@ def read_labels(path: str | Path, limits: Limits = Limits()) -> Volume:
         if deviation >= 1e-3:  # scale factors stored as float32 err by less; interpolation errs by more
             raise RejectError(
                 "E_LABEL_FLOAT",
-                f"labels must be integers, but a voxel is {deviation:.3g} away from one; was the map interpolated linearly?",
+                f"labels must be integers, but a voxel is {deviation:.3g} off; was the map interpolated linearly?",
             )
         if np.max(np.abs(rounded), initial=0.0) >= 2**31:
             raise RejectError("E_LABEL_SET", f"a label of {np.max(np.abs(rounded)):.6g} is in no label table")
@@ -119,9 +124,9 @@ def read_labels(path: str | Path, limits: Limits = Limits()) -> Volume:
 def write_labels(path: str | Path, labels: np.ndarray, like: Volume, overwrite: bool = False) -> None:
     """Writes the ids `labels` [x y z] as .nii.gz on the grid of `like`, under the final name only when complete.
 
-    The smallest unsigned type, no scaling, `like`'s qform, sform and codes, and nothing else of its header: descriptions and
-    extensions may name the participant. The same labels give the same bytes. Raises NeuronetError where the shape differs, a
-    label is negative or above 65535, or the file exists without `overwrite`.
+    The smallest unsigned type, no scaling, `like`'s qform, sform and codes, and nothing else of its header:
+    descriptions and extensions may name the participant. The same labels give the same bytes. Raises NeuronetError
+    where the shape differs, a label is negative or above 65535, or the file exists without `overwrite`.
     """
     path = Path(path)
     if not path.name.endswith(".nii.gz"):
@@ -192,7 +197,7 @@ def _parse(file: IO[bytes], name: str, limits: Limits) -> Volume:
         raise RejectError("E_FORMAT", f"a {suffix} file holds {found}; rename or export it again")
     if suffix == ".nii":
         return _inflate(file, _read_nifti_header, limits)
-    stream = igzip.IGzipFile(fileobj=file, mode="rb")
+    stream: Any = igzip.IGzipFile(fileobj=file, mode="rb")
     try:
         try:
             return _inflate(stream, _read_mgh_header if suffix == ".mgz" else _read_nifti_header, limits)
@@ -202,7 +207,7 @@ def _parse(file: IO[bytes], name: str, limits: Limits) -> Volume:
             raise
     except EOFError as error:
         raise RejectError("E_TRUNCATED", "the gzip stream ends early; copy or download the file again") from error
-    except (gzip.BadGzipFile, isal_zlib.error) as error:
+    except (gzip.BadGzipFile, _DEFLATE_ERROR) as error:
         raise RejectError("E_CRC", f"the gzip stream is damaged ({error}); copy or download the file again") from error
 
 
@@ -228,7 +233,7 @@ def _inflate(stream: IO[bytes], read_header: Any, limits: Limits) -> Volume:
     slope, inter = _scaling(header)
     _skip(stream, offset)
     buffer = np.empty(voxels * dtype.itemsize, np.uint8)
-    _fill(stream, memoryview(buffer))
+    _fill(stream, buffer.data)
     if _drain(stream, limits.trailing_bytes) > limits.trailing_bytes:
         raise RejectError(
             "E_TRAILING", f"more than {limits.trailing_bytes} bytes follow the voxels; the file is damaged or hostile"
@@ -282,7 +287,7 @@ def _read_mgh_header(stream: IO[bytes]) -> tuple[Any, tuple[int, ...], np.dtype,
     """As for NIfTI, with the header turned into a NIfTI one, so that results can be written back on its grid."""
     block = _read_exactly(stream, _MGH_HEADER_BYTES)
     try:
-        mgh = MGHHeader(block[:90] + b"\0" * (MGHHeader.template_dtype.itemsize - 90), check=True)
+        mgh: Any = MGHHeader(block[:90] + b"\0" * (MGHHeader.template_dtype.itemsize - 90), check=True)
         dtype = np.dtype(mgh.get_data_dtype()).newbyteorder(">")
     except (HeaderDataError, WrapStructError, KeyError, ValueError) as error:
         raise RejectError("E_HEADER", f"the MGH header is invalid: {error}") from error

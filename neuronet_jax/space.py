@@ -41,8 +41,8 @@ def conform(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The volume [x y z] in RAS+ order with voxels of `voxel_size_mm`, C-contiguous, and its affine.
 
-    Images (float32) are interpolated linearly after a Gaussian that removes what a coarser grid cannot hold; labels take
-    the nearest voxel. Images and labels of one grid land on one grid. `to_grid` is the way back.
+    Images (float32) are interpolated linearly after a Gaussian that removes what a coarser grid cannot hold; labels
+    take the nearest voxel. Images and labels of one grid land on one grid. `to_grid` is the way back.
     """
     data, affine = reorient(data, affine)
     return resample(data, affine, voxel_size_mm, is_label)
@@ -56,9 +56,9 @@ def orientation(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, in
     cosines = affine[:3, :3] / spacing_mm(affine)  # [body axis, array axis]
     orders = list(itertools.permutations(range(3)))
     scores = np.array([sum(abs(cosines[body, axis]) for body, axis in enumerate(order)) for order in orders])
-    order = orders[int(np.flatnonzero(scores >= scores.max() - 1e-6)[0])]
-    x, y, z = (-1 if cosines[body, axis] < 0 else 1 for body, axis in enumerate(order))
-    return order, (x, y, z)
+    i, j, k = orders[int(np.flatnonzero(scores >= scores.max() - 1e-6)[0])]
+    x, y, z = (-1 if cosines[body, axis] < 0 else 1 for body, axis in enumerate((i, j, k)))
+    return (i, j, k), (x, y, z)
 
 
 def reorient(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
