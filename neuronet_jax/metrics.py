@@ -39,14 +39,14 @@ def dice_per_class(reference: np.ndarray, predicted: np.ndarray, num_classes: in
     """
     if reference.shape != predicted.shape:
         raise NeuronetError(
-            f"Dice compares maps on one grid, got a reference of {reference.shape} and a prediction of {predicted.shape};"
-            " resample the prediction onto the reference's grid first"
+            f"Dice compares maps on one grid, got a reference of {reference.shape} and a prediction of "
+            f"{predicted.shape}; resample the prediction onto the reference's grid first"
         )
     for name, labels in (("reference", reference), ("prediction", predicted)):
-        if labels.size and not (0 <= labels.min() and labels.max() < num_classes):
+        if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
             raise NeuronetError(
-                f"the {name} holds labels {labels.min()}..{labels.max()}, the protocol has classes 0..{num_classes - 1};"
-                " map the tool's ids to class indices first (Protocol.to_classes)"
+                f"the {name} holds labels {labels.min()}..{labels.max()}, the protocol has classes "
+                f"0..{num_classes - 1}; map the tool's ids to class indices first (Protocol.to_classes)"
             )
     pairs = reference.ravel().astype(np.int64) * num_classes + predicted.ravel()
     counts = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)  # [reference predicted]
