@@ -6,10 +6,10 @@
     DEST/subjects.tsv, rejects.tsv, store.json and, last, COMPLETE (the hash of store.json)
 
 A shard holds whole subjects and is written once by one worker; an inner chunk of one subject, all protocols together,
-is the unit of reading. Chunks and indexes carry a crc32c. Background is stored: a missing chunk is an error.
+is the unit of reading. Chunks and indexes carry a crc32c. Background is stored; a missing chunk is an error.
 
-Measured on a whole 192×224×192 head with five label maps (2 cores, no cache): milliseconds for image and labels of random
-crops of 64³ / 96³ / 128³ by the side of a chunk: 16 6/15/29, 32 4/10/20, 48 6/13/20, 64 13/17/26; with one chunk per
+Measured on a whole 192×224×192 head with five label maps (2 cores, no cache): milliseconds for image and labels of
+random crops of 64³ / 96³ / 128³ by the side of a chunk: 16 6/15/29, 32 4/10/20, 48 6/13/20, 64 13/17/26; one chunk per
 protocol (32) 5/11/23 and three times the requests. zstd takes 7.6 MB per subject, lz4 13.2 (128³: 14 ms), no codec 74.
 """
 
@@ -108,7 +108,10 @@ class StoreWriter:
             )
         if writer.files.read("unfinished.json") is not None:
             raise StoreError("E_EXISTS", f"{dest} holds an unfinished store; continue it or delete it")
-        _open_arrays(dest, info, None, create=True, write=True)
+        try:
+            _open_arrays(dest, info, None, create=True, write=True)
+        except ValueError as error:
+            raise StoreError("E_EXISTS", f"cannot make the arrays of {dest}; choose an empty place. {error}") from error
         writer.files.write("unfinished.json", info.to_json())  # last: from here on workers may open it
         return writer
 
@@ -149,7 +152,7 @@ class StoreWriter:
         """Writes the shard of the slots first_slot, first_slot + 1, …; None leaves a hole. Replaces what was there.
 
         The image comes last, so a shard whose image exists is whole (`has_shard`).
-        Raises NeuronetError for a wrong slot, shape or dtype, StoreError E_IO where writing fails (no half shard is left).
+        Raises NeuronetError for a wrong slot, shape or dtype, StoreError E_IO where writing fails (no half shard).
         """
         info = self.info
         if first_slot % info.shard_subjects or not 0 < len(records) <= min(
@@ -305,15 +308,23 @@ class Store:
         """Names of the shards that should be there and are not."""
         return _gaps(Files(self.dest), self.info, self.subjects)
 
+    def with_concurrency(self, concurrency: int) -> "Store":
+        """The same store, its codec threads and requests in flight bounded per process."""
+        return Store(self.dest, self.info, self.subjects, concurrency)
+
     def read_image(self, slot: int, start: Sequence[int] = (0, 0, 0), shape: Sequence[int] | None = None) -> np.ndarray:
         """float32 [x y z], raw intensities of a box (default: the whole volume)."""
-        return self._read(slot, {"image": self._arrays["image"][(slot, *self._box(start, shape))]})["image"]
+        return self._read([self._image(slot, start, shape)])[0]
 
     def read_labels(
-        self, slot: int, protocols: Sequence[str], start: Sequence[int] = (0, 0, 0), shape: Sequence[int] | None = None
+        self,
+        slot: int,
+        protocols: Sequence[str],
+        start: Sequence[int] = (0, 0, 0),
+        shape: Sequence[int] | None = None,
     ) -> np.ndarray:
         """uint8 [p x y z], class indices in the order of `protocols`."""
-        return self._read(slot, {"labels": self._labels(slot, protocols, start, shape)})["labels"]
+        return self._read([self._labels(slot, protocols, start, shape)])[0]
 
     def read_crop(
         self, slot: int, start: Sequence[int], shape: Sequence[int], protocols: Sequence[str]
@@ -322,40 +333,68 @@ class Store:
 
         Raises NeuronetError for a box outside the grid, StoreError E_SHARD_MISSING, E_CRC or E_IO naming the slot.
         """
-        image = self._arrays["image"][(slot, *self._box(start, shape))]
-        read = self._read(slot, {"image": image, "labels": self._labels(slot, protocols, start, shape)})
-        return read["image"], read["labels"]
+        return self.read_crops([slot], [start], shape, protocols)[0]
+
+    def read_crops(
+        self, slots: Sequence[int], starts: Sequence[Sequence[int]], shape: Sequence[int], protocols: Sequence[str]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`read_crop` of many boxes, all in flight together."""
+        images = [self._image(slot, start, shape) for slot, start in zip(slots, starts, strict=True)]
+        labels = [self._labels(slot, protocols, start, shape) for slot, start in zip(slots, starts, strict=True)]
+        read = self._read(images + labels)
+        return list(zip(read[: len(images)], read[len(images) :], strict=True))
+
+    def read_foregrounds(self, slots: Sequence[int]) -> list[np.ndarray]:
+        """int16 [n 3] of each slot: labelled voxel positions on the stored grid."""
+        return self._read([self._view("foreground", slot) for slot in slots])
 
     def read_foreground(self, slot: int) -> np.ndarray:
-        """int16 [n 3], voxel positions on the stored grid."""
-        return self._read(slot, {"foreground": self._arrays["foreground"][slot]})["foreground"]
+        """int16 [n 3], labelled voxel positions on the stored grid."""
+        return self.read_foregrounds([slot])[0]
 
-    def _labels(self, slot: int, protocols: Sequence[str], start: Sequence[int], shape: Sequence[int] | None) -> Any:
+    def _view(self, name: str, slot: int) -> "_View":
+        if not 0 <= slot < self.info.slots:
+            raise NeuronetError(f"the store has the slots 0…{self.info.slots - 1}, got {slot}")
+        return _View(name, slot, self._arrays[name][int(slot)])
+
+    def _image(self, slot: int, start: Sequence[int], shape: Sequence[int] | None) -> "_View":
+        view = self._view("image", slot)
+        return dataclasses.replace(view, array=view.array[self._box(start, shape)])
+
+    def _labels(
+        self, slot: int, protocols: Sequence[str], start: Sequence[int], shape: Sequence[int] | None
+    ) -> "_View":
         if unknown := [name for name in protocols if name not in self.info.protocols]:
             raise NeuronetError(f"the store holds the protocols {', '.join(self.info.protocols)}, not {unknown[0]!r}")
         indices = [self.info.protocols.index(name) for name in protocols]
-        return self._arrays["labels"][slot][indices][(slice(None), *self._box(start, shape))]
+        view = self._view("labels", slot)
+        return dataclasses.replace(view, array=view.array[indices][(slice(None), *self._box(start, shape))])
 
     def _box(self, start: Sequence[int], shape: Sequence[int] | None) -> tuple[slice, ...]:
         stop = self.info.grid if shape is None else tuple(a + n for a, n in zip(start, shape, strict=True))
         box = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
         if any(not 0 <= axis.start < axis.stop <= side for axis, side in zip(box, self.info.grid, strict=True)):
-            raise NeuronetError(
-                f"a box must lie in the grid {self.info.grid}, got start {tuple(start)} and shape {shape}"
-            )
+            raise NeuronetError(f"a box must lie in the grid {self.info.grid}, got start {start} and shape {shape}")
         return box
 
-    def _read(self, slot: int, views: dict[str, Any]) -> dict[str, np.ndarray]:
-        if not 0 <= slot < self.info.slots:
-            raise NeuronetError(f"the store has the slots 0…{self.info.slots - 1}, got {slot}")
-        futures = {name: view.read() for name, view in views.items()}  # all in flight before the first is awaited
-        read = {}
-        for name, future in futures.items():
+    def _read(self, views: Sequence["_View"]) -> list[np.ndarray]:
+        futures = [view.array.read() for view in views]  # all in flight before the first is awaited
+        read = []
+        for view, future in zip(views, futures, strict=True):
             try:
-                read[name] = np.asarray(future.result())
+                read.append(np.asarray(future.result()))
             except ValueError as error:
-                raise _read_error(self.dest, name, slot, str(error)) from error
+                raise _read_error(self.dest, view.name, view.slot, str(error)) from error
         return read
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """A part of an array, not yet read, and what to call it in an error."""
+
+    name: str
+    slot: int
+    array: Any
 
 
 def _read_error(dest: str, name: str, slot: int, text: str) -> StoreError:
