@@ -58,7 +58,7 @@ class Checkpoints:
         self._folder = epath.Path(path if "://" in path else os.path.abspath(path)) / "checkpoints"
         self._keep = keep
         self._read_only = read_only
-        self._saving = 0  # the step that Orbax is writing
+        self._saving: int | None = None  # the step that Orbax is writing
         if not read_only:
             self._probe()
         elif not self._folder.is_dir():
@@ -110,6 +110,7 @@ class Checkpoints:
             "config": dataclasses.asdict(config),
             "score": float(score) if score is not None and math.isfinite(score) else None,
             "arrays": {path: _describe(leaf) for path, leaf in arrays.items()},
+            "key_impls": {path: str(jax.random.key_impl(leaf)) for path, leaf in arrays.items() if _is_key(leaf)},
         }
         self._saving = step
         items = ocp.args.Composite(
@@ -135,7 +136,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise NeuronetError(f"checkpoint {self._saving} could not be saved: {error}") from error
-        if not self._read_only:
+        if self._saving is not None:
+            self._saving = None
             self._remove_old()
 
     def close(self) -> None:
@@ -207,8 +209,8 @@ class Checkpoints:
 
     def _arrays(self, step: int, target: Any, part: bool) -> Any:
         wanted = _flatten(target)
-        saved = self._run(step)["arrays"]
-        if differences := _differences(saved, {path: _describe(leaf) for path, leaf in wanted.items()}, part):
+        run = self._run(step)
+        if differences := _differences(run["arrays"], {path: _describe(leaf) for path, leaf in wanted.items()}, part):
             raise NeuronetError(f"checkpoint {step} does not fit this model:\n  " + "\n  ".join(differences))
         raw = {path: _raw_shape(leaf) for path, leaf in wanted.items()}
         restore = ocp.args.PyTreeRestore(
@@ -218,11 +220,20 @@ class Checkpoints:
             arrays = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
         except Exception as error:
             raise NeuronetError(f"checkpoint {step} cannot be read: {error}") from error
-        leaves = [_unraw(arrays[path], leaf) for path, leaf in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(target), leaves)
+        for path in run["key_impls"].keys() & wanted.keys():
+            arrays[path] = jax.random.wrap_key_data(arrays[path], impl=run["key_impls"][path])
+        return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted])
 
     def _position(self, step: int) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(position=_PositionRestore()))["position"]
+        folder = self._folder / str(step) / "position"
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        if _position_name() in names:
+            return json.loads((folder / _position_name()).read_text())
+        found = sorted(name for name in names if "_of_" in name) or "none"
+        raise NeuronetError(
+            f"checkpoint {step} has the data positions {found}, but not {_position_name()}: "
+            "run as many processes as before, or give --reset_data to start the data anew"
+        )
 
     def _probe(self) -> None:
         """Writes and removes a file, so that a run that cannot save ends before its first step."""
@@ -349,39 +360,21 @@ def _raw_shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
 
 
-def _unraw(array: Any, leaf: Any) -> Any:
-    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
-
-
-class _Position(ocp.CheckpointHandler):
-    """One JSON file per process: every process reads its own share of the data."""
-
-    def save(self, directory: epath.Path, args: "_PositionSave") -> None:
-        (directory / _position_name()).write_text(json.dumps(args.position))
-
-    def restore(self, directory: epath.Path, args: "_PositionRestore | None" = None) -> Any:
-        del args
-        file = directory / _position_name()
-        if file.exists():
-            return json.loads(file.read_text())
-        names = [path.name for path in directory.iterdir()] if directory.exists() else []
-        raise NeuronetError(
-            f"no data position for {_position_name()} but for {names or 'none'}: the number of processes differs; "
-            "continue with the same number, or give --reset_data to start the data anew"
-        )
-
-
 def _position_name() -> str:
     return f"process_{multihost.process_index()}_of_{multihost.process_count()}.json"
 
 
-@ocp.args.register_with_handler(_Position, for_save=True)
+class _Position(ocp.CheckpointHandler):
+    """One JSON file per process, for Orbax to write: every process reads its own share of the data."""
+
+    def save(self, directory: epath.Path, args: "_PositionSave") -> None:
+        (directory / _position_name()).write_text(json.dumps(args.position))
+
+    def restore(self, directory: epath.Path, args: object = None) -> None:
+        raise NotImplementedError("the file is read without Orbax, see Checkpoints._position")
+
+
+@ocp.args.register_with_handler(_Position, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class _PositionSave(ocp.args.CheckpointArgs):
     position: Any
-
-
-@ocp.args.register_with_handler(_Position, for_restore=True)
-@dataclasses.dataclass
-class _PositionRestore(ocp.args.CheckpointArgs):
-    pass
