@@ -10,13 +10,12 @@ directory named by a step and holding a manifest is a finished checkpoint, and n
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator
 from importlib import metadata
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -27,12 +26,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
+from neuronet_jax.checksums import MANIFEST, damage, write_manifest
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 
 SCHEMA = 1  # raised when a release can no longer read what an older one wrote
-MANIFEST = "manifest.sha256"
-COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax touches these after the manifest, in the commit
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +144,12 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     def restore(self, target: Any, step: int | None = None, strict: bool = False, reset_data: bool = False) -> Restored:
         """The checkpoint of `step`, or the latest one, on the devices that `target` says.
@@ -274,9 +278,7 @@ class Checkpoints:
         """Called by Orbax in its thread, on the first process, after the last file and before the commit."""
         for temporary in ocp.utils.tmp_checkpoints(self._folder):
             if temporary.get_final().name == str(self._saving):
-                folder = temporary.get()
-                lines = [f"{_sha256(folder / name)}  {name}\n" for name in _files(folder)]
-                (folder / MANIFEST).write_text("".join(lines))
+                write_manifest(temporary.get())
 
 
 def _finished(folder: epath.Path) -> bool:
@@ -284,37 +286,7 @@ def _finished(folder: epath.Path) -> bool:
 
 
 def _problem(folder: epath.Path) -> str:
-    """What is wrong with a checkpoint's files, by its manifest; empty if nothing is."""
-    try:
-        if not _finished(folder):
-            return "it is not there or was never finished"
-        lines = [line.partition("  ") for line in (folder / MANIFEST).read_text().splitlines()]
-        listed = {name: digest for digest, _, name in lines}
-        if different := set(listed) ^ set(_files(folder)):
-            return f"{sorted(different)[0]} is missing or not in the manifest"
-        for name, digest in listed.items():
-            if _sha256(folder / name) != digest:
-                return f"{name} does not have its checksum"
-    except (OSError, ValueError) as error:
-        return f"it cannot be read ({error})"
-    return ""
-
-
-def _files(folder: epath.Path) -> list[str]:
-    """The files below `folder` that the manifest covers, as sorted relative paths."""
-
-    def walk(path: epath.Path, prefix: str) -> Iterator[str]:
-        for child in path.iterdir():
-            if child.is_dir():
-                yield from walk(child, f"{prefix}{child.name}/")
-            else:
-                yield prefix + child.name
-
-    return sorted(set(walk(folder, "")) - {MANIFEST, *COMMIT_FILES})
-
-
-def _sha256(path: epath.Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return damage(folder) if _finished(folder) else "it is not there or was never finished"
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.flags import load
-from neuronet_jax import checkpoint
-from neuronet_jax.checkpoint import MANIFEST, SCHEMA, Checkpoints
+from neuronet_jax import checksums
+from neuronet_jax.checkpoint import SCHEMA, Checkpoints
+from neuronet_jax.checksums import MANIFEST
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 
@@ -103,9 +105,7 @@ def _save(checkpoints: Checkpoints, config: Config, *steps: int, **scores: float
 
 def _seal(folder: Path) -> None:
     """Writes the manifest anew, as if the checkpoint had been saved with its present content."""
-    names = checkpoint._files(checkpoint.epath.Path(folder))
-    lines = [f"{checkpoint._sha256(checkpoint.epath.Path(folder / name))}  {name}\n" for name in names]
-    (folder / MANIFEST).write_text("".join(lines))
+    checksums.write_manifest(epath.Path(folder))
 
 
 # -- what is saved comes back
@@ -164,6 +164,12 @@ def test_latest_kept_and_best_kept(open_run, config):
     _save(checkpoints, config, 8, 9, s8=0.9)
     assert checkpoints.steps() == [8, 9]
     assert (open_run(read_only=True).latest(), open_run(read_only=True).best()) == (9, 8)
+
+
+def test_leaving_the_context_waits_for_the_save(tmp_path, config):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, _small(1), None, config)
+    assert checkpoints.steps() == [1]
 
 
 def test_no_checkpoint_yet(open_run):
@@ -287,12 +293,12 @@ def _damage_delete(file: Path) -> None:
 def test_E03_damage_to_any_file_is_found(tmp_path, open_run, config, damage, caplog):
     writer = open_run("original")
     _save(writer, config, 1, 2)
-    names = [*checkpoint._files(writer._folder / "2"), MANIFEST]
+    names = [*checksums.covered(writer._folder / "2"), MANIFEST]
     assert len(names) > 8
     for number, name in enumerate(names):
         shutil.copytree(tmp_path / "original", tmp_path / f"copy{number}")
         damage(tmp_path / f"copy{number}" / "checkpoints" / "2" / name)
-        assert checkpoint._problem(checkpoint.epath.Path(tmp_path / f"copy{number}" / "checkpoints" / "2")), name
+        assert checksums.damage(epath.Path(tmp_path / f"copy{number}" / "checkpoints" / "2")), name
     last = f"copy{number}"
     restored = open_run(last, read_only=True).restore(_small(0))
     assert restored.step == 1
@@ -523,7 +529,7 @@ def test_E13_places_that_cannot_be_written(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(type(checkpoint.epath.Path(tmp_path)), "write_bytes", full)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", full)
     with pytest.raises(NeuronetError, match="No space left on device"):
         Checkpoints(tmp_path / "run")
 
