@@ -192,7 +192,7 @@ def _parse(file: IO[bytes], name: str, limits: Limits) -> Volume:
         raise RejectError("E_FORMAT", f"unknown kind of file {Path(name).suffix!r}; {_CONVERT}")
     magic = file.read(2)
     file.seek(0)
-    if (magic == b"\x1f\x8b") != (suffix != ".nii"):
+    if not magic or (magic == b"\x1f\x8b") != (suffix != ".nii"):
         found = "gzip data" if magic == b"\x1f\x8b" else "no gzip data" if magic else "an empty file"
         raise RejectError("E_FORMAT", f"a {suffix} file holds {found}; rename or export it again")
     if suffix == ".nii":
@@ -327,7 +327,7 @@ def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.nda
     if int(header["qform_code"]) > 0:
         try:
             candidates["qform"] = np.array(header.get_qform(), np.float64)
-        except HeaderDataError as error:
+        except (HeaderDataError, ValueError) as error:  # a quaternion longer than 1
             raise RejectError("E_AFFINE", f"the qform is invalid: {error}") from error
     for name, affine in candidates.items():
         if not np.all(np.isfinite(affine)):

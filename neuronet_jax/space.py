@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.ndimage
 import scipy.sparse
 
 from neuronet_jax.errors import NeuronetError
@@ -107,9 +106,7 @@ def to_grid(labels: np.ndarray, affine: np.ndarray, target: Grid) -> np.ndarray:
     along[range(3), order] = True
     drift = np.abs(to_source[:3, :3][~along]).max() * max(target.shape)  # voxels by which rows of the grids diverge
     if drift > 1e-2:
-        return scipy.ndimage.affine_transform(
-            labels, to_source, output_shape=target.shape, order=0, mode="constant", cval=0
-        )
+        return _to_rotated_grid(labels, to_source, target.shape)
     gathered, inside = [], []
     for source, axis in enumerate(order):  # each axis of the source is walked by one axis of the target
         positions = to_source[source, 3] + to_source[source, axis] * np.arange(target.shape[axis])
@@ -120,6 +117,19 @@ def to_grid(labels: np.ndarray, affine: np.ndarray, target: Grid) -> np.ndarray:
     for axis, mask in enumerate(inside):
         result[(slice(None),) * axis + (~mask,)] = 0
     return np.ascontiguousarray(result.transpose(np.argsort(order)))
+
+
+def _to_rotated_grid(labels: np.ndarray, to_source: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`to_grid` where every voxel needs a look of its own, one plane of the target after the other."""
+    result = np.zeros(shape, labels.dtype)
+    voxels = np.indices((1, *shape[1:])).reshape(3, -1)  # [3, y z] of one plane
+    for x in range(shape[0]):
+        voxels[0] = x
+        positions = to_source[:3, :3] @ voxels + to_source[:3, 3:]
+        inside = np.all((positions > -1) & (positions < np.reshape(labels.shape, (3, 1))), axis=0)
+        nearest = np.clip(_nearest(positions[:, inside]), 0, np.reshape(labels.shape, (3, 1)) - 1)
+        result[x].reshape(-1)[inside] = labels[tuple(nearest)]
+    return result
 
 
 def place(array: np.ndarray, shape: Sequence[int], origin: Sequence[int]) -> np.ndarray:
