@@ -5,6 +5,7 @@ what is left to `load`.
 """
 
 import ast
+import dataclasses
 import difflib
 import os
 import re
@@ -43,6 +44,11 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Config:
 def to_config(settings: ConfigDict, name: str) -> Config:
     """Returns `settings` as the frozen, checked dataclass that the library takes."""
     return from_dict(Config, {"name": name, **settings.to_dict()})
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The fields of a config by their dotted names."""
+    return _flat(dataclasses.asdict(config))
 
 
 def _builder(path: str) -> Callable[[str], ConfigDict]:

@@ -58,6 +58,13 @@ class Reader(grain.transforms.Map):
 
     def map(self, element: Sequence[Draw]) -> Batch:
         """`image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z], `present` bool [b p], `slot` i32 [b]."""
+        try:
+            return self._read(element)
+        except Exception as error:  # in a worker this is all that the main process gets to know
+            error.add_note(f"while reading the batch of the slots {[draw.subject.slot for draw in element]}")
+            raise
+
+    def _read(self, element: Sequence[Draw]) -> Batch:
         info = self.store.info
         window = tuple(min(side, length) for side, length in zip(self.crop, info.grid, strict=True))
         # Where the grid is smaller than the crop it sits in the middle; background (raw 0, label 0) surrounds it.
@@ -195,7 +202,7 @@ def _check_shared_memory(config: Config, process_count: int) -> None:
     free = shutil.disk_usage(place).free
     if batch_bytes * in_flight > free:
         raise NeuronetError(
-            f"{data.workers} workers need {batch_bytes * in_flight / 1e9:.1f} GB in {place}, which has {free / 1e9:.1f} GB "
+            f"{data.workers} workers need {batch_bytes * in_flight / 1e9:.1f} GB in {place}, it has {free / 1e9:.1f} "
             "free; lower config.data.prefetch, batch or crop, set config.data.workers to 0, or give more "
             "(docker run --shm-size)"
         )
@@ -228,7 +235,7 @@ def training_iterator(store: Store, config: Config, process_index: int = 0, proc
         .shuffle()  # anew in every epoch
         .repeat()
         .random_map(Draws(config.data.foreground_fraction))
-        .batch(config.batch // process_count, batch_fn=list)
+        .batch(config.batch // process_count, drop_remainder=True, batch_fn=list)  # endless: there is none to drop
         .map(reader)
     )
     if config.data.workers:

@@ -1,0 +1,221 @@
+"""Trains one network on a store.
+
+    python -m experiments.train --config=all_targets:demo
+    python -m experiments.train --config=all_targets --workdir=runs/a --config.data.store=/data/ukb --config.batch=16
+    python -m experiments.train --config=all_targets --workdir=runs/a --config.data.store=/data/ukb --resume
+
+Ctrl-C, SIGTERM and SIGUSR1 save and end with status 0; `--resume` then continues with the very next batch, as if nothing had
+happened. Other statuses: 1 a refusal with its reason, 4 loss or gradient not finite several times in a row, 5 out of device
+memory, 6 no progress.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from data_prep.demo import ensure_demo_store
+from experiments import flags
+from neuronet_jax.checkpoint import Checkpoints
+from neuronet_jax.config import Config
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.files import Files
+from neuronet_jax.inference import Model
+from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.lifecycle import StopRequest, Watchdog
+from neuronet_jax.mesh import make_mesh, put_batch
+from neuronet_jax.metrics import mean_dice
+from neuronet_jax.monitor import Monitor, label_picture
+from neuronet_jax.pipeline import training_iterator, validation_subjects
+from neuronet_jax.scoring import predict_subject, score
+from neuronet_jax.step import TrainState, evaluation_network, init_state, make_train_step
+from neuronet_jax.store import Store
+
+EXIT_NOT_FINITE, EXIT_MEMORY = 4, 5
+MOST_SKIPPED = 10  # updates refused in a row before the run gives up: a bad batch passes, a broken run does not
+STALL_S = 1800.0  # longer than any compilation, evaluation or save
+
+log = logging.getLogger(__name__)
+
+
+class NotFiniteError(Exception):
+    """Loss or gradient was not finite too often in a row."""
+
+
+def train(config: Config, workdir: str, resume: bool = False, reset_data: bool = False) -> TrainState:
+    """Trains from step 0, or from the latest checkpoint, to `config.steps`, or until asked to stop. Returns the last state."""
+    # --- Where things are: the data, the run's folder.
+    store = open_store(config)
+    data = training_iterator(store, config, jax.process_index(), jax.process_count())
+    held_out = validation_subjects(store, "validation", jax.process_index(), jax.process_count())
+    held_out = held_out[: -(-config.evaluate_subjects // jax.process_count()) or None]
+    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
+    claim_workdir(workdir, config, store, resume, checkpoints.latest())
+
+    # --- What is computed: the mesh, the state on it, the step.
+    mesh = make_mesh(config)
+    graphdef, state = init_state(config, mesh)
+    train_step = make_train_step(config, graphdef, mesh)
+    if resume and checkpoints.latest() is not None:
+        state, position, _ = checkpoints.restore(state, reset_data=reset_data)
+        if position is not None:
+            data.set_state(position)
+    first = int(state.step)
+    log.info("training %s from step %d to %d on %d devices", config.name, first, config.steps, mesh.size)
+
+    def save(step: int, dice: float | None) -> None:
+        checkpoints.save(step, state, data.get_state(), config, score=dice)
+
+    # --- The loop. Per step: batch, update, log, evaluate, save, stop if asked; the data's position moves with the save.
+    started, compiled, saved = time.monotonic(), False, first
+    with Monitor(workdir, config.steps, first, jax.process_index()) as monitor, StopRequest() as stop, Watchdog(STALL_S) as watchdog:
+        for step in range(first + 1, config.steps + 1):
+            state, metrics = train_step(state, put_batch(mesh, next(data)))
+            last, dice = step == config.steps, None
+            if not compiled:
+                jax.block_until_ready(state)
+                monitor.scalars(step, {"first_step_s": time.monotonic() - started})
+                compiled = True
+            if step % config.log_every == 0 or last:
+                values = {name: float(value) for name, value in metrics.items()}
+                monitor.scalars(step, {**values, "wait_fraction": data.wait_fraction()})
+                if values["skipped"] > MOST_SKIPPED:
+                    raise NotFiniteError(f"loss or gradient was not finite {MOST_SKIPPED} times in a row up to step {step}")
+            if step % config.evaluate_every == 0 or last:
+                network = evaluation_network(graphdef, local(state))
+                scores, pictures = validate(Model(network, config, store.info.voxel_size_mm), store, held_out, watchdog)
+                dice = float(np.nanmean([scores.get(name, np.nan) for name in config.protocols]))
+                monitor.scalars(step, {"dice": dice, **{f"validation_dice/{k}": v for k, v in scores.items()}})
+                monitor.pictures(step, pictures)
+            stopping = stop.requested(step)
+            if step % config.checkpoint_every == 0 or dice is not None or last or stopping:
+                save(step, dice)
+                saved = step
+            if stopping:
+                log.warning("stopped as asked after step %d of %d; continue with --resume", step, config.steps)
+                break
+            checkpoints.check()
+            watchdog.progress()
+    checkpoints.close()
+    data.close()
+    log.info("the run is in %s; its last checkpoint is of step %d", workdir, saved)
+    return state
+
+
+def validate(
+    model: Model, store: Store, subjects: Sequence[Any], watchdog: Watchdog
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Mean Dice per protocol over whole held-out volumes of all processes, and label pictures of the first of them."""
+    protocols = model.config.protocols
+    dice = np.full((len(subjects), len(protocols)), np.nan)  # n p
+    pictures = {}
+    for row, subject in enumerate(subjects):
+        if subject is None:  # this process has one subject fewer than others
+            continue
+        prediction = predict_subject(model, store, subject)
+        for name, table in score(prediction, store, subject).items():
+            dice[row, protocols.index(name)] = mean_dice(table)
+        if row == 0:
+            image = store.read_image(subject.slot)
+            for name, classes in prediction.items():
+                reference = store.read_labels(subject.slot, (name,))[0]
+                pictures[f"validation/{name}"] = label_picture(image, classes, reference, PROTOCOLS[name])
+        watchdog.progress()
+    everywhere = multihost_utils.process_allgather(dice).reshape(-1, len(protocols))
+    scored = {name: everywhere[:, p] for p, name in enumerate(protocols)}
+    return {name: float(np.nanmean(values)) for name, values in scored.items() if not np.isnan(values).all()}, pictures
+
+
+def open_store(config: Config) -> Store:
+    """The store of the config, or the demo cohort where none is given."""
+    if config.data.store:
+        return Store.open(config.data.store)
+    if jax.process_count() > 1:
+        raise NeuronetError("a run of several processes needs --config.data.store=…; the demo cohort is for a single one")
+    log.warning("NO STORE GIVEN: training on the DEMO COHORT of synthetic heads. Give your own with --config.data.store=…")
+    return Store.open(str(ensure_demo_store()))
+
+
+def claim_workdir(workdir: str, config: Config, store: Store, resume: bool, latest: int | None) -> None:
+    """Writes the run's description, or checks that a run that goes on is the same run."""
+    digest = np.frombuffer(config.to_json().encode(), np.uint8)
+    multihost_utils.assert_equal(digest, "the processes of this run were given different configs")
+    files = Files(workdir)
+    earlier = files.read("config.json")
+    if earlier is not None:
+        if not resume:
+            raise NeuronetError(f"{workdir} holds a run already: continue it with --resume, or give another --workdir")
+        changes = differences(Config.from_json(earlier.decode()), config)
+        if changes:
+            raise NeuronetError(f"{workdir} was trained with another config: {'; '.join(changes)}")
+    elif resume and latest is None:
+        log.warning("--resume: %s holds no run yet, starting at step 0", workdir)
+    if jax.process_index() == 0 and earlier is None:
+        files.write("store.json", store.info.to_json())
+        files.write("config.json", config.to_json().encode())
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """What changed between two configs, but for what may change within a run: how it is read, logged and kept."""
+    free = ("data.store", "data.workers", "data.read_threads", "data.prefetch", "mesh.", "log_every", "keep_", "evaluate_", "checkpoint_")
+    old, new = flags.flatten(before), flags.flatten(after)
+    return [f"{k} was {old[k]!r}, is {new[k]!r}" for k in old if old[k] != new[k] and not k.startswith(free)]
+
+
+def local(state: TrainState) -> TrainState:
+    """The replicated state as arrays of one of this process's devices."""
+    return jax.tree.map(lambda array: array.addressable_data(0), state)
+
+
+def join_cluster() -> None:
+    """Joins the other processes under Slurm, on a TPU pod or wherever JAX_COORDINATOR_ADDRESS says; alone otherwise."""
+    environment = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_NUM_PROCESSES" in environment:
+        count, index = int(environment["JAX_NUM_PROCESSES"]), int(environment["JAX_PROCESS_ID"])
+        jax.distributed.initialize(environment["JAX_COORDINATOR_ADDRESS"], count, index)
+    elif int(environment.get("SLURM_NTASKS", "1")) > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("experiments.train", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--config", required=True, metavar="NAME[:demo]", help=f"one of {', '.join(flags.NAMES)}, or a .py file")
+    parser.add_argument("--workdir", help="the run's folder (default: runs/NAME-TIME)")
+    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --workdir")
+    parser.add_argument("--reset_data", action="store_true", help="with --resume: start the data anew")
+    options, overrides = parser.parse_known_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("__main__").setLevel(logging.INFO)
+    try:
+        config = flags.load(options.config, overrides)
+        if options.resume and not options.workdir:
+            raise NeuronetError("--resume needs the --workdir of the run to continue")
+        workdir = options.workdir or time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S")
+        join_cluster()
+        train(config, workdir, options.resume, options.reset_data)
+    except NeuronetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except NotFiniteError as error:
+        print(f"error: {error}; the last good checkpoint is kept. Lower optimizer.learning_rate, or clip.", file=sys.stderr)
+        return EXIT_NOT_FINITE
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: out of device memory with batch {config.batch} and crop {config.data.crop}; lower --config.batch or "
+              f"--config.data.crop, or split volumes with --config.mesh.space\n{error}", file=sys.stderr)  # fmt: skip
+        return EXIT_MEMORY
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
