@@ -6,10 +6,13 @@ Only numbers and pictures are written, under names of the program's own: no subj
 
 import collections
 import datetime
+import functools
 import json
 import logging
 import math
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,15 +29,20 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.files import Files
 from neuronet_jax.labels import Protocol
 
+METRICS = "metrics.jsonl"
 SHOWN = ("loss", "dice")  # the metrics beside the progress bar
+UPLOAD_S = 60.0  # between copies to a bucket
 
 log = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Writes the metrics of a run below `run_dir`, from process 0 only; in the others every method does nothing.
+    """Writes the metrics of a run below `run_dir` (a folder, gs:// or s3://), from process 0 only.
+
+    In the other processes every method does nothing. A bucket gets a copy every minute and at the end.
 
     What an earlier run wrote after `resume_step` (0: a fresh run) is dropped: those steps are run again.
     """
@@ -45,13 +53,16 @@ class Monitor:
         self._failed: set[str] = set()
         self._shown: dict[str, float] = {}
         self._ticks = collections.deque([(resume_step, time.monotonic())], maxlen=10)  # a rate over ten reports
-        self._jsonl = Path(run_dir) / "metrics.jsonl"
         self._events: EventsWriter | None = None
         self._progress: Progress | None = None
         if not self._active:
             return
-        self._try("metrics.jsonl", lambda: _drop_after(self._jsonl, resume_step))
-        self._try("TensorBoard", lambda: self._open_events(Path(run_dir) / "tensorboard", resume_step))
+        place = os.fspath(run_dir)
+        self._bucket = Files(place) if "://" in place else None
+        self._folder = Path(tempfile.mkdtemp(prefix="neuronet-") if self._bucket else place)
+        self._uploaded = time.monotonic() if self._bucket else 0.0
+        self._try(METRICS, lambda: self._keep_until(resume_step))
+        self._try("TensorBoard", lambda: self._open_events(self._folder / "tensorboard", resume_step))
         console = Console(stderr=True)
         if console.is_terminal:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
@@ -66,10 +77,11 @@ class Monitor:
             return
         numbers = {name: float(value) for name, value in values.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **{k: _finite(v) for k, v in numbers.items()}})
-        self._try("metrics.jsonl", lambda: _append(self._jsonl, line + "\n"))
+        self._try(METRICS, lambda: self._append(line))
         self._write_events(step, [summary.scalar(name, value) for name, value in numbers.items()])
         self._shown |= {name: numbers[name] for name in SHOWN if name in numbers}
         self._ticks.append((step, time.monotonic()))
+        self._upload(after_s=UPLOAD_S)
         if self._progress:
             self._progress.update(self._progress.task_ids[0], completed=step, description=self._status())
         else:
@@ -86,6 +98,9 @@ class Monitor:
             self._progress.stop()
         if self._events:
             self._try("TensorBoard", self._events.close)
+        if self._active and self._bucket:
+            self._upload(after_s=0)
+            shutil.rmtree(self._folder)
 
     def __enter__(self) -> "Monitor":
         return self
@@ -102,6 +117,26 @@ class Monitor:
             left = datetime.timedelta(seconds=round((self._total_steps - last) / rate))
             parts += [f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step", f"{left} left"]
         return "  ".join(parts)
+
+    def _keep_until(self, step: int) -> None:
+        """Starts metrics.jsonl with the lines of the earlier run up to `step`, without broken ones."""
+        lines = read_metrics(self._bucket.dest if self._bucket else self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._folder / f"{METRICS}.tmp"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+        temporary.replace(self._folder / METRICS)
+
+    def _append(self, line: str) -> None:
+        with (self._folder / METRICS).open("a") as stream:
+            stream.write(line + "\n")
+
+    def _upload(self, after_s: float) -> None:
+        """Copies the files to the bucket, if the last time is `after_s` ago: an object is only ever written whole."""
+        if self._bucket and time.monotonic() - self._uploaded >= after_s:
+            self._uploaded = time.monotonic()
+            for path in (path for path in self._folder.rglob("*") if path.is_file()):
+                name, data = path.relative_to(self._folder).as_posix(), path.read_bytes()
+                self._try(self._bucket.dest, functools.partial(self._bucket.write, name, data))
 
     def _open_events(self, folder: Path, resume_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +169,13 @@ class Monitor:
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl in order, each with `step` and `time`; a line cut short by a crash is left out."""
-    return _read(Path(run_dir) / "metrics.jsonl")
+    lines = []
+    for line in (Files(os.fspath(run_dir)).read(METRICS) or b"").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # a crash or a full disk cut it short
+            continue
+    return lines
 
 
 def label_picture(
@@ -171,27 +212,3 @@ def label_picture(
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _append(file: Path, text: str) -> None:
-    with file.open("a") as stream:
-        stream.write(text)
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    lines = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # a crash or a full disk cut it short
-            continue
-    return lines
-
-
-def _drop_after(file: Path, step: int) -> None:
-    """Rewrites `file` without the lines later than `step` and without broken ones; makes it where it is missing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    kept = [json.dumps(line) + "\n" for line in _read(file) if line["step"] <= step]
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(file)

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import struct
+import typing
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -135,6 +136,52 @@ def test_D12_sinks_that_cannot_even_be_made(tmp_path, caplog):
         watch.scalars(1, {"loss": 1.0})
         watch.scalars(2, {"loss": 1.0})
     assert len(caplog.records) == 2
+
+
+class _Bucket:
+    """A bucket in memory, as `Files` sees one."""
+
+    objects: typing.ClassVar[dict[str, bytes]] = {}
+
+    def __init__(self, dest: str):
+        self.dest = dest
+
+    def read(self, name: str) -> bytes | None:
+        return self.objects.get(f"{self.dest}/{name}")
+
+    def write(self, name: str, data: bytes) -> None:
+        self.objects[f"{self.dest}/{name}"] = data
+
+
+def test_run_in_a_bucket(monkeypatch):
+    monkeypatch.setattr(monitor, "Files", _Bucket)
+    monkeypatch.setattr(monitor, "UPLOAD_S", 0.0)
+    with Monitor("gs://bucket/run", total_steps=9) as watch:
+        watch.scalars(1, {"loss": 1.0})
+        assert [line["step"] for line in read_metrics("gs://bucket/run")] == [1]
+        watch.scalars(2, {"loss": 1.0})
+        folder = watch._folder
+    assert not folder.exists()
+    monkeypatch.setattr(monitor, "UPLOAD_S", 60.0)
+    with Monitor("gs://bucket/run", total_steps=9, resume_step=1) as watch:
+        watch.scalars(2, {"loss": 3.0})
+        assert [line["loss"] for line in read_metrics("gs://bucket/run")] == [1.0, 1.0]  # not yet a minute
+    assert [(line["step"], line["loss"]) for line in read_metrics("gs://bucket/run")] == [(1, 1.0), (2, 3.0)]
+    names = [name.removeprefix("gs://bucket/run/") for name in _Bucket.objects]
+    assert names[0] == "metrics.jsonl"
+    assert all(name.startswith("tensorboard/events.out.tfevents.") for name in names[1:])
+    assert len(names) >= 2
+
+
+def test_D12_bucket_that_cannot_be_written(monkeypatch, caplog):
+    monkeypatch.setattr(monitor, "Files", _Bucket)
+    monkeypatch.setattr(monitor, "UPLOAD_S", 0.0)
+    monkeypatch.setattr(_Bucket, "write", _full_disk)
+    with caplog.at_level(logging.WARNING), Monitor("gs://bucket/full", total_steps=9) as watch:
+        watch.scalars(1, {"loss": 1.0})
+        watch.scalars(2, {"loss": 1.0})
+    assert len(caplog.records) == 1
+    assert "gs://bucket/full cannot be written" in caplog.text
 
 
 def test_label_picture_shows_the_right_voxels():
