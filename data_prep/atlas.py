@@ -28,13 +28,14 @@ _STRETCH = {
     "Putamen": (0.6, 1.5, 1.1),
 }
 
-# Claimed one after the other, each from what the earlier ones left: (classes of malp_em, tissues that they claim, whether
-# cells end where |x − centre|² = weight instead of sharing out all that is left). CerebralExterior (14, 15) is nowhere.
+# Claimed one after the other, each from what the earlier ones left: (classes of malp_em, tissues that they claim,
+# whether cells end where |x − centre|² = weight instead of sharing out all that is left). In no group: the cerebral
+# exterior (14, 15), for which the table has no place, and the vessels (33, 34), as small as a voxel of 2 mm.
 _GROUPS = (
     ((1, 2, 18, 21, 22, 23, 24), (CSF,), True),
     ((3, 4, 5, 6, 8, 9, 19, 20, 27, 28, 39, 40), (GM,), True),
     ((7, 25, 26, 29, 30, 31, 32), (GM, WM), True),  # a T1 shows these as a mixture
-    ((33, 34, 35), (CSF, GM, WM), True),  # vessels and optic chiasm: a few voxels
+    ((35,), (CSF, GM, WM), True),  # the optic chiasm: a few voxels
     ((10, 11, 36, 37, 38, *range(41, 139)), (GM,), False),
     ((12, 13, 16, 17), (WM,), False),
 )
@@ -85,7 +86,7 @@ class Atlas:
         return ndimage.map_coordinates(getattr(self, name), coordinates, np.float32, order=1) / np.float32(255)
 
     def structures(self, points_mm: np.ndarray, tissue: np.ndarray) -> np.ndarray:
-        """uint8[n]: class of malp_em at points [n, 3] in MNI space of the given tissue[n]; CSF beyond the ventricles is 0."""
+        """uint8[n]: class of malp_em at points [n, 3] in MNI space with tissue[n]; 0 in the CSF around the brain."""
         labels = np.zeros(len(points_mm), np.uint8)
         for group in self.groups:
             free = np.flatnonzero((labels == 0) & np.isin(tissue, group.tissues))
@@ -99,9 +100,15 @@ def load_atlas(voxel_size_mm: float) -> Atlas:
     from nilearn import datasets  # here, since importing it takes seconds and the workers do not need it
 
     image = datasets.load_mni152_template(resolution=1)
-    maps = {"t1": image, "gm": datasets.load_mni152_gm_template(resolution=1), "wm": datasets.load_mni152_wm_template(resolution=1)}
+    maps = {
+        "t1": image,
+        "gm": datasets.load_mni152_gm_template(resolution=1),
+        "wm": datasets.load_mni152_wm_template(resolution=1),
+    }
     arrays = {name: np.asarray(map_.dataobj, np.float32) for name, map_ in maps.items()}
-    arrays["brain"] = ndimage.binary_closing(np.pad(arrays["t1"] > 0, 4), iterations=3)[4:-4, 4:-4, 4:-4].astype(np.float32)
+    arrays["brain"] = ndimage.binary_closing(np.pad(arrays["t1"] > 0, 4), iterations=3)[4:-4, 4:-4, 4:-4].astype(
+        np.float32
+    )
     sigma_voxels = 0.3 * voxel_size_mm  # against aliasing: the template's voxels are 1 mm
     coded = {
         name: np.round(255 * ndimage.gaussian_filter(array, sigma_voxels)).clip(0, 255).astype(np.uint8)
@@ -165,7 +172,7 @@ def _fit(group: Group, points_mm: np.ndarray, point_mm3: float) -> Group:
         volumes = np.bincount(group.claim(points_mm), minlength=256)[group.classes] * point_mm3
         if (np.abs(volumes - targets) <= 0.04 * targets + 2 * point_mm3).all():
             break
-        # The step that is right for a lone ball; halved later, when neighbours would otherwise swing against each other.
+        # The step that is right for a lone ball; halved later, lest neighbours swing against each other.
         step = (_squared_radius(targets) - _squared_radius(volumes)) * (1.0 if iteration < 30 else 0.5)
         group = dataclasses.replace(group, weights=group.weights + step.astype(np.float32))
     return group
