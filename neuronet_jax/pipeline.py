@@ -6,9 +6,11 @@ so nothing is dropped where subjects do not divide by the batch. A whole batch i
 """
 
 import math
+import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,10 +106,18 @@ class Reader(grain.transforms.Map):
 
 
 def _prepare_worker(worker_index: int, worker_count: int) -> None:
-    """A reading process must never take an accelerator: JAX, which Grain imports, is held to the CPU."""
+    """Keeps JAX, which Grain imports, off the accelerator, and ends the worker with its parent, however that ends."""
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed, or ended by the watchdog, cannot stop its workers; they would stay, asleep, for good."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 class TrainingIterator(grain.DatasetIterator[Batch]):
@@ -165,10 +175,8 @@ class TrainingIterator(grain.DatasetIterator[Batch]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Raises NeuronetError, naming both values, where the state counts something else: no silent restart."""
-        if unknown := sorted(set(state) ^ {"position", *self._counts}):
-            raise NeuronetError(
-                f"a data position must have {sorted(self._counts)} and position, {unknown[0]!r} differs"
-            )
+        if set(state) != {"position", *self._counts}:
+            raise NeuronetError(f"a data position has {['position', *self._counts]}, got {sorted(state)}")
         for name, value in self._counts.items():
             if state[name] != value:
                 raise NeuronetError(

@@ -310,7 +310,7 @@ class Store:
 
     def with_concurrency(self, concurrency: int) -> "Store":
         """The same store, its codec threads and requests in flight bounded per process."""
-        return Store(self.dest, self.info, self.subjects, concurrency)
+        return type(self)(self.dest, self.info, self.subjects, concurrency)
 
     def read_image(self, slot: int, start: Sequence[int] = (0, 0, 0), shape: Sequence[int] | None = None) -> np.ndarray:
         """float32 [x y z], raw intensities of a box (default: the whole volume)."""

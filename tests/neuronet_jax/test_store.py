@@ -56,7 +56,7 @@ def test_crops_equal_slices_of_what_was_written(make_store: MakeStore) -> None:
     rng = np.random.default_rng(0)
     for _ in range(40):
         slot = int(rng.choice(list(records)))
-        start = rng.integers(0, store.info.grid)
+        start = rng.integers(0, store.info.grid).tolist()
         shape = [int(rng.integers(1, side - first + 1)) for side, first in zip(store.info.grid, start, strict=True)]
         chosen = list(rng.permutation(PROTOCOLS)[: rng.integers(1, 4)])
         image, labels = store.read_crop(slot, start, shape, chosen)
@@ -124,7 +124,18 @@ def test_a_store_survives_the_way_to_another_process(make_store: MakeStore) -> N
 def test_rows_survive_the_table_exactly(numbers: list[float], origin: list[int], text: str) -> None:
     affine = ((numbers[0], 0.0, 0.0, 0.0),) * 4
     subject = Subject(
-        3, "s3", "test", (True, False), *numbers, (1, 2, 3), affine, affine, (4, 5, 6), tuple(origin), (text,)
+        slot=3,
+        id="s3",
+        split="test",
+        present=(True, False),
+        mean=numbers[0],
+        std=numbers[1],
+        source_shape=(1, 2, 3),
+        source_affine=affine,
+        affine=affine,
+        conformed_shape=(4, 5, 6),
+        origin=tuple(origin),
+        warnings=(text,),
     )
     assert subjects_from_tsv(subjects_to_tsv([subject])) == (subject,)
 
