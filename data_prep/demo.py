@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -110,7 +111,7 @@ def write_head(folder: Path, head: Head, affine: np.ndarray, axes: str) -> None:
         image.header.set_xyzt_units("mm", "sec")
         image.set_sform(affine, code="scanner")
         image.set_qform(affine, code="scanner")
-        order = ornt_transform(io_orientation(affine), axcodes2ornt(tuple(axes)))
+        order: Any = ornt_transform(io_orientation(affine), axcodes2ornt(tuple(axes)))
         nib.save(image.as_reoriented(order), folder / name)
 
 

@@ -77,7 +77,8 @@ def test_images_and_maps_share_a_grid_and_say_what_they_are(cohort, rows):
         for image in images:
             assert image.shape == images[0].shape
             np.testing.assert_array_equal(image.affine, images[0].affine)
-            np.testing.assert_allclose(image.header.get_qform(), image.header.get_sform(), atol=1e-3)
+            qform, sform = np.array(image.header.get_qform()), np.array(image.header.get_sform())
+            np.testing.assert_allclose(qform, sform, atol=1e-3)
             assert b"demonstration" in image.header["descrip"].item()
     assert orientations == {"RAS", "LAS", "LPS", "PSR"}
     assert "demonstration" in (cohort.parent / "README.txt").read_text()
