@@ -83,7 +83,7 @@ class Protocol:
         return classes.astype(np.uint8)
 
     def to_ids(self, classes: np.ndarray) -> np.ndarray:
-        """The tool's ids, uint8 of the same shape (every protocol's ids fit), from class indices. Exact inverse of `to_classes`."""
+        """The tool's ids, uint8 of the same shape, from class indices: the exact inverse of `to_classes`."""
         classes = np.asarray(classes)
         if classes.dtype.kind not in "iu" or (
             classes.size and (classes.min() < 0 or classes.max() >= self.num_classes)
@@ -95,7 +95,7 @@ class Protocol:
         return self.ids.astype(np.uint8)[classes]
 
     def mirror(self, classes: np.ndarray, axis: int = 0) -> np.ndarray:
-        """The label map of the mirrored head: reversed along `axis` (the left-right one), partners swapped. Same dtype."""
+        """The label map of the mirrored head: reversed along `axis` (left-right), partners swapped; same dtype."""
         return self.partners.astype(classes.dtype)[np.flip(classes, axis)]
 
     def _refuse(self, ids: np.ndarray) -> None:
@@ -138,7 +138,7 @@ _TISSUES = (  # name, colour, BIDS mapping (deep GM holds the brain stem too: gr
 
 
 def _malp_em_color(pair: int, side: str, tissue: int) -> tuple[int, int, int]:
-    """Hue and lightness by running number of the pair, right darker than left: neighbours differ, partners look alike."""
+    """Hue and lightness by number of the pair, right darker than left: neighbours differ, partners look alike."""
     lightness = (0.44, 0.54, 0.64)[pair % 3] + {"left": 0.025, "right": -0.025}.get(side, 0)
     lightness, saturation = (lightness + 0.24, 0.35) if tissue == 4 else (lightness, 0.62)
     red, green, blue = colorsys.hls_to_rgb(pair * _GOLDEN % 1, lightness, saturation)
