@@ -123,7 +123,8 @@ def _segment_all(
             try:
                 volume = volumes.pop(0).result()
                 maps = segment_volume(model, volume, protocols)
-                rows.append(writer.submit(outputs.write, target, volume, maps, overwrite))
+                note = model.provenance.get("note", "")
+                rows.append(writer.submit(outputs.write, target, volume, maps, overwrite, note))
             except RejectError as error:
                 rows.append(outputs.Row(target.source.name, target.stem, "rejected", error.code, error.reason))
             if len(rows) > 1:  # two heads wait at most, however slow the disk

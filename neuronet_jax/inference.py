@@ -94,7 +94,9 @@ def restore(run: str | os.PathLike[str]) -> Model:
     finally:
         checkpoints.close()
     params, moments = state["average"] if averaged else (state["params"], state["moments"])
-    provenance = {"config": config.name, "step": step, "split_hash": info.split_hash, "training_data": info.provenance}
+    provenance = {"config": config.name, "step": step, "split_hash": info.split_hash}
+    if note := info.provenance.get("note"):  # such as: a demonstration on synthetic heads
+        provenance["note"] = note
     return Model(nnx.merge(structure, params, moments), config, info.voxel_size_mm, provenance)
 
 

@@ -198,10 +198,11 @@ def quality(maps: dict[str, np.ndarray], affine: np.ndarray) -> tuple[float, tup
     return score, tuple(warnings)
 
 
-def write(target: Target, volume: nifti.Volume, maps: dict[str, np.ndarray], overwrite: bool) -> Row:
+def write(target: Target, volume: nifti.Volume, maps: dict[str, np.ndarray], overwrite: bool, note: str = "") -> Row:
     """Writes one head's label maps, sidecars and volumes, each under its final name only when complete.
 
-    Raises NeuronetError where that fails.
+    `note` is what the sidecars say about the model, such as that it is a demonstration.
+    Raises NeuronetError where writing fails.
     """
     score, notes = quality(maps, volume.affine)
     warnings = sorted({*volume.warnings, *notes})
@@ -214,6 +215,7 @@ def write(target: Target, volume: nifti.Volume, maps: dict[str, np.ndarray], ove
                 "Manual": False,
                 "Protocol": name,
                 "Warnings": warnings,
+                **({"Note": note} if note else {}),
             }
             nifti.write_labels(path, ids, volume, overwrite)
             _write(path.with_name(path.name.removesuffix(".nii.gz") + ".json"), json.dumps(sidecar, indent=2) + "\n")

@@ -281,12 +281,12 @@ def test_restore_gives_the_best_checkpoint_with_averaged_weights(tmp_path, avera
         changed = {"average": weights} if averaged else {"params": weights[0], "moments": weights[1]}
         checkpoints.save(number, replace(state, **changed), {}, config, score)
     checkpoints.close()
-    info = StoreInfo(1, PROTOCOL_NAMES, (32, 32, 32), 2.0, 1, 1, 32, {"made_by": "test"}, split_hash="abc")
+    info = StoreInfo(1, PROTOCOL_NAMES, (32, 32, 32), 2.0, 1, 1, 32, {"note": "made for a test"}, split_hash="abc")
     (tmp_path / "store.json").write_bytes(info.to_json())
 
     model = restore(tmp_path)
     assert (model.voxel_size_mm, model.provenance["step"]) == (2.0, 2)
-    assert model.provenance["training_data"] == {"made_by": "test"}
+    assert model.provenance["note"] == "made for a test" and model.provenance["split_hash"] == "abc"
     expected = nnx.state(nnx.merge(graphdef, state.params, state.moments))
     for restored, fresh in zip(jax.tree.leaves(nnx.state(model.network)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(restored, fresh + 2, rtol=1e-6)

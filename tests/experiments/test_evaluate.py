@@ -1,0 +1,163 @@
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import evaluate, report
+from experiments.flags import load
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.inference import Model
+from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.store import Record, Store, StoreWriter, Subject, sample_foreground
+
+GRID = (36, 40, 33)
+NAMES = ("fsl_fast", "fsl_first", "spm_tissue")  # of the store; the model predicts the first two
+AFFINE = tuple(tuple(row) for row in np.eye(4).tolist())
+
+
+class Threshold(nnx.Module):
+    """A network whose labels are known: class 1 where the raw image exceeds its mean, for two protocols."""
+
+    def labels(self, image: jax.Array) -> jax.Array:
+        bright = (image[..., 0] > 0).astype(jnp.uint8)
+        return jnp.stack([bright, bright], axis=1)
+
+
+def _record(slot: int, split: str, present: tuple[bool, ...]) -> Record:
+    image = np.zeros(GRID, np.float32)
+    image[10:20, 10:20, 10:20] = 500  # predicted as class 1 of both protocols: 1,000 voxels
+    labels = np.zeros((3, *GRID), np.uint8)
+    labels[0, 10:20, 10:20, 10:20] = 1
+    labels[1, 10:20, 10:20, 10:15] = 1  # half of it: Dice 2·500 / (500 + 1000)
+    labels[1, 10:20, 10:20, 15:20] = 2  # never predicted: Dice 0
+    subject = Subject(
+        slot, f"person{slot}", split, present, float(image.mean()), float(image.std()),
+        GRID, AFFINE, AFFINE, GRID, (0, 0, 0),
+    )  # fmt: skip
+    return Record(image, labels, sample_foreground(labels, present, seed=slot), subject)
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    dest = str(tmp_path / "store")
+    writer = StoreWriter.create(
+        dest, protocols=NAMES, grid=GRID, voxel_size_mm=2.0, slots=4, shard_subjects=4, provenance={"note": "a test"}
+    )
+    absent = (True, False, True)
+    records = [
+        _record(0, "test", (True, True, True)),
+        _record(1, "train", (True, True, True)),
+        _record(2, "test", absent),
+        _record(3, "test", (True, True, True)),
+    ]
+    writer.write_shard(0, records)
+    writer.finalize([record.subject for record in records], [])
+    return Store.open(dest)
+
+
+@pytest.fixture
+def model(store) -> Model:
+    config = replace(load("tissue:demo"), protocols=NAMES[:2])
+    return Model(Threshold(), config, 2.0, {"config": "tissue:demo", "step": 7, "split_hash": store.info.split_hash})
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def test_every_subject_of_the_split_is_scored_once(model, store, tmp_path):
+    summaries = evaluate.evaluate(model, store, "test", tmp_path / "out")
+    assert (summaries["fsl_fast"].mean, summaries["fsl_fast"].subjects) == (1.0, 3)
+    first = summaries["fsl_first"]  # of the 15 structures, two are in the maps: Dice 2/3 and 0
+    assert (first.mean, first.minimum, first.sd, first.subjects) == (pytest.approx(1 / 3), pytest.approx(1 / 3), 0, 2)
+
+    rows = _rows(tmp_path / "out" / "dice.tsv")
+    assert tuple(rows[0]) == evaluate.COLUMNS
+    assert len(rows) == 3 * 3 + 2 * 15  # foreground only; subject 2 has no fsl_first map
+    assert [row["subject"] for row in rows if row["protocol"] == "fsl_first"] == ["person0"] * 15 + ["person3"] * 15
+    by_name = {row["name"]: row for row in rows if row["protocol"] == "fsl_first" and row["subject"] == "person0"}
+    one, two, three = (by_name[structure.name] for structure in PROTOCOLS["fsl_first"].structures[1:4])
+    assert (one["index"], one["dice"], one["reference_voxels"], one["predicted_voxels"]) == (
+        "10", "0.666667", "500", "1000",
+    )  # fmt: skip
+    assert (float(two["dice"]), two["reference_voxels"], two["predicted_voxels"]) == (0, "500", "0")
+    assert math.isnan(float(three["dice"]))  # in neither map
+
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["protocols"]["fsl_fast"] == {"mean": 1.0, "sd": 0.0, "minimum": 1.0, "subjects": 3}
+    assert summary["note"] == "a test"
+
+
+def test_A41_only_dice_tsv_names_subjects(model, store, tmp_path, capsys):
+    evaluate.evaluate(model, store, "test", tmp_path / "out")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0, "dice": 0.5}\n')
+    report.report(str(tmp_path), tmp_path / "out", tmp_path / "out" / "report.html")
+    for path in (tmp_path / "out").rglob("*"):
+        assert "person" not in path.name
+        if path.is_file() and path.name != "dice.tsv":
+            assert b"person0" not in path.read_bytes()
+    said = capsys.readouterr()
+    assert "person" not in said.out + said.err
+
+
+def test_pictures_show_the_first_subjects(model, store, tmp_path):
+    evaluate.evaluate(model, store, "test", tmp_path / "out")
+    pictures = sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir())
+    assert pictures == ["head1.png", "head1_fsl_fast.png", "head1_fsl_first.png", "head2.png", "head2_fsl_fast.png"]
+
+
+def test_refusals_say_what_to_change(model, store, tmp_path):
+    with pytest.raises(NeuronetError, match="no subject in its validation split"):
+        evaluate.evaluate(model, store, "validation", tmp_path)
+    with pytest.raises(NeuronetError, match="the run was trained on 1"):
+        evaluate.evaluate(replace(model, voxel_size_mm=1.0), store, "test", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NeuronetError, match="choose another --out"):
+        evaluate.evaluate(model, store, "test", tmp_path / "file")
+
+
+def test_another_split_is_said(model, store, tmp_path, caplog):
+    evaluate.evaluate(replace(model, provenance={}), store, "train", tmp_path / "out")
+    assert "not those of the run" in caplog.text
+
+
+def test_main_prints_the_table(model, store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "restore", lambda run: model)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert evaluate.main(["--run=x", f"--store={store.dest}", f"--out={tmp_path / 'out'}"]) == 0
+    out = capsys.readouterr().out
+    assert "1.0000 ± 0.0000 [1.000]" in out and "0.3333 ± 0.0000 [0.333]" in out and "FSL FIRST" in out
+    assert evaluate.main(["--run=x", f"--store={tmp_path}", f"--out={tmp_path / 'out'}"]) == 1
+
+
+def test_report_holds_everything_it_shows(model, store, tmp_path):
+    evaluate.evaluate(model, store, "test", tmp_path / "out")
+    assert report.main([f"--run={tmp_path}", f"--eval={tmp_path / 'out'}", f"--out={tmp_path / 'report.html'}"]) == 0
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 5 and "http" not in html
+    assert "1.0000 ± 0.0000" in html and "a test" in html
+    assert PROTOCOLS["fsl_first"].structures[2].name in html  # the hardest one
+    assert report.main([f"--run={tmp_path}", f"--eval={tmp_path / 'no'}", f"--out={tmp_path / 'r.html'}"]) == 1
+
+
+def test_G05_the_report_escapes_what_files_say(model, store, tmp_path):
+    evaluate.evaluate(model, store, "test", tmp_path / "out")
+    attack = "<script>alert(1)</script>"
+    table = tmp_path / "out" / "dice.tsv"
+    hardest = PROTOCOLS["fsl_first"].structures[2].name
+    table.write_text(table.read_text().replace("person0", attack).replace(hardest, attack))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary["note"] = attack
+    (tmp_path / "out" / "summary.json").write_text(json.dumps(summary))
+    report.report(str(tmp_path), tmp_path / "out", tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
