@@ -62,14 +62,7 @@ class Checkpoints:
         elif not self._folder.is_dir():
             raise NeuronetError(f"there are no checkpoints in {run_dir}; --run takes the --workdir of a training run")
         self._tidy()
-        options = ocp.CheckpointManagerOptions(
-            read_only=read_only,
-            create=not read_only,
-            save_interval_steps=0 if read_only else 1,
-            cleanup_tmp_directories=not read_only,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
-        )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = None if read_only else self._writer()
 
     def steps(self) -> list[int]:
         """The finished checkpoints on disk, oldest first."""
@@ -94,6 +87,9 @@ class Checkpoints:
         `get_state()`), `score` the mean validation Dice, where it was just measured: the best one is kept.
         Raises NeuronetError where `step` is not later than every checkpoint there is: nothing would be saved.
         """
+        manager = self._manager
+        if manager is None:
+            raise NeuronetError(f"checkpoint {step} was not saved: these checkpoints were opened with read_only")
         self.wait()
         latest = self.latest()
         if latest is not None and step <= latest:
@@ -117,7 +113,7 @@ class Checkpoints:
             run=ocp.args.JsonSave(run),
         )
         try:
-            saved = self._manager.save(step, args=items, force=True)
+            saved = manager.save(step, args=items, force=True)
         except Exception as error:
             raise NeuronetError(f"checkpoint {step} could not be saved: {error}") from error
         if not saved:
@@ -125,11 +121,13 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raises NeuronetError if a background save has failed. Cheap enough for every step."""
-        if not self._manager.is_saving_in_progress():
+        if self._manager and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
         """Waits for the background save, then removes what `keep` no longer covers."""
+        if self._manager is None:
+            return
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -143,7 +141,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            if self._manager:
+                self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -201,7 +200,7 @@ class Checkpoints:
                 if not self._read_only:
                     self._rename(candidate, "damaged")
         chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
-        if not self._read_only:
+        if self._manager:
             self._manager.reload()  # Orbax forgets the ones set aside
         if chosen >= 0:
             return chosen
@@ -221,7 +220,8 @@ class Checkpoints:
             raw, restore_args=ocp.checkpoint_utils.construct_restore_args(raw), partial_restore=part
         )
         try:
-            arrays = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                arrays = reader.restore(self._folder / str(step) / "state", args=restore)
         except Exception as error:
             raise NeuronetError(f"checkpoint {step} cannot be read: {error}") from error
         for path in run["key_impls"].keys() & wanted.keys():
@@ -273,6 +273,13 @@ class Checkpoints:
         if aside.exists():
             aside.rmtree()
         return (self._folder / str(step)).rename(aside)
+
+    def _writer(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
 
     def _write_manifest(self) -> None:
         """Called by Orbax in its thread, on the first process, after the last file and before the commit."""

@@ -172,6 +172,16 @@ def test_leaving_the_context_waits_for_the_save(tmp_path, config):
     assert checkpoints.steps() == [1]
 
 
+def test_reader_cannot_save_and_is_quiet(open_run, config, caplog):
+    _save(open_run(), config, 1)
+    caplog.clear()
+    reader = open_run(read_only=True)
+    reader.restore(_small(0))
+    with pytest.raises(NeuronetError, match="read_only"):
+        reader.save(2, _small(2), None, config)
+    assert caplog.records == []  # Orbax would name the folder
+
+
 def test_no_checkpoint_yet(open_run):
     checkpoints = open_run()
     assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([], None, None)
@@ -245,6 +255,7 @@ def test_E01_SIGKILL_during_save_leaves_the_previous_or_the_new_step(tmp_path, o
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1200)
 def test_E01_SIGKILL_at_every_file_operation(tmp_path, open_run, config):
     for operation in range(1, 1000):
         run = f"run{operation}"
@@ -340,7 +351,9 @@ def test_E04_failed_background_save_is_raised_by_the_next_call(tmp_path, config,
     noise = {"params": {"w": np.random.default_rng(0).integers(0, 255, 2**18, dtype=np.uint8)}}
     small_files()
     checkpoints.save(2, noise, None, config)
-    while checkpoints._manager.is_saving_in_progress():
+    manager = checkpoints._manager
+    assert manager is not None
+    while manager.is_saving_in_progress():
         time.sleep(0.01)
     calls = {
         "check": checkpoints.check,
@@ -385,6 +398,7 @@ def test_E05_orbax_skipping_is_an_error(open_run, config, monkeypatch):
 def test_E06_failure_in_close_is_raised(tmp_path, config, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     manager = checkpoints._manager
+    assert manager is not None
     monkeypatch.setattr(manager, "wait_until_finished", lambda: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
     monkeypatch.setattr(manager, "close", lambda: None)
     with pytest.raises(NeuronetError, match="I/O error"):
