@@ -37,7 +37,7 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Config:
         raise NeuronetError(f"--config={reference}: {error}") from error
     for field, text in _pairs(overrides):
         _override(settings, field, text)
-    settings.data.store = _expand(settings.data.store)
+    settings.update({"data": {"store": _expand(settings.to_dict()["data"]["store"])}})
     return to_config(settings, f"{Path(path).stem}:{variant}" if variant else Path(path).stem)
 
 

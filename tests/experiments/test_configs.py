@@ -170,8 +170,8 @@ def test_configs_are_complete_and_locked():
     settings = flags._builder("all_targets")("")
     assert isinstance(settings, ConfigDict)
     assert settings.is_locked
-    with pytest.raises(AttributeError):
-        settings.optimizer.momentum = 0.9
+    with pytest.raises(KeyError):
+        settings.update({"optimizer": {"momentum": 0.9}})
     fields = {field.name for field in dataclasses.fields(Config)}
     assert set(settings.to_dict()) == fields - {"name"}
     assert json.loads(json.dumps(settings.to_dict())) is not None  # plain data
