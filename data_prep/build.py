@@ -53,7 +53,6 @@ class TooManyRejects(NeuronetError):
 class BuildReport:
     """What became of the cohort. `rejects` names subjects: not for logs."""
 
-    store: str
     subjects: dict[str, int]  # per split
     rejects: tuple[Reject, ...]
     warnings: dict[str, int]  # subjects per W_… code
@@ -121,9 +120,9 @@ def build_sources(
             raise NeuronetError(
                 f"E_EXISTS: {store} holds a finished store of other input or settings; choose another place"
             )
-        rejects = _read_rejects(files)
+        rejects = read_rejects(files)
         _tidy(files)
-        return _report(store, finished.subjects, rejects, len(sources) - len(kept), time.monotonic() - start)
+        return _report(finished.subjects, rejects, len(sources) - len(kept), time.monotonic() - start)
     writer = _writer(store, settings, len(kept), shard_subjects, provenance)
 
     shards = {slot: tuple(kept[slot : slot + shard_subjects]) for slot in range(0, len(kept), shard_subjects)}
@@ -155,11 +154,11 @@ def build_sources(
         codes = ", ".join(f"{code} {n}" for code, n in sorted(collections.Counter(r.code for r in rejects).items()))
         raise TooManyRejects(
             f"{len(rejects)} of {len(kept)} subjects were rejected ({codes}), more than {max_reject_fraction:.1%}; "
-            f"see rejects.tsv in {store}, repair the files or raise --max-reject-fraction, and run it again"
+            f"see rejects.tsv in the store, repair the files or raise --max-reject-fraction, and run it again"
         )
     writer.finalize(subjects, rejects)
     _tidy(files)
-    return _report(store, subjects, rejects, len(sources) - len(kept), time.monotonic() - start)
+    return _report(subjects, rejects, len(sources) - len(kept), time.monotonic() - start)
 
 
 def default_grid(voxel_size_mm: float) -> tuple[int, int, int]:
@@ -309,7 +308,7 @@ def _rejects_tsv(rejects: Iterable[Reject]) -> bytes:
     return ("\n".join(["id\tcode\treason", *lines]) + "\n").encode()
 
 
-def _read_rejects(files: Files) -> list[Reject]:
+def read_rejects(files: Files) -> list[Reject]:
     lines = (files.read("rejects.tsv") or b"").decode().splitlines()[1:]
     return [Reject(*line.split("\t", 2)) for line in lines]
 
@@ -320,12 +319,10 @@ def _tidy(files: Files) -> None:
         files.delete(name)
 
 
-def _report(
-    store: str, subjects: Sequence[Subject], rejects: Sequence[Reject], excluded: int, seconds: float
-) -> BuildReport:
+def _report(subjects: Sequence[Subject], rejects: Sequence[Reject], excluded: int, seconds: float) -> BuildReport:
     splits = collections.Counter(subject.split for subject in subjects)
     warnings = collections.Counter(code for subject in subjects for code in subject.warnings)
-    return BuildReport(store, dict(splits), tuple(rejects), dict(sorted(warnings.items())), excluded, seconds)
+    return BuildReport(dict(splits), tuple(rejects), dict(sorted(warnings.items())), excluded, seconds)
 
 
 class _Rate(ProgressColumn):
@@ -393,10 +390,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = build(**options, limits=limits, progress=True)
     except TooManyRejects as error:
-        console.print(str(error), style="red", highlight=False)
+        console.print(str(error), style="red", highlight=False, markup=False)
         return 3
     except NeuronetError as error:
-        console.print(f"error: {error}", style="red", highlight=False)
+        console.print(f"error: {error}", style="red", highlight=False, markup=False)
         return 2
     print(summary(report))
     return 0
@@ -410,7 +407,7 @@ def summary(report: BuildReport) -> str:
 
     total = sum(report.subjects.values())
     return (
-        f"store {report.store}: {total} subjects ({counts(report.subjects)}) in {report.seconds:.1f} s\n"
+        f"{total} subjects ({counts(report.subjects)}) in {report.seconds:.1f} s\n"
         f"rejected: {counts(report.rejected)}; warnings: {counts(report.warnings)}; excluded: {report.excluded}"
     )
 

@@ -1,0 +1,89 @@
+"""Reads every chunk of every subject of a store, and says what is damaged or missing.
+
+    python -m data_prep.verify --store=stores/cohort
+
+Chunks are checked by their crc32c, subjects by the hash that was taken when they were prepared. Subjects are named by
+slot (subjects.tsv gives the id). Exit status: 0 sound; 1 something is wrong; 2 the store cannot be read at all.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from data_prep.build import ShardRows
+from data_prep.subject import content_hash
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.files import Files, local_path
+from neuronet_jax.schema import StoreInfo, Subject
+from neuronet_jax.store import Store, StoreError
+
+
+def verify(store: str, threads: int = 4) -> Iterator[str]:
+    """One line per fault of the store: gaps of an unfinished one, damaged or changed subjects of a finished one.
+
+    Raises NeuronetError where the store's own tables disagree (see `Store.open`).
+    """
+    files = Files(store)
+    unfinished = files.read("unfinished.json")
+    if files.read("COMPLETE") is None and unfinished is not None:
+        info = StoreInfo.from_json(unfinished)
+        yield "E_INCOMPLETE: the store is not finished; run the command that builds it again"
+        for slot in range(0, info.slots, info.shard_subjects):
+            if ShardRows.read(files, slot) is None:
+                yield f"E_SHARD_MISSING: the shard at slot {slot} was not written yet"
+        return
+    opened = Store.open(store)
+
+    def fault(subject: Subject) -> str | None:
+        try:
+            image = opened.read_image(subject.slot)
+            labels = opened.read_labels(subject.slot, opened.info.protocols)
+            foreground = opened.read_foreground(subject.slot)
+        except StoreError as error:
+            return str(error)
+        if content_hash(image, labels, foreground) != subject.content_hash:
+            return f"E_MISMATCH: slot {subject.slot} is not what was prepared; rebuild the store"
+        return None
+
+    with ThreadPoolExecutor(threads) as pool:  # reading, decompressing and hashing all release the interpreter
+        yield from filter(None, pool.map(fault, opened.subjects))
+
+
+def remove_locks(store: str) -> int:
+    """Deletes what killed writers left in a local store (TensorStore's `.__lock` files); how many there were."""
+    root = local_path(store)
+    stale: Sequence[Path] = list(root.rglob("*.__lock")) if root else []
+    for path in stale:
+        path.unlink()
+    return len(stale)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--store", required=True, help="a local path, gs://bucket/path or s3://bucket/path")
+    parser.add_argument("--threads", type=int, default=4, help="subjects read at the same time")
+    parser.add_argument("--fix", action="store_true", help="delete lock files of killed writers (none may be running)")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    try:
+        if options.fix:
+            console.print(f"{remove_locks(options.store)} stale lock files deleted")
+        faults = list(track(verify(options.store, options.threads), "verifying", console=console, transient=True))
+    except NeuronetError as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        return 2
+    for line in faults:
+        print(line)
+    print(f"{len(faults)} faults in {options.store}" if faults else f"{options.store} is sound")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,605 @@
+"""From files to a finished store, with every fault injected into files that the real build reads."""
+
+import contextlib
+import gzip
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from data_prep import build as build_module
+from data_prep import purge as purge_module
+from data_prep import subject, verify
+from data_prep.build import TooManyRejects, default_grid, main, summary
+from data_prep.build import build as build_store
+from data_prep.purge import purge
+from neuronet_jax.errors import NeuronetError, RejectError
+from neuronet_jax.files import Files
+from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.store import Store, StoreError, StoreWriter
+
+GRID = (48, 56, 48)
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Builds the manifest at 4 mm in this process and returns the report and the store."""
+
+    def run(manifest: Path, name: str = "store", **options: Any):
+        options = {"voxel_size_mm": 4.0, "grid": GRID, "workers": 0, "max_reject_fraction": 1.0, **options}
+        report = build_store(manifest, str(tmp_path / name), **options)
+        return report, Store.open(tmp_path / name)
+
+    return run
+
+
+def tree(store: Path) -> dict[str, bytes]:
+    """Every file of a store."""
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+def only_reject(report) -> str:
+    (reject,) = report.rejects
+    assert reject.id == "1002"
+    return reject.code
+
+
+def only_warnings(store: Store) -> tuple[str, ...]:
+    """Those of the second subject; the others have none."""
+    assert all(not row.warnings for row in store.subjects if row.id != "1002")
+    (row,) = (row for row in store.subjects if row.id == "1002")
+    return row.warnings
+
+
+def test_what_is_stored(make_cohort, build, brain):
+    report, store = build(make_cohort(splits=("train", "validation", "test")))
+    assert report.subjects == {"train": 1, "validation": 1, "test": 1}
+    assert report.rejects == ()
+    assert report.warnings == {}
+    assert store.info.protocols == tuple(PROTOCOLS)
+    assert store.info.grid == GRID
+    origin = (-4, -4, -4)  # (48, 56, 48) around (40, 48, 40)
+    inside = (slice(4, 44), slice(4, 52), slice(4, 44))
+    for slot, row in enumerate(store.subjects):
+        image, labels = store.read_image(slot), store.read_labels(slot, store.info.protocols)
+        expected = np.zeros(GRID, np.float32)
+        expected[inside] = brain.head(slot)
+        np.testing.assert_array_equal(image, expected)
+        for index, (name, protocol) in enumerate(PROTOCOLS.items()):
+            expected = np.zeros(GRID, np.uint8)
+            expected[inside] = protocol.to_classes(brain.ids(name))
+            np.testing.assert_array_equal(labels[index], expected)
+        assert (row.slot, row.id, row.origin, row.conformed_shape) == (slot, f"100{slot + 1}", origin, brain.shape)
+        assert row.present == (True,) * 5
+        assert row.mean == pytest.approx(brain.head(slot).mean())  # before padding
+        assert row.std == pytest.approx(brain.head(slot).std())
+        np.testing.assert_array_equal(row.source_affine, brain.affine)
+        np.testing.assert_array_equal(np.array(row.affine)[:3, 3], brain.affine[:3, 3] - 16)
+        points = store.read_foreground(slot)
+        assert labels[(slice(None), *points.T)].any(axis=0).all()
+
+
+def test_default_grids_hold_a_head_in_multiples_of_16():
+    assert default_grid(1.0) == (192, 224, 192)
+    assert default_grid(2.0) == (96, 112, 96)
+    assert default_grid(1.5) == (128, 160, 128)
+
+
+def test_real_processes_give_the_same_store(make_cohort, build, tmp_path):
+    manifest = make_cohort(protocols=("fsl_fast", "malp_em"))
+    build(manifest, "here")
+    build(manifest, "there", workers=2, shard_subjects=1)
+    assert tree(tmp_path / "here") == tree(tmp_path / "there")
+
+
+def test_A01_A02_A03_damaged_files_are_rejected_and_leave_no_voxels(make_cohort, build, tmp_path):
+    manifest = make_cohort(("1001", "1002", "1003", "1004"))
+    truncated, flipped, html = (manifest.parent / str(slot) / "T1.nii.gz" for slot in (0, 1, 2))
+    truncated.write_bytes(truncated.read_bytes()[: truncated.stat().st_size // 2])
+    content = bytearray(flipped.read_bytes())
+    content[-6] ^= 1
+    flipped.write_bytes(content)
+    html.write_text("<html>")
+    report, store = build(manifest, shard_subjects=1)
+    assert report.rejected == {"E_TRUNCATED": 1, "E_CRC": 1, "E_FORMAT": 1}
+    assert [row.slot for row in store.subjects] == [3]
+    for slot in range(3):
+        with pytest.raises(StoreError, match="E_SHARD_MISSING"):
+            store.read_image(slot)
+    rejects = (tmp_path / "store" / "rejects.tsv").read_text().splitlines()
+    assert [line.split("\t")[:2] for line in rejects[1:]] == [
+        ["1001", "E_TRUNCATED"],
+        ["1002", "E_CRC"],
+        ["1003", "E_FORMAT"],
+    ]
+
+
+@pytest.mark.parametrize("codes", ["LAS", "LPS", "PSR"])
+def test_A13_orientation_leaves_no_trace(make_cohort, build, brain, codes):
+    manifest = make_cohort()
+    _, store = build(manifest, "ras")
+    ornt = nib.orientations
+    turn = ornt.ornt_transform(ornt.axcodes2ornt("RAS"), ornt.axcodes2ornt(codes))
+    for path in (manifest.parent / "1").iterdir():
+        turned = ornt.apply_orientation(brain.read(path), turn)
+        brain.write(path, turned, brain.affine @ ornt.inv_ornt_aff(turn, brain.shape))
+    _, other = build(manifest, codes)
+    np.testing.assert_allclose(other.read_image(1), store.read_image(1), atol=1e-6)
+    np.testing.assert_array_equal(other.read_labels(1, PROTOCOLS), store.read_labels(1, PROTOCOLS))
+    np.testing.assert_allclose(other.subjects[1].affine, store.subjects[1].affine)
+    assert only_warnings(other) == ()
+
+
+def test_A15_big_endian_files_give_the_same_store(make_cohort, build, brain):
+    manifest = make_cohort()
+    _, store = build(manifest, "little")
+    for path in (manifest.parent / "1").iterdir():
+        swapped = nib.Nifti1Image.from_bytes(gzip.decompress(path.read_bytes()))
+        voxels: Any = np.asarray(swapped.dataobj)
+        nib.Nifti1Image(voxels, None, swapped.header.as_byteswapped(">")).to_filename(path)
+    assert gzip.decompress(path.read_bytes())[:4] == b"\0\0\x01\x5c"
+    _, other = build(manifest, "big")
+    assert other.subjects == store.subjects  # with the hashes of the voxels
+
+
+def test_A18_unknown_labels_are_rejected(make_cohort, build, brain):
+    manifest = make_cohort()
+    for bad in (200, -1, 70000):
+        path = manifest.parent / "1" / "malp_em.nii.gz"
+        labels = brain.malp_em.astype(np.int32)
+        labels[20, 20, 20] = bad
+        brain.write(path, labels)
+        report, _ = build(manifest, f"store{bad}")
+        assert only_reject(report) == "E_LABEL_SET"
+        assert str(bad) in report.rejects[0].reason
+        assert "malp_em map" in report.rejects[0].reason
+
+
+def test_A19_a_missing_structure_is_noted(make_cohort, build, brain):
+    manifest = make_cohort()
+    brain.write(
+        manifest.parent / "1" / "fsl_first.nii.gz", np.where(brain.ids("fsl_first") == 26, 0, brain.ids("fsl_first"))
+    )
+    report, store = build(manifest)
+    assert only_warnings(store) == ("W_LABEL_MISSING",)
+    assert report.warnings == {"W_LABEL_MISSING": 1}
+
+
+def test_A20_an_empty_map_is_rejected(make_cohort, build, brain):
+    manifest = make_cohort()
+    brain.write(manifest.parent / "1" / "spm_tissue.nii.gz", np.zeros(brain.shape, np.uint8))
+    assert only_reject(build(manifest)[0]) == "E_LABEL_EMPTY"
+
+
+def test_A21_missing_maps_keep_the_subject_or_reject_it(make_cohort, build):
+    """Kept by default: four tools of five are still four lessons, and `present` says which heads must not learn here.
+
+    In UK Biobank, FIRST alone fails for some per cent of the scans, often in the atrophied heads that matter most.
+    """
+    manifest = make_cohort()
+    manifest.write_text(manifest.read_text().replace("1/fsl_first.nii.gz", ""))
+    _, store = build(manifest, "kept")
+    assert store.subjects[1].present == (True, False, True, True, True)
+    assert only_warnings(store) == ("W_MISSING_MAP",)
+    assert not store.read_labels(1, ("fsl_first",)).any()
+    assert only_reject(build(manifest, "rejected", missing="reject")[0]) == "E_MISSING_MAP"
+
+
+def test_A21_no_map_at_all_is_rejected(make_cohort, build):
+    manifest = make_cohort()
+    lines = manifest.read_text().splitlines()
+    lines[2] = "1002,1/T1.nii.gz,,,,,,train"
+    manifest.write_text("\n".join(lines))
+    assert only_reject(build(manifest)[0]) == "E_MISSING_MAP"
+
+
+def test_A22_other_geometry_is_rejected_or_resampled(make_cohort, build, brain):
+    manifest = make_cohort(protocols=("malp_em",))
+    path = manifest.parent / "1" / "malp_em.nii.gz"
+    moved = brain.affine.copy()
+    moved[0, 3] += 1
+    brain.write(path, brain.malp_em, moved)
+    assert only_reject(build(manifest, "affine")[0]) == "E_GEOMETRY"
+    brain.write(path, brain.malp_em[:-1])
+    assert only_reject(build(manifest, "shape")[0]) == "E_GEOMETRY"
+    padded = brain.affine.copy()
+    padded[:3, 3] -= 4 * np.array([2, 2, 2])
+    brain.write(path, np.pad(brain.malp_em, 2), padded)
+    _, store = build(manifest, "resampled", resample_labels=True)
+    assert only_warnings(store) == ("W_RESAMPLED",)
+    np.testing.assert_array_equal(store.read_labels(1, ("malp_em",)), store.read_labels(0, ("malp_em",)))
+
+
+@pytest.mark.parametrize("protocol", ["malp_em", "fsl_first"])
+def test_A23_labels_mirrored_against_the_image(make_cohort, build, brain, protocol):
+    manifest = make_cohort(protocols=(protocol,))
+    brain.write(manifest.parent / "1" / f"{protocol}.nii.gz", brain.ids(protocol)[::-1])
+    assert only_warnings(build(manifest)[1]) == ("W_LR_SWAP",)
+
+
+def test_tissues_that_are_not_the_merge_of_the_structures(make_cohort, build, brain):
+    manifest = make_cohort()
+    # the swap in the reference implementation's comments
+    tissue = np.array([0, 1, 2, 4, 3, 5], np.uint8)[brain.ids("malp_em_tissue")]
+    brain.write(manifest.parent / "1" / "malp_em_tissue.nii.gz", tissue)
+    assert only_warnings(build(manifest)[1]) == ("W_TISSUE_MISMATCH",)
+
+
+def test_A24_nan_voxels(make_cohort, build, brain):
+    manifest = make_cohort()
+    image = brain.head(1).astype(np.float32)
+    image[:3, 0, 0] = np.nan
+    brain.write(manifest.parent / "1" / "T1.nii.gz", image)
+    _, store = build(manifest, "few")
+    assert only_warnings(store) == ("W_NAN",)
+    assert np.isfinite(store.read_image(1)).all()
+    brain.write(manifest.parent / "1" / "T1.nii.gz", np.full(brain.shape, np.nan, np.float32))
+    assert only_reject(build(manifest, "all")[0]) == "E_NAN"
+
+
+@pytest.mark.parametrize("value", [0, 7])
+def test_A25_constant_images_are_rejected(make_cohort, build, brain, value):
+    manifest = make_cohort()
+    brain.write(manifest.parent / "1" / "T1.nii.gz", np.full(brain.shape, value, np.int16))
+    assert only_reject(build(manifest)[0]) == "E_CONSTANT"
+
+
+def test_A26_one_spike_does_not_ruin_the_whitening(make_cohort, build, brain):
+    manifest = make_cohort()
+    _, store = build(manifest, "clean")
+    image = brain.head(1).astype(np.int32)
+    image[20, 20, 20] = 1_000_000
+    brain.write(manifest.parent / "1" / "T1.nii.gz", image)
+    _, other = build(manifest, "spike")
+    assert only_warnings(other) == ("W_INTENSITY",)
+    assert other.subjects[1].std == pytest.approx(store.subjects[1].std, rel=0.01)
+
+
+def test_A27_a_small_grid_is_cropped_on_the_labels(make_cohort, build, brain):
+    """The labelled box is off the middle: the crop follows it, is recorded, and loses nothing that is labelled."""
+    manifest = make_cohort(protocols=("fsl_first",))
+    labelled = brain.ids("fsl_first") > 0
+    low, high = (
+        np.array([f(np.flatnonzero(labelled.any(axis=tuple({0, 1, 2} - {a})))) for a in range(3)])
+        for f in (np.min, np.max)
+    )
+    size = tuple(int(side) for side in 4 * ((high - low + 1) // 4 + 1))
+    _, store = build(manifest, "crop", grid=size)
+    row = store.subjects[0]
+    assert row.warnings == ()
+    assert row.conformed_shape == brain.shape
+    assert np.count_nonzero(store.read_labels(0, ("fsl_first",))) == np.count_nonzero(labelled)
+    box = tuple(slice(o, o + s) for o, s in zip(row.origin, size, strict=True))
+    np.testing.assert_array_equal(store.read_image(0), brain.head(0)[box])
+    np.testing.assert_allclose(np.array(row.affine)[:3, 3], brain.affine[:3, 3] + 4 * np.array(row.origin))
+    _, store = build(manifest, "loss", grid=(8, 8, 8))
+    assert store.subjects[0].warnings == ("W_CROPPED_LABEL",)
+
+
+def test_A28_the_same_image_under_two_ids(make_cohort, build, tmp_path):
+    """The first slot keeps it. Compressed otherwise, it is still the same image; other labels do not make it another
+    one."""
+    manifest = make_cohort(("1001", "1002", "1003"))
+    first, second = (manifest.parent / str(slot) / "T1.nii.gz" for slot in (0, 1))
+    second.write_bytes(gzip.compress(gzip.decompress(first.read_bytes()), 9))
+    report, store = build(manifest, shard_subjects=3)
+    assert only_reject(report) == "E_DUPLICATE"
+    assert [row.id for row in store.subjects] == ["1001", "1003"]
+    with pytest.raises(StoreError, match="E_SHARD_MISSING"):
+        store.read_image(1)
+    assert list(verify.verify(str(tmp_path / "store"))) == []
+
+
+def test_A30_the_split_is_part_of_the_store(make_cohort, build):
+    manifest = make_cohort(splits=("train", "train", "test"))
+    _, store = build(manifest, "one")
+    manifest = make_cohort(splits=("train", "test", "test"))
+    _, other = build(manifest, "two")
+    assert store.info.split_hash != other.info.split_hash
+    with pytest.raises(NeuronetError, match=r"E_EXISTS.*other input"):
+        build(manifest, "one")
+
+
+def test_A31_withdrawn_participants_are_left_out_without_a_trace(make_cohort, build, tmp_path):
+    """Not an error: an archive holds the files of the withdrawn until somebody deletes them, and every rebuild must
+    honour the list all the same. The list's hash is in the store, so that training can refuse an outdated one."""
+    exclude = tmp_path / "withdrawn.csv"
+    exclude.write_text("1002\n9999\n")
+    manifest = make_cohort()
+    report, store = build(manifest, exclude=exclude)
+    assert report.excluded == 1
+    assert [row.id for row in store.subjects] == ["1001", "1003"]
+    assert not any(b"1002" in content for content in tree(tmp_path / "store").values())
+    with pytest.raises(NeuronetError, match="E_EXISTS"):
+        build(manifest)  # the same place without the list
+
+
+def test_A31_purge_removes_voxels_rows_and_names(make_cohort, build, tmp_path):
+    manifest = make_cohort(("1001", "1002", "1003", "1004"))
+    (manifest.parent / "3" / "T1.nii.gz").write_bytes(b"")  # 1004 is rejected, and withdraws too
+    _, before = build(manifest, shard_subjects=2)
+    kept = before.read_image(0)
+    assert purge(str(tmp_path / "store"), {"1002", "1004"}) == 1
+    after = Store.open(tmp_path / "store")
+    assert [row.id for row in after.subjects] == ["1001", "1003"]
+    np.testing.assert_array_equal(after.read_image(0), kept)
+    with pytest.raises(StoreError, match="E_SHARD_MISSING"):
+        after.read_image(1)
+    assert list(verify.verify(str(tmp_path / "store"))) == []
+    assert not any(b"100" + digit in content for content in tree(tmp_path / "store").values() for digit in (b"2", b"4"))
+    assert after.info.split_hash != before.info.split_hash
+    assert after.info.provenance["exclude_hash"] != before.info.provenance["exclude_hash"]
+
+
+def test_A31_the_purge_command(make_cohort, build, tmp_path, capsys):
+    build(make_cohort(), shard_subjects=1)
+    (tmp_path / "withdrawn.csv").write_text("1003\n")
+    arguments = [f"--store={tmp_path / 'store'}", f"--exclude={tmp_path / 'withdrawn.csv'}"]
+    assert purge_module.main(arguments) == 0
+    assert "1 subjects removed" in capsys.readouterr().out
+    (tmp_path / "withdrawn.csv").write_text("1001\n1002\n1003\n")
+    assert purge_module.main(arguments) == 2
+    assert [row.id for row in Store.open(tmp_path / "store").subjects] == ["1001", "1002"]  # and still finished
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it, as nothing catches SIGKILL."""
+
+
+@contextlib.contextmanager
+def killed_at(monkeypatch, operation: int):
+    """Ends the process, as it were, before the given change of the store; yields whether it came to that."""
+    count, reached = 0, []
+
+    def patched(original):
+        def call(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count > operation:
+                reached.append(True)
+                raise Killed
+            return original(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((Files, "write"), (Files, "delete"), (StoreWriter, "write_shard")):
+            patch.setattr(owner, name, patched(getattr(owner, name)))
+        with contextlib.suppress(Killed):
+            yield reached
+
+
+def test_A37_killed_anywhere_and_run_again_equals_uninterrupted(make_cohort, build, tmp_path, monkeypatch):
+    manifest = make_cohort(("1001", "1002", "1003", "1004"), protocols=("fsl_fast",))
+    (manifest.parent / "1" / "T1.nii.gz").write_bytes(b"")
+    (manifest.parent / "3" / "T1.nii.gz").write_bytes((manifest.parent / "0" / "T1.nii.gz").read_bytes())
+    build(manifest, "whole", shard_subjects=2)
+    whole = tree(tmp_path / "whole")
+    for operation in range(100):
+        with killed_at(monkeypatch, operation) as reached:
+            build(manifest, f"killed{operation}", shard_subjects=2)
+        if not reached:
+            break
+        if not (tmp_path / f"killed{operation}" / "COMPLETE").exists():  # else killed while tidying up: whole already
+            with pytest.raises(StoreError, match="E_INCOMPLETE"):
+                Store.open(tmp_path / f"killed{operation}")
+        build(manifest, f"killed{operation}", shard_subjects=2)
+        assert tree(tmp_path / f"killed{operation}") == whole
+    assert operation > 15
+
+
+def test_A37_finished_shards_are_not_built_again(make_cohort, build, tmp_path, monkeypatch):
+    manifest = make_cohort(protocols=("fsl_fast",))
+    prepared = []
+    original = subject.prepare
+
+    def counting(source, slot, settings):
+        if len(prepared) == 2:
+            raise Killed
+        prepared.append(slot)
+        return original(source, slot, settings)
+
+    monkeypatch.setattr(build_module, "prepare", counting)
+    with pytest.raises(Killed):
+        build(manifest, shard_subjects=1)
+    prepared.clear()
+    build(manifest, shard_subjects=1)
+    assert prepared == [2]
+    prepared.clear()
+    build(manifest, shard_subjects=1)  # finished: nothing to do
+    assert prepared == []
+
+
+def test_A37_sigkill_of_a_real_build(make_cohort, build, tmp_path):
+    manifest = make_cohort(tuple(f"{n}" for n in range(1001, 1009)), protocols=("fsl_fast",))
+    build(manifest, "whole", shard_subjects=1)
+    options = ["--voxel_size_mm=4", "--grid=48,56,48", "--workers=0", "--shard_subjects=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.build",
+        f"--manifest={manifest}",
+        f"--store={tmp_path / 'killed'}",
+        *options,
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "killed" / "image" / "c" / "1").exists():
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    build(manifest, "killed", shard_subjects=1)
+    verify.remove_locks(str(tmp_path / "killed"))  # of the write that the kill interrupted
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
+
+
+def test_a_killed_purge_is_ended_by_the_same_command(make_cohort, build, tmp_path, monkeypatch):
+    manifest = make_cohort(protocols=("fsl_fast",))
+    build(manifest, "whole", shard_subjects=3)
+    purge(str(tmp_path / "whole"), {"1002"})
+    whole = tree(tmp_path / "whole")
+    for operation in range(50):
+        build(manifest, f"killed{operation}", shard_subjects=3)
+        with killed_at(monkeypatch, operation) as reached:
+            purge(str(tmp_path / f"killed{operation}"), {"1002"})
+        if not reached:
+            break
+        purge(str(tmp_path / f"killed{operation}"), {"1002"})
+        assert tree(tmp_path / f"killed{operation}") == whole
+    assert operation > 5
+
+
+def test_repaired_files_are_taken_in_by_the_next_run(make_cohort, build, tmp_path):
+    manifest = make_cohort()
+    good = (manifest.parent / "1" / "T1.nii.gz").read_bytes()
+    (manifest.parent / "1" / "T1.nii.gz").write_bytes(good[:500])
+    with pytest.raises(TooManyRejects, match=r"1 of 3 subjects were rejected \(E_TRUNCATED 1\)"):
+        build(manifest, max_reject_fraction=0.3)
+    assert "1002\tE_TRUNCATED" in (tmp_path / "store" / "rejects.tsv").read_text()
+    with pytest.raises(StoreError, match="E_INCOMPLETE"):
+        Store.open(tmp_path / "store")
+    (manifest.parent / "1" / "T1.nii.gz").write_bytes(good)
+    report, store = build(manifest, max_reject_fraction=0.3)
+    assert report.rejects == ()
+    assert len(store.subjects) == 3
+
+
+def test_A39_one_failed_read_is_tried_again(make_cohort, build, monkeypatch):
+    monkeypatch.setattr(build_module, "_RETRY_AFTER_S", (0, 0))
+    failures = []
+
+    def flaky(path, limits, original=subject.nifti.read_image):
+        if len(failures) < limit:
+            failures.append(path)
+            raise RejectError("E_IO", "the file cannot be read: Stale file handle") from OSError(
+                116, "Stale file handle"
+            )
+        return original(path, limits)
+
+    monkeypatch.setattr(subject.nifti, "read_image", flaky)
+    limit = 2
+    assert build(make_cohort(("1002",)), "twice")[0].rejects == ()
+    failures.clear()
+    limit = 3
+    with pytest.raises(NeuronetError, match="E_IO 1"):
+        build(make_cohort(("1002",)), "thrice", max_reject_fraction=0.0)
+
+
+def test_A39_a_missing_file_is_not_waited_for(make_cohort, build, monkeypatch):
+    monkeypatch.setattr(build_module, "_RETRY_AFTER_S", (1000,))
+    manifest = make_cohort()
+    (manifest.parent / "1" / "fsl_fast.nii.gz").unlink()
+    assert only_reject(build(manifest)[0]) == "E_IO"
+
+
+def test_an_unforeseen_error_stops_one_subject_only(make_cohort, build, monkeypatch):
+    def broken(path, limits, original=subject.nifti.read_image):
+        if "/1/" in str(path):
+            raise ZeroDivisionError(str(path))
+        return original(path, limits)
+
+    monkeypatch.setattr(subject.nifti, "read_image", broken)
+    report, _ = build(make_cohort())
+    assert only_reject(report) == "E_INTERNAL"
+    assert report.rejects[0].reason.startswith("ZeroDivisionError at test_build.py:")
+
+
+def test_A40_bad_ids_stop_the_command(make_cohort, tmp_path, capsys):
+    manifest = make_cohort(("1001", "../../1002"))
+    assert main([f"--manifest={manifest}", f"--store={tmp_path / 'store'}"]) == 2
+    assert "E_ID: the id in row 3" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "store").exists()
+
+
+def test_A41_no_id_and_no_path_outside_the_tables(make_cohort, tmp_path, capfd):
+    """Ids belong to subjects.tsv and rejects.tsv alone; paths nowhere. Real worker processes, whose logs count too."""
+    names = ("7771001", "7771002", "7771003")
+    manifest = make_cohort(names, protocols=("fsl_fast",))
+    (manifest.parent / "1" / "T1.nii.gz").write_bytes(b"damaged")
+    (manifest.parent / "2" / "fsl_fast.nii.gz").unlink()
+    arguments = [f"--manifest={manifest}", f"--store={tmp_path / 'store'}", "--voxel_size_mm=4", "--grid=48,56,48"]
+    assert main([*arguments, "--workers=1"]) == 3
+    assert main([*arguments, "--workers=0", "--max-reject-fraction=1"]) == 0
+    assert verify.main([f"--store={tmp_path / 'store'}"]) == 0
+    printed = capfd.readouterr()
+    shown = printed.out.replace(f"{tmp_path / 'store'} is sound", "") + printed.err
+    texts = [shown, *(content.decode() for name, content in tree(tmp_path / "store").items() if name.endswith("json"))]
+    texts.append((tmp_path / "store" / "rejects.tsv").read_text().replace("7771002\t", "").replace("7771003\t", ""))
+    for text in texts:
+        assert "777100" not in text
+        assert str(tmp_path) not in text
+        assert "T1.nii" not in text
+
+
+def test_exit_statuses(make_cohort, tmp_path, capsys):
+    manifest = make_cohort()
+    arguments = [f"--manifest={manifest}", f"--store={tmp_path / 'store'}", "--voxel_size_mm=4", "--workers=0"]
+    assert main(arguments) == 0
+    assert "3 subjects (train 3)" in capsys.readouterr().out
+    assert main([*arguments, "--missing=reject"]) == 2  # a finished store of other settings
+    assert "E_EXISTS" in capsys.readouterr().err
+    (manifest.parent / "1" / "T1.nii.gz").write_bytes(b"")
+    arguments[1] = f"--store={tmp_path / 'other'}"
+    assert main(arguments) == 3
+    assert main([*arguments, "--max-reject-fraction=0.34"]) == 0
+    with pytest.raises(SystemExit):
+        main([*arguments, "--grid=1,2"])
+
+
+def test_summary_names_codes_not_subjects(make_cohort, build):
+    manifest = make_cohort()
+    (manifest.parent / "1" / "T1.nii.gz").write_bytes(b"")
+    text = summary(build(manifest)[0])
+    assert "rejected: E_FORMAT 1" in text
+    assert "1002" not in text
+
+
+def test_verify_finds_damage_and_gaps(make_cohort, build, tmp_path, capsys):
+    build(make_cohort(protocols=("fsl_fast",)), shard_subjects=1)
+    store = tmp_path / "store"
+    assert verify.main([f"--store={store}"]) == 0
+    (shard,) = (path for path in (store / "image" / "c" / "1").rglob("*") if path.is_file())
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert verify.main([f"--store={store}"]) == 1
+    assert "E_CRC: image of the subject in slot 1" in capsys.readouterr().out
+    shard.unlink()
+    (store / "image" / "c" / "stale.__lock").touch()
+    assert verify.main([f"--store={store}", "--fix"]) == 1
+    assert "E_SHARD_MISSING" in capsys.readouterr().out
+    assert not list(store.rglob("*.__lock"))
+    (store / "store.json").write_text("{}")
+    assert verify.main([f"--store={store}"]) == 2
+
+
+def test_verify_lists_the_gaps_of_an_unfinished_store(make_cohort, build, tmp_path, monkeypatch):
+    manifest = make_cohort(protocols=("fsl_fast",))
+    (manifest.parent / "1" / "T1.nii.gz").write_bytes(b"")
+    with killed_at(monkeypatch, 5):
+        build(manifest, shard_subjects=1)
+    faults = list(verify.verify(str(tmp_path / "store")))
+    assert faults[0].startswith("E_INCOMPLETE")
+    assert any("the shard at slot 2" in fault for fault in faults)
+
+
+def test_real_cohort(real_data, tmp_path):
+    """Three real brains at 2 mm: nothing to reject, and nothing to warn of but structures too small for 2 mm."""
+    lines = (real_data / "cohort" / "cohort.csv").read_text().splitlines()[:4]
+    folder = real_data / "cohort"
+    rows = [",".join(str(folder / cell) if "/" in cell else cell for cell in line.split(",")) for line in lines]
+    (tmp_path / "cohort.csv").write_text("\n".join(rows))
+    report = build_store(tmp_path / "cohort.csv", str(tmp_path / "store"), voxel_size_mm=2.0, workers=0)
+    assert report.rejects == ()
+    assert set(report.warnings) <= {"W_LABEL_MISSING"}
+    store = Store.open(tmp_path / "store")
+    for row in store.subjects:
+        image, labels = store.read_image(row.slot), store.read_labels(row.slot, ("malp_em", "fsl_fast"))
+        assert image[labels[1] == 3].mean() > 1.2 * image[labels[1] == 2].mean()  # white matter is bright on T1
+        assert np.mean(image[labels[0] > 0] > 0) > 0.98  # the labels lie on the brain
