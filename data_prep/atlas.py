@@ -62,7 +62,8 @@ class Group:
                 continue
             points = points_mm[here].astype(np.float32)
             basis = np.concatenate([points**2, points, np.ones_like(points[:, :1])], axis=1)  # [n, 7]
-            powers = basis @ self.quadric[:, members] - self.weights[members]  # [n, s]
+            # [n, s]; einsum, not BLAS: the result must not depend on the number of threads
+            powers = np.einsum("nq,qs->ns", basis, self.quadric[:, members]) - self.weights[members]
             nearest = powers.argmin(axis=1)
             claimed = self.classes[members[nearest]]
             labels[here] = np.where(powers.min(axis=1) < 0, claimed, 0) if self.bounded else claimed

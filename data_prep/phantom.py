@@ -70,7 +70,9 @@ class Lattice:
         for axis in range(3):  # [i j k] → [x j k] → [x y k] → [x y z]
             basis = interpolate.make_interp_spline(knots_mm[axis], np.eye(len(knots_mm[axis])), k=3)
             weights = basis(self.axis_mm(axis)).astype(np.float32)
-            values = np.moveaxis(np.tensordot(weights, values.astype(np.float32), axes=(1, axis)), 0, axis)
+            # einsum, not BLAS: the bytes must not depend on the number of threads
+            moved = np.einsum("ni,i...->n...", weights, np.moveaxis(values.astype(np.float32), axis, 0))
+            values = np.moveaxis(moved, 0, axis)
         return values
 
 
@@ -135,7 +137,7 @@ def _warp(rng: np.random.Generator, lattice: Lattice) -> np.ndarray:
         displacement += swelling * offset * np.exp(-(offset**2).sum(axis=-1, keepdims=True) / (2 * 18.0**2))
 
     def target(strength: float) -> np.ndarray:
-        return grid @ linear.T + shift_mm + strength * displacement
+        return np.einsum("ab,...b->...a", linear, grid) + shift_mm + strength * displacement
 
     strength = 1.0
     while _smallest_jacobian(target(strength), knots) < 0.3:  # 1 is no change of volume, 0 is a fold
