@@ -78,7 +78,9 @@ def resample(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The volume with cubic voxels of `voxel_size_mm`, axis by axis, C-contiguous, and its affine. See `conform`."""
     affine = np.array(affine, np.float64)
-    for axis, spacing in enumerate(spacing_mm(affine)):
+    memory = np.argsort([-abs(stride) for stride in data.strides], kind="stable")  # axes, the slowest first
+    for axis in (2, 1, 0):  # always in this order: how the file was oriented must not show in the last bit
+        spacing = float(spacing_mm(affine)[axis])
         if abs(spacing - voxel_size_mm) <= _SPACING_TOLERANCE_MM:
             continue
         first, step, count = _samples(data.shape[axis], voxel_size_mm / spacing)
@@ -87,12 +89,19 @@ def resample(
             data = np.take(data, _nearest(positions), axis=axis)
         else:
             weights = _interpolation(data.shape[axis], positions, step)
-            rows = np.moveaxis(data, axis, 0)
-            columns = np.ascontiguousarray(rows, np.float32).reshape(len(rows), -1)
-            data = np.moveaxis((weights @ columns).reshape(count, *rows.shape[1:]), 0, axis)
+            as_stored = np.ascontiguousarray(data.transpose(memory), np.float32)
+            data = _along(weights, as_stored, list(memory).index(axis)).transpose(np.argsort(memory))
         affine[:3, 3] += affine[:3, axis] * first
         affine[:3, axis] *= step
     return np.ascontiguousarray(data), affine
+
+
+def _along(weights: scipy.sparse.csr_array, volume: np.ndarray, axis: int) -> np.ndarray:
+    """`weights` [new old] applied along `axis` of a C-contiguous volume, plane by plane within the cache."""
+    if axis == 0:
+        return (weights @ volume.reshape(len(volume), -1)).reshape(-1, *volume.shape[1:])
+    planes = [weights @ plane if axis == 1 else (weights @ plane.T).T for plane in volume]
+    return np.stack(planes)
 
 
 def to_grid(labels: np.ndarray, affine: np.ndarray, target: Grid) -> np.ndarray:
