@@ -52,8 +52,8 @@ def load_variables(network: Network, variables: Mapping[str, np.ndarray]) -> Non
         ours, theirs = flat[path], np.asarray(variables[name], np.float32)
         if theirs.shape[:3] == (1, 1, 1) and theirs.ndim == 5:
             theirs = theirs[0, 0, 0]  # 1³ convolutions are matrices here
-        if ours[...].shape != theirs.shape:
-            raise NeuronetError(f"{name} has shape {theirs.shape}, the network takes {ours[...].shape}")
+        if ours.shape != theirs.shape:
+            raise NeuronetError(f"{name} has shape {theirs.shape}, the network takes {ours.shape}")
         flat[path] = ours.replace(jnp.asarray(theirs))
     nnx.update(network, nnx.from_flat_state(list(flat.items())))
 
