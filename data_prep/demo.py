@@ -163,10 +163,11 @@ def _user_cache() -> Path:
 
 def _code_hash() -> str:
     """Of the code and tables that decide what the store holds."""
-    library = Path(neuronet_jax.__file__).parent
-    deciding = [library / f"{name}.py" for name in ("intensity", "labels", "nifti", "schema", "space", "store")]
+    here, library = Path(__file__).parent, Path(neuronet_jax.__file__).parent
+    paths = [here / f"{name}.py" for name in ("atlas", "build", "demo", "phantom", "subject")]
+    paths += [library / f"{name}.py" for name in ("intensity", "labels", "nifti", "schema", "space", "store")]
     digest = hashlib.sha256()
-    for path in (*sorted(Path(__file__).parent.glob("*.py")), *deciding, *sorted((library / "data").iterdir())):
+    for path in (*paths, library / "data" / "malp_em.tsv"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
