@@ -90,9 +90,13 @@ def _segment(args: argparse.Namespace) -> int:
         for row in track(heads, "segmenting", len(targets), console=console, disable=not console.is_terminal):
             rows.append(row)
             if row.status == "rejected":
-                console.print(f"{row.input}: {row.code}: {row.reason}", style="red", markup=False, highlight=False)
+                console.print(
+                    f"{row.output} ({row.input}): {row.code}: {row.reason}", style="red", markup=False, highlight=False
+                )
             elif row.warnings != "n/a":
-                console.print(f"{row.input}: {row.warnings}", style="yellow", markup=False, highlight=False)
+                console.print(
+                    f"{row.output} ({row.input}): {row.warnings}", style="yellow", markup=False, highlight=False
+                )
     finally:
         outputs.write_summary(args.out, rows)
     done = sum(row.status == "done" for row in rows)

@@ -101,9 +101,14 @@ def restore(run: str | os.PathLike[str]) -> Model:
 
 
 def _memory_bytes() -> int:
-    """What the first device can hold; on CPU, the machine's memory."""
+    """What the first device can hold; on CPU, the machine's memory or what the container or job may use of it."""
     statistics = jax.local_devices()[0].memory_stats() or {}
-    return statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if limit := statistics.get("bytes_limit"):
+        return limit
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    granted = Path("/sys/fs/cgroup/memory.max")
+    text = granted.read_text().strip() if granted.exists() else "max"
+    return machine if text == "max" else min(machine, int(text))
 
 
 @overload

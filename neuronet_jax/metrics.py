@@ -48,8 +48,10 @@ def dice_per_class(reference: np.ndarray, predicted: np.ndarray, num_classes: in
                 f"the {name} holds labels {labels.min()}..{labels.max()}, the protocol has classes "
                 f"0..{num_classes - 1}; map the tool's ids to class indices first (Protocol.to_classes)"
             )
-    pairs = reference.ravel().astype(np.int64) * num_classes + predicted.ravel()
-    counts = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)  # [reference predicted]
+    counts = np.zeros(num_classes**2, np.int64)
+    for a, b in zip(np.atleast_2d(reference), np.atleast_2d(predicted), strict=True):  # a plane fits the cache
+        counts += np.bincount((a.astype(np.int64) * num_classes + b).ravel(), minlength=num_classes**2)
+    counts = counts.reshape(num_classes, num_classes)  # [reference predicted]
     reference_voxels, predicted_voxels = counts.sum(axis=1), counts.sum(axis=0)
     total = reference_voxels + predicted_voxels
     dice = np.where(total > 0, 2 * counts.diagonal() / np.maximum(total, 1), np.nan)

@@ -173,7 +173,7 @@ def volume_table(maps: dict[str, np.ndarray], affine: np.ndarray) -> str:
     voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
     rows = [["protocol", "index", "name", "voxels", "volume_mm3"]]
     for name, ids in maps.items():
-        counts = np.bincount(ids.ravel(), minlength=256)
+        counts = np.sum([np.bincount(plane.ravel(), minlength=256) for plane in ids], axis=0)  # planes fit the cache
         for s in PROTOCOLS[name].structures:
             rows.append([name, str(s.id), s.name, str(counts[s.id]), f"{counts[s.id] * voxel_mm3:.10g}"])
     return _tsv(rows)

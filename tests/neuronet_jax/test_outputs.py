@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -127,6 +128,24 @@ def test_F08_gzip_is_deterministic_and_a_failed_write_leaves_no_file(target, wri
             outputs.write(place, volume, maps, overwrite=True)
     assert path.read_bytes() == before
     assert list(fresh.folder.glob("*.nii.gz*")) == []
+
+
+def test_F08_a_killed_writer_leaves_whole_files_only(tmp_path):
+    code = (
+        "import numpy as np, nibabel as nib, sys; from neuronet_jax import nifti\n"
+        "volume = nifti.Volume(np.zeros((160, 160, 160), np.float32), np.eye(4), nib.Nifti1Header(), ())\n"
+        "labels = np.random.default_rng(0).integers(0, 139, (160, 160, 160), np.uint8)\n"
+        "for n in range(1000): nifti.write_labels(f'{sys.argv[1]}/{n}.nii.gz', labels, volume); print(n, flush=True)\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    with writer.stdout:
+        assert writer.stdout.readline() == b"0\n"
+        time.sleep(0.05)  # somewhere within the next files
+        writer.kill()
+        writer.wait()
+    files = list(tmp_path.glob("*.nii.gz"))
+    assert len({gzip.decompress(file.read_bytes()) for file in files}) == 1
 
 
 def test_F09_results_that_exist_are_kept_without_overwrite(target, written):
