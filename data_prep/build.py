@@ -17,7 +17,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 import neuronet_jax
 from data_prep import cluster
+from data_prep.lease import lease
 from data_prep.manifest import Source, assign_splits, check_sources, ids_hash, read_ids, read_manifest
 from data_prep.subject import Settings, image_hash, prepare
 from neuronet_jax.errors import NeuronetError, RejectError
@@ -123,42 +125,62 @@ def build_sources(
         rejects = read_rejects(files)
         _tidy(files)
         return _report(finished.subjects, rejects, len(sources) - len(kept), time.monotonic() - start)
-    writer = _writer(store, settings, len(kept), shard_subjects, provenance)
-
-    shards = {slot: tuple(kept[slot : slot + shard_subjects]) for slot in range(0, len(kept), shard_subjects)}
-    rows: dict[int, ShardRows] = {}
-    for slot in shards:
-        done = ShardRows.read(files, slot)
-        # rejects are tried again: somebody may have repaired the files
-        if done is not None and not done.rejects and (not done.subjects or writer.has_shard(slot)):
-            rows[slot] = done
-    duplicates: dict[str, int] = {}
-    with _progress(progress, len(kept)) as advance:
-        advance(sum(len(shards[slot]) for slot in rows))
-        while todo := [slot for slot in shards if slot not in rows]:
-            tasks = {f"shard-{slot}": (store, slot, shards[slot], settings, duplicates) for slot in todo}
-            for result in cluster.run(build_shard, tasks, workers, scheduler):
-                if isinstance(result, NeuronetError):
-                    raise result
-                rows[result.slot] = result
-                advance(len(shards[result.slot]))
-            for slot, first in _duplicates(rows).items():  # known only now: their shards are written again without them
-                duplicates[kept[slot].id] = first
-                again = rows.pop(slot - slot % shard_subjects, None)
-                advance(-len(shards[again.slot]) if again else 0)
-
-    subjects = [subject for slot in sorted(rows) for subject in rows[slot].subjects]
-    rejects = [reject for slot in sorted(rows) for reject in rows[slot].rejects]
-    if len(rejects) > max_reject_fraction * len(kept):
-        files.write("rejects.tsv", _rejects_tsv(rejects))
-        codes = ", ".join(f"{code} {n}" for code, n in sorted(collections.Counter(r.code for r in rejects).items()))
-        raise TooManyRejects(
-            f"{len(rejects)} of {len(kept)} subjects were rejected ({codes}), more than {max_reject_fraction:.1%}; "
-            f"see rejects.tsv in the store, repair the files or raise --max-reject-fraction, and run it again"
-        )
-    writer.finalize(subjects, rejects)
-    _tidy(files)
+    with lease(files, "unfinished-build.lease"):
+        writer = _writer(store, settings, len(kept), shard_subjects, provenance)
+        shards = {slot: tuple(kept[slot : slot + shard_subjects]) for slot in range(0, len(kept), shard_subjects)}
+        with _progress(progress, len(kept)) as advance:
+            rows = _build_shards(
+                writer, shards, settings, lambda tasks: cluster.run(build_shard, tasks, workers, scheduler), advance
+            )
+        subjects = [subject for slot in sorted(rows) for subject in rows[slot].subjects]
+        rejects = [reject for slot in sorted(rows) for reject in rows[slot].rejects]
+        if len(rejects) > max_reject_fraction * len(kept):
+            files.write("rejects.tsv", _rejects_tsv(rejects))
+            codes = ", ".join(f"{code} {n}" for code, n in sorted(collections.Counter(r.code for r in rejects).items()))
+            raise TooManyRejects(
+                f"{len(rejects)} of {len(kept)} subjects were rejected ({codes}), more than {max_reject_fraction:.1%}; "
+                f"see rejects.tsv in the store, repair the files or raise --max-reject-fraction, and run it again"
+            )
+        writer.finalize(subjects, rejects)
+        _tidy(files)
     return _report(subjects, rejects, len(sources) - len(kept), time.monotonic() - start)
+
+
+def _build_shards(
+    writer: StoreWriter,
+    shards: dict[int, tuple[Source, ...]],
+    settings: Settings,
+    run: Callable[[dict[str, tuple]], Iterator[Any]],
+    advance: Callable[[int], None],
+) -> "dict[int, ShardRows]":
+    """The rows of every shard, by first slot; those that an earlier run wrote are not written again."""
+    rows = _finished(writer, shards)
+    advance(sum(len(shards[slot]) for slot in rows))
+    duplicates: dict[str, int] = {}
+    while todo := [slot for slot in shards if slot not in rows]:
+        tasks = {f"shard-{slot}": (writer.dest, slot, shards[slot], settings, duplicates) for slot in todo}
+        for result in run(tasks):
+            if isinstance(result, NeuronetError):
+                raise result
+            rows[result.slot] = result
+            advance(len(shards[result.slot]))
+        # images under two ids are known only now: their shards are written again without the second
+        for subject, first in _duplicates(rows):
+            duplicates[subject.id] = first
+            again = rows.pop(writer.info.shard_of(subject.slot), None)
+            advance(-len(shards[again.slot]) if again else 0)
+    return rows
+
+
+def _finished(writer: StoreWriter, slots: Iterable[int]) -> "dict[int, ShardRows]":
+    """The rows of the shards that an earlier run wrote, except where it rejected: somebody may have repaired the
+    files."""
+    there = set(writer.files.names("unfinished-"))
+    with ThreadPoolExecutor(32) as pool:  # a bucket answers many at once
+        found = pool.map(
+            lambda slot: ShardRows.read(writer.files, slot), (s for s in slots if ShardRows.name(s) in there)
+        )
+    return {rows.slot: rows for rows in found if rows is not None and not rows.rejects and writer.has_shard(rows.slot)}
 
 
 def default_grid(voxel_size_mm: float) -> tuple[int, int, int]:
@@ -206,27 +228,33 @@ def build_shard(
     Errors are returned: Dask would log a raised one together with the arguments, which name subjects.
     """
     try:
-        writer = StoreWriter.open(store)
-        writer.files.delete(ShardRows.name(first_slot))
-        records: list[Record | None] = []
-        rejects = []
-        for slot, source in enumerate(sources, first_slot):
-            try:
-                if source.id in duplicates:
-                    raise RejectError("E_DUPLICATE", f"the image is the same as that of slot {duplicates[source.id]}")
-                records.append(_prepare(source, slot, settings))
-            except RejectError as error:
-                records.append(None)
-                rejects.append(Reject(source.id, error.code, error.reason))
-        if any(records):
-            writer.write_shard(first_slot, records)
-        else:
-            writer.delete_shard(first_slot)
-        rows = ShardRows(first_slot, tuple(record.subject for record in records if record), tuple(rejects))
-        rows.write(writer.files)
-        return rows
+        with lease(Files(store), f"unfinished-{first_slot:08d}.lease"):
+            return _build_shard(StoreWriter.open(store), first_slot, sources, settings, duplicates)
     except NeuronetError as error:
         return error
+
+
+def _build_shard(
+    writer: StoreWriter, first_slot: int, sources: Sequence[Source], settings: Settings, duplicates: dict[str, int]
+) -> ShardRows:
+    writer.files.delete(ShardRows.name(first_slot))
+    records: list[Record | None] = []
+    rejects = []
+    for slot, source in enumerate(sources, first_slot):
+        try:
+            if source.id in duplicates:
+                raise RejectError("E_DUPLICATE", f"the image is the same as that of slot {duplicates[source.id]}")
+            records.append(_prepare(source, slot, settings))
+        except RejectError as error:
+            records.append(None)
+            rejects.append(Reject(source.id, error.code, error.reason))
+    if any(records):
+        writer.write_shard(first_slot, records)
+    else:
+        writer.delete_shard(first_slot)
+    rows = ShardRows(first_slot, tuple(record.subject for record in records if record), tuple(rejects))
+    rows.write(writer.files)
+    return rows
 
 
 def _prepare(source: Source, slot: int, settings: Settings) -> Record:
@@ -291,16 +319,11 @@ def _writer(store: str, settings: Settings, slots: int, shard_subjects: int, pro
     return StoreWriter.open(store)
 
 
-def _duplicates(rows: dict[int, ShardRows]) -> dict[int, int]:
-    """Slot of every subject whose image an earlier slot already has, and that slot."""
+def _duplicates(rows: dict[int, ShardRows]) -> list[tuple[Subject, int]]:
+    """Every subject whose image an earlier slot already has, and that slot."""
     first: dict[str, int] = {}
-    found = {}
-    for slot in sorted(rows):
-        for subject in rows[slot].subjects:
-            earlier = first.setdefault(image_hash(subject), subject.slot)
-            if earlier != subject.slot:
-                found[subject.slot] = earlier
-    return found
+    subjects = [subject for slot in sorted(rows) for subject in rows[slot].subjects]
+    return [(s, first[image_hash(s)]) for s in subjects if first.setdefault(image_hash(s), s.slot) != s.slot]
 
 
 def _rejects_tsv(rejects: Iterable[Reject]) -> bytes:

@@ -1,6 +1,8 @@
 """A small cohort on disk: heads of 4 mm voxels whose structures lie where MALP-EM's do, with all five label maps."""
 
+import contextlib
 import csv
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +12,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from data_prep.build import build as build_store
+from neuronet_jax.files import Files
 from neuronet_jax.labels import MALP_EM_CENTROIDS_MM, MALP_EM_TO_TISSUE, PROTOCOLS
+from neuronet_jax.store import Store, StoreWriter
 
 SHAPE = (40, 48, 40)
 AFFINE = np.array([[4.0, 0, 0, -78], [0, 4, 0, -112], [0, 0, 4, -66], [0, 0, 0, 1]])
+GRID = (48, 56, 48)  # of the stores
 COLUMNS = ("id", "t1", *PROTOCOLS, "split")
 
 
@@ -102,3 +108,59 @@ def make_cohort(tmp_path: Path) -> Callable[..., Path]:
 def brain() -> SimpleNamespace:
     """The pieces above, for tests that damage them."""
     return SimpleNamespace(affine=AFFINE, shape=SHAPE, malp_em=MALP_EM, ids=ids, head=head, write=write, read=read)
+
+
+@pytest.fixture
+def build(tmp_path):
+    """Builds the manifest at 4 mm in this process and returns the report and the store."""
+
+    def run(manifest: Path, name: str = "store", **options: Any):
+        options = {"voxel_size_mm": 4.0, "grid": GRID, "workers": 0, "max_reject_fraction": 1.0, **options}
+        report = build_store(manifest, str(tmp_path / name), **options)
+        return report, Store.open(tmp_path / name)
+
+    return run
+
+
+def _tree(store: Path) -> dict[str, bytes]:
+    """Every file of a store."""
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def tree():
+    """Every file of a store by its name below it."""
+    return _tree
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it, as nothing catches SIGKILL."""
+
+
+@contextlib.contextmanager
+def _killed_at(monkeypatch, operation: int):
+    """Ends the process, as it were, before the given change of the store; yields whether it came to that."""
+    count, reached = 0, []
+
+    def patched(original):
+        def call(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count > operation:
+                reached.append(True)
+                raise Killed
+            return original(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((Files, "write"), (Files, "delete"), (StoreWriter, "write_shard")):
+            patch.setattr(owner, name, patched(getattr(owner, name)))
+        with contextlib.suppress(Killed):
+            yield reached
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Context manager; see `_killed_at`."""
+    return functools.partial(_killed_at, monkeypatch)

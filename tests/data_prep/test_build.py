@@ -1,13 +1,6 @@
 """From files to a finished store, with every fault injected into files that the real build reads."""
 
-import contextlib
 import gzip
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -15,34 +8,14 @@ import numpy as np
 import pytest
 
 from data_prep import build as build_module
-from data_prep import purge as purge_module
 from data_prep import subject, verify
-from data_prep.build import TooManyRejects, default_grid, main, summary
 from data_prep.build import build as build_store
-from data_prep.purge import purge
+from data_prep.build import default_grid, main, summary
 from neuronet_jax.errors import NeuronetError, RejectError
-from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.store import Store, StoreError, StoreWriter
+from neuronet_jax.store import Store, StoreError
 
 GRID = (48, 56, 48)
-
-
-@pytest.fixture
-def build(tmp_path):
-    """Builds the manifest at 4 mm in this process and returns the report and the store."""
-
-    def run(manifest: Path, name: str = "store", **options: Any):
-        options = {"voxel_size_mm": 4.0, "grid": GRID, "workers": 0, "max_reject_fraction": 1.0, **options}
-        report = build_store(manifest, str(tmp_path / name), **options)
-        return report, Store.open(tmp_path / name)
-
-    return run
-
-
-def tree(store: Path) -> dict[str, bytes]:
-    """Every file of a store."""
-    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
 
 
 def only_reject(report) -> str:
@@ -90,13 +63,6 @@ def test_default_grids_hold_a_head_in_multiples_of_16():
     assert default_grid(1.0) == (192, 224, 192)
     assert default_grid(2.0) == (96, 112, 96)
     assert default_grid(1.5) == (128, 160, 128)
-
-
-def test_real_processes_give_the_same_store(make_cohort, build, tmp_path):
-    manifest = make_cohort(protocols=("fsl_fast", "malp_em"))
-    build(manifest, "here")
-    build(manifest, "there", workers=2, shard_subjects=1)
-    assert tree(tmp_path / "here") == tree(tmp_path / "there")
 
 
 def test_A01_A02_A03_damaged_files_are_rejected_and_leave_no_voxels(make_cohort, build, tmp_path):
@@ -307,7 +273,7 @@ def test_A30_the_split_is_part_of_the_store(make_cohort, build):
         build(manifest, "one")
 
 
-def test_A31_withdrawn_participants_are_left_out_without_a_trace(make_cohort, build, tmp_path):
+def test_A31_withdrawn_participants_are_left_out_without_a_trace(make_cohort, build, tmp_path, tree):
     """Not an error: an archive holds the files of the withdrawn until somebody deletes them, and every rebuild must
     honour the list all the same. The list's hash is in the store, so that training can refuse an outdated one."""
     exclude = tmp_path / "withdrawn.csv"
@@ -319,155 +285,6 @@ def test_A31_withdrawn_participants_are_left_out_without_a_trace(make_cohort, bu
     assert not any(b"1002" in content for content in tree(tmp_path / "store").values())
     with pytest.raises(NeuronetError, match="E_EXISTS"):
         build(manifest)  # the same place without the list
-
-
-def test_A31_purge_removes_voxels_rows_and_names(make_cohort, build, tmp_path):
-    manifest = make_cohort(("1001", "1002", "1003", "1004"))
-    (manifest.parent / "3" / "T1.nii.gz").write_bytes(b"")  # 1004 is rejected, and withdraws too
-    _, before = build(manifest, shard_subjects=2)
-    kept = before.read_image(0)
-    assert purge(str(tmp_path / "store"), {"1002", "1004"}) == 1
-    after = Store.open(tmp_path / "store")
-    assert [row.id for row in after.subjects] == ["1001", "1003"]
-    np.testing.assert_array_equal(after.read_image(0), kept)
-    with pytest.raises(StoreError, match="E_SHARD_MISSING"):
-        after.read_image(1)
-    assert list(verify.verify(str(tmp_path / "store"))) == []
-    assert not any(b"100" + digit in content for content in tree(tmp_path / "store").values() for digit in (b"2", b"4"))
-    assert after.info.split_hash != before.info.split_hash
-    assert after.info.provenance["exclude_hash"] != before.info.provenance["exclude_hash"]
-
-
-def test_A31_the_purge_command(make_cohort, build, tmp_path, capsys):
-    build(make_cohort(), shard_subjects=1)
-    (tmp_path / "withdrawn.csv").write_text("1003\n")
-    arguments = [f"--store={tmp_path / 'store'}", f"--exclude={tmp_path / 'withdrawn.csv'}"]
-    assert purge_module.main(arguments) == 0
-    assert "1 subjects removed" in capsys.readouterr().out
-    (tmp_path / "withdrawn.csv").write_text("1001\n1002\n1003\n")
-    assert purge_module.main(arguments) == 2
-    assert [row.id for row in Store.open(tmp_path / "store").subjects] == ["1001", "1002"]  # and still finished
-
-
-class Killed(BaseException):
-    """Not an Exception: nothing may catch it, as nothing catches SIGKILL."""
-
-
-@contextlib.contextmanager
-def killed_at(monkeypatch, operation: int):
-    """Ends the process, as it were, before the given change of the store; yields whether it came to that."""
-    count, reached = 0, []
-
-    def patched(original):
-        def call(*arguments, **options):
-            nonlocal count
-            count += 1
-            if count > operation:
-                reached.append(True)
-                raise Killed
-            return original(*arguments, **options)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for owner, name in ((Files, "write"), (Files, "delete"), (StoreWriter, "write_shard")):
-            patch.setattr(owner, name, patched(getattr(owner, name)))
-        with contextlib.suppress(Killed):
-            yield reached
-
-
-def test_A37_killed_anywhere_and_run_again_equals_uninterrupted(make_cohort, build, tmp_path, monkeypatch):
-    manifest = make_cohort(("1001", "1002", "1003", "1004"), protocols=("fsl_fast",))
-    (manifest.parent / "1" / "T1.nii.gz").write_bytes(b"")
-    (manifest.parent / "3" / "T1.nii.gz").write_bytes((manifest.parent / "0" / "T1.nii.gz").read_bytes())
-    build(manifest, "whole", shard_subjects=2)
-    whole = tree(tmp_path / "whole")
-    for operation in range(100):
-        with killed_at(monkeypatch, operation) as reached:
-            build(manifest, f"killed{operation}", shard_subjects=2)
-        if not reached:
-            break
-        if not (tmp_path / f"killed{operation}" / "COMPLETE").exists():  # else killed while tidying up: whole already
-            with pytest.raises(StoreError, match="E_INCOMPLETE"):
-                Store.open(tmp_path / f"killed{operation}")
-        build(manifest, f"killed{operation}", shard_subjects=2)
-        assert tree(tmp_path / f"killed{operation}") == whole
-    assert operation > 15
-
-
-def test_A37_finished_shards_are_not_built_again(make_cohort, build, tmp_path, monkeypatch):
-    manifest = make_cohort(protocols=("fsl_fast",))
-    prepared = []
-    original = subject.prepare
-
-    def counting(source, slot, settings):
-        if len(prepared) == 2:
-            raise Killed
-        prepared.append(slot)
-        return original(source, slot, settings)
-
-    monkeypatch.setattr(build_module, "prepare", counting)
-    with pytest.raises(Killed):
-        build(manifest, shard_subjects=1)
-    prepared.clear()
-    build(manifest, shard_subjects=1)
-    assert prepared == [2]
-    prepared.clear()
-    build(manifest, shard_subjects=1)  # finished: nothing to do
-    assert prepared == []
-
-
-def test_A37_sigkill_of_a_real_build(make_cohort, build, tmp_path):
-    manifest = make_cohort(tuple(f"{n}" for n in range(1001, 1009)), protocols=("fsl_fast",))
-    build(manifest, "whole", shard_subjects=1)
-    options = ["--voxel_size_mm=4", "--grid=48,56,48", "--workers=0", "--shard_subjects=1"]
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep.build",
-        f"--manifest={manifest}",
-        f"--store={tmp_path / 'killed'}",
-        *options,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / "killed" / "image" / "c" / "1").exists():
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    build(manifest, "killed", shard_subjects=1)
-    verify.remove_locks(str(tmp_path / "killed"))  # of the write that the kill interrupted
-    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
-
-
-def test_a_killed_purge_is_ended_by_the_same_command(make_cohort, build, tmp_path, monkeypatch):
-    manifest = make_cohort(protocols=("fsl_fast",))
-    build(manifest, "whole", shard_subjects=3)
-    purge(str(tmp_path / "whole"), {"1002"})
-    whole = tree(tmp_path / "whole")
-    for operation in range(50):
-        build(manifest, f"killed{operation}", shard_subjects=3)
-        with killed_at(monkeypatch, operation) as reached:
-            purge(str(tmp_path / f"killed{operation}"), {"1002"})
-        if not reached:
-            break
-        purge(str(tmp_path / f"killed{operation}"), {"1002"})
-        assert tree(tmp_path / f"killed{operation}") == whole
-    assert operation > 5
-
-
-def test_repaired_files_are_taken_in_by_the_next_run(make_cohort, build, tmp_path):
-    manifest = make_cohort()
-    good = (manifest.parent / "1" / "T1.nii.gz").read_bytes()
-    (manifest.parent / "1" / "T1.nii.gz").write_bytes(good[:500])
-    with pytest.raises(TooManyRejects, match=r"1 of 3 subjects were rejected \(E_TRUNCATED 1\)"):
-        build(manifest, max_reject_fraction=0.3)
-    assert "1002\tE_TRUNCATED" in (tmp_path / "store" / "rejects.tsv").read_text()
-    with pytest.raises(StoreError, match="E_INCOMPLETE"):
-        Store.open(tmp_path / "store")
-    (manifest.parent / "1" / "T1.nii.gz").write_bytes(good)
-    report, store = build(manifest, max_reject_fraction=0.3)
-    assert report.rejects == ()
-    assert len(store.subjects) == 3
 
 
 def test_A39_one_failed_read_is_tried_again(make_cohort, build, monkeypatch):
@@ -517,7 +334,7 @@ def test_A40_bad_ids_stop_the_command(make_cohort, tmp_path, capsys):
     assert not (tmp_path / "store").exists()
 
 
-def test_A41_no_id_and_no_path_outside_the_tables(make_cohort, tmp_path, capfd):
+def test_A41_no_id_and_no_path_outside_the_tables(make_cohort, tmp_path, capfd, tree):
     """Ids belong to subjects.tsv and rejects.tsv alone; paths nowhere. Real worker processes, whose logs count too."""
     names = ("7771001", "7771002", "7771003")
     manifest = make_cohort(names, protocols=("fsl_fast",))
@@ -558,35 +375,6 @@ def test_summary_names_codes_not_subjects(make_cohort, build):
     text = summary(build(manifest)[0])
     assert "rejected: E_FORMAT 1" in text
     assert "1002" not in text
-
-
-def test_verify_finds_damage_and_gaps(make_cohort, build, tmp_path, capsys):
-    build(make_cohort(protocols=("fsl_fast",)), shard_subjects=1)
-    store = tmp_path / "store"
-    assert verify.main([f"--store={store}"]) == 0
-    (shard,) = (path for path in (store / "image" / "c" / "1").rglob("*") if path.is_file())
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    assert verify.main([f"--store={store}"]) == 1
-    assert "E_CRC: image of the subject in slot 1" in capsys.readouterr().out
-    shard.unlink()
-    (store / "image" / "c" / "stale.__lock").touch()
-    assert verify.main([f"--store={store}", "--fix"]) == 1
-    assert "E_SHARD_MISSING" in capsys.readouterr().out
-    assert not list(store.rglob("*.__lock"))
-    (store / "store.json").write_text("{}")
-    assert verify.main([f"--store={store}"]) == 2
-
-
-def test_verify_lists_the_gaps_of_an_unfinished_store(make_cohort, build, tmp_path, monkeypatch):
-    manifest = make_cohort(protocols=("fsl_fast",))
-    (manifest.parent / "1" / "T1.nii.gz").write_bytes(b"")
-    with killed_at(monkeypatch, 5):
-        build(manifest, shard_subjects=1)
-    faults = list(verify.verify(str(tmp_path / "store")))
-    assert faults[0].startswith("E_INCOMPLETE")
-    assert any("the shard at slot 2" in fault for fault in faults)
 
 
 def test_real_cohort(real_data, tmp_path):

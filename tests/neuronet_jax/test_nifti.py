@@ -331,7 +331,8 @@ def test_A24_beyond_float32_counts_as_infinite(tmp_path):
 
 def test_A34_mgz_is_read(tmp_path):
     path = tmp_path / "T1.mgz"
-    nib.MGHImage(VOXELS, AFFINE).to_filename(path)
+    voxels: Any = VOXELS
+    nib.MGHImage(voxels, AFFINE).to_filename(path)
     volume = read_image(path)
     np.testing.assert_array_equal(volume.data, VOXELS)
     np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-5)
