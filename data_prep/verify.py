@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from data_prep.build import ShardRows
+from data_prep.shard import ShardRows
 from data_prep.subject import content_hash
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files, local_path

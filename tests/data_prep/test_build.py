@@ -7,8 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data_prep import build as build_module
-from data_prep import subject, verify
+from data_prep import shard, subject, verify
 from data_prep.build import build as build_store
 from data_prep.build import default_grid, main, summary
 from neuronet_jax.errors import NeuronetError, RejectError
@@ -288,7 +287,7 @@ def test_A31_withdrawn_participants_are_left_out_without_a_trace(make_cohort, bu
 
 
 def test_A39_one_failed_read_is_tried_again(make_cohort, build, monkeypatch):
-    monkeypatch.setattr(build_module, "_RETRY_AFTER_S", (0, 0))
+    monkeypatch.setattr(shard, "_RETRY_AFTER_S", (0, 0))
     failures = []
 
     def flaky(path, limits, original=subject.nifti.read_image):
@@ -309,7 +308,7 @@ def test_A39_one_failed_read_is_tried_again(make_cohort, build, monkeypatch):
 
 
 def test_A39_a_missing_file_is_not_waited_for(make_cohort, build, monkeypatch):
-    monkeypatch.setattr(build_module, "_RETRY_AFTER_S", (1000,))
+    monkeypatch.setattr(shard, "_RETRY_AFTER_S", (1000,))
     manifest = make_cohort()
     (manifest.parent / "1" / "fsl_fast.nii.gz").unlink()
     assert only_reject(build(manifest)[0]) == "E_IO"
