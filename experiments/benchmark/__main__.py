@@ -1,0 +1,124 @@
+"""Speed and memory, side by side in one run on one machine.
+
+    python -m experiments.benchmark                         a training step and inference, against PyTorch
+    python -m experiments.benchmark --size=128 --dtype=bfloat16 --against=torch-compile,torch-eager:float32    on a GPU
+    python -m experiments.benchmark --what=head --against=jax-whole,torch-eager,dipy    a whole head, also classically
+    python -m experiments.benchmark --input                 the input pipeline, alone and under a training step
+    python -m experiments.benchmark --topology=v5e:2x4      a TPU slice, compiled for ahead of time (extra `tpu`)
+
+Every contender runs in a process of its own, so that its peak memory is its own, and the runs alternate, A B A B, so
+that what else happens on the machine falls on all. First they show that they do the same: equal logits and losses from
+equal weights.
+Ratios are what to read; seconds depend on the machine. The tables go to OUT/benchmark.md and OUT/benchmark.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmark.contender import Job
+from experiments.benchmark.race import agreement, race, table
+from experiments.benchmark.serve import CONTENDERS
+
+
+def machine() -> str:
+    """CPU, cores that this process may use, system."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {cores} cores, {platform.system()}"
+
+
+def template_head(path: Path) -> None:
+    """The MNI152 template at 1 mm, skull-stripped, which comes with nilearn: a whole head to segment."""
+    from nilearn.datasets import load_mni152_template
+
+    np.save(path, np.asarray(load_mni152_template(resolution=1).dataobj, np.float32))
+
+
+def contenders(arguments: argparse.Namespace, what: str, head: str) -> list[Job]:
+    """Ours first, then the others: NAME or NAME:DTYPE."""
+    jobs = []
+    for entry in ["jax", *filter(None, arguments.against.split(","))]:
+        name, _, dtype = entry.partition(":")
+        if name not in CONTENDERS:
+            raise SystemExit(f"--against takes {', '.join(CONTENDERS)}, got {name!r}")
+        if dtype not in ("", "float32", "bfloat16"):
+            raise SystemExit(f"--against={entry}: the dtypes are float32 and bfloat16, got {dtype!r}")
+        if (name == "dipy" and what != "head") or (name == "jax-whole" and what != "head"):
+            continue  # these segment whole heads only
+        jobs.append(Job(name, dtype or arguments.dtype, what, arguments.size, arguments.batch, head))
+    return jobs
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    whats = arguments.what.split(",")
+    if unknown := set(whats) - {"train", "inference", "head"}:
+        raise SystemExit(f"--what takes train, inference, head, got {sorted(unknown)[0]!r}")
+    with tempfile.TemporaryDirectory() as folder:
+        head = Path(folder) / "head.npy"
+        if "head" in whats:
+            template_head(head)
+        jobs = {what: contenders(arguments, what, str(head)) for what in whats}
+        unique = {job.contender: job for job in jobs[whats[0]]}
+        differences = agreement(list(unique.values()))
+        lines = [f"# Benchmark\n\n{machine()}. Crop {arguments.size}³, batch {arguments.batch}, five protocols, "]
+        lines[0] += f"medians of {arguments.repeats} alternating runs.\n"
+        for name, d in differences.items():
+            lines.append(
+                f"{name} computes the same: logits to {d['logits']:.0e} of their sd, losses to {d['losses']:.0e}."
+            )
+        everything: dict[str, Any] = {"machine": machine(), "agreement": differences, "arguments": vars(arguments)}
+        for what in whats:
+            results = race(jobs[what], arguments.repeats)
+            lines += ["", table(results)]
+            everything[what] = [dataclasses.asdict(r) | {"median": r.median} for r in results]
+        versions = {k: v for r in results for k, v in r.about.items()}
+        lines += ["", ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    (out / "benchmark.md").write_text(text)
+    (out / "benchmark.json").write_text(json.dumps(everything, indent=2))
+    print(f"Written to {out / 'benchmark.md'} and {out / 'benchmark.json'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=96, help="voxels along each side of the crop, a multiple of 8")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--what", default="train,inference", help="of train, inference, head")
+    parser.add_argument("--against", default="torch-eager,torch-compile,jax-plain", help="NAME[:DTYPE], by commas")
+    parser.add_argument("--out", default="runs/benchmark")
+    parser.add_argument("--input", action="store_true", help="measure the input pipeline")
+    parser.add_argument("--topology", help="measure what XLA plans for a TPU slice, such as v5e:2x4")
+    arguments = parser.parse_args()
+    if arguments.size < 8 or arguments.size % 8:
+        parser.error(f"--size must be a multiple of 8, got {arguments.size}")
+    if arguments.topology:
+        from experiments.benchmark import topology
+
+        topology.measure(arguments.topology, arguments.size, arguments.dtype, Path(arguments.out))
+    elif arguments.input:
+        from experiments.benchmark import input as pipeline
+
+        pipeline.measure(arguments.size, arguments.batch, arguments.dtype, Path(arguments.out))
+    else:
+        compare(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What a contender is: some work to time, numbers to compare, memory to report."""
+
+import ctypes
+import dataclasses
+import math
+import platform
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CHECK_SIDE = 24  # voxels of the volume on which the contenders must agree: three voxels at the coarsest scale
+CHECK_STEPS = 3  # losses compared: the second and third see the gradients of all weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One contender's work."""
+
+    contender: str  # a key of CONTENDERS
+    dtype: str  # of the activations: float32 or bfloat16
+    what: str  # "train": a step, "inference": labels of the same crop, "head": of a whole head in such tiles
+    side: int  # voxels of the cubic crop
+    batch: int
+    head: str  # .npy file of the whole head, raw intensities [x y z]
+
+
+class Contender:
+    """The base of all: `prepare` returns the work to be timed, which returns when the device is done."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.preparing = 0.0  # peak GiB of the process until it settled
+
+    def prepare(self) -> Callable[[], Any]:
+        raise NotImplementedError
+
+    def numbers(self) -> dict[str, np.ndarray] | None:
+        """`logits_<protocol>` and `losses` for the shared weights in float32; None: nothing to compare."""
+        return None
+
+    def memory(self) -> dict[str, float]:
+        """Peak GiB: `rss` of the process, `running` after its preparation, `device` where there is one."""
+        running = peak_rss_gib()
+        return {"rss": max(running, self.preparing), "running": running}
+
+    def settle(self) -> None:
+        """Ends the preparation, whose compilers and tuners take memory of their own: the peak is counted anew."""
+        self.preparing = peak_rss_gib()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+
+    def about(self) -> dict[str, str]:
+        return {"python": platform.python_version(), "device": "cpu"}
+
+
+def peak_rss_gib() -> float:
+    """The most memory that this process has held; NaN where the system does not tell (only Linux does)."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) / 2**20 if found else math.nan

@@ -1,0 +1,184 @@
+"""Runs contenders by turns and sets their results side by side."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmark.contender import Job
+
+LOGITS_TOLERANCE = 1e-3  # of the logits' standard deviation; float32 sums in another order differ by 1e-5
+LOSS_TOLERANCE = 1e-3  # relative, after up to two steps of Adam, whose first ones amplify rounding of tiny gradients
+SAMPLE_SECONDS = 0.5  # faster work is repeated within a sample: shorter ones measure the scheduler
+
+
+class Failed(Exception):
+    """A contender gave up; the message says why."""
+
+
+class Process:
+    """A contender in its own process, asked by `ask`."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        command = [sys.executable, "-m", "experiments.benchmark.serve", json.dumps(dataclasses.asdict(job))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Raises Failed where the contender did, or where its process died."""
+        assert self.process.stdin
+        assert self.process.stdout
+        try:
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise Failed(f"its process ended with status {self.process.wait()} (-9: killed, mostly for want of memory)")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Failed(answer["error"])
+        return answer
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        assert self.process.stdin
+        assert self.process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()  # no more requests: it leaves by itself
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@dataclasses.dataclass
+class Result:
+    """What one contender did at one task."""
+
+    job: Job
+    seconds: list[float] = dataclasses.field(default_factory=list)  # per piece of work, one value per repeat
+    memory: dict[str, float] = dataclasses.field(default_factory=dict)  # GiB by kind
+    about: dict[str, str] = dataclasses.field(default_factory=dict)
+    failure: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.job.contender}:{self.job.dtype}"
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds) if self.seconds else math.nan
+
+    @property
+    def peak(self) -> float:
+        """GiB on the device, or of the process where the device is the CPU."""
+        return self.memory.get("device", self.memory.get("rss", math.nan))
+
+    @property
+    def running(self) -> float:
+        return self.memory.get("device", self.memory.get("running", math.nan))
+
+
+def agreement(jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
+    """Largest difference of logits (in their standard deviations) and losses (relative) to the first contender.
+
+    Raises Failed where one exceeds its tolerance. A contender with another network, or that is not there, is left out.
+    """
+    numbers: dict[str, dict[str, np.ndarray]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for job in jobs:
+            path = Path(folder) / f"{job.contender}.npz"
+            with Process(job) as process:
+                try:
+                    compared = process.ask(do="numbers", path=str(path))["compared"]
+                except Failed as failure:
+                    print(f"{job.contender} does not run: {failure}")
+                    continue
+            if compared:
+                numbers[job.contender] = dict(np.load(path))
+    names = list(numbers)
+    return {name: _differences(name, numbers[name], names[0], numbers[names[0]]) for name in names[1:]}
+
+
+def _differences(
+    name: str, ours: dict[str, np.ndarray], reference: str, theirs: dict[str, np.ndarray]
+) -> dict[str, float]:
+    logits = max(
+        float(np.abs(ours[key] - value).max() / value.std()) for key, value in theirs.items() if key != "losses"
+    )
+    losses = float(np.abs(ours["losses"] / theirs["losses"] - 1).max())
+    if not (logits <= LOGITS_TOLERANCE and losses <= LOSS_TOLERANCE):
+        raise Failed(
+            f"{name} and {reference} do not compute the same: logits differ by {logits:.1e}, losses by {losses:.1e}"
+        )
+    return {"logits": logits, "losses": losses}
+
+
+def race(jobs: Sequence[Job], repeats: int) -> list[Result]:
+    """Runs the contenders by turns; one that fails is out, with the reason."""
+    results = [Result(job) for job in jobs]
+    processes = [Process(job) for job in jobs]
+    try:
+        times = [_attempt(result, process, _warm_up) for result, process in zip(results, processes, strict=True)]
+        for _ in range(repeats):
+            for result, process, count in zip(results, processes, times, strict=True):
+                if not result.failure:
+                    sample = _attempt(result, process, lambda p, n=count: p.ask(do="time", times=n)["seconds"])
+                    result.seconds += [sample] if sample else []
+        for result, process in zip(results, processes, strict=True):
+            if not result.failure:
+                answer = process.ask(do="memory")
+                result.memory, result.about = answer["memory"], answer["about"]
+    finally:
+        for process in processes:
+            process.__exit__()
+    return results
+
+
+def _warm_up(process: Process) -> int:
+    """Prepares, compiles and runs; returns how many pieces of work make one sample."""
+    process.ask(do="time", times=1)
+    process.ask(do="settle")
+    seconds = process.ask(do="time", times=1)["seconds"]
+    return max(1, math.ceil(SAMPLE_SECONDS / seconds))
+
+
+def _attempt(result: Result, process: Process, action: Any) -> Any:
+    try:
+        return action(process)
+    except Failed as failure:
+        result.failure, result.seconds = str(failure), []
+        return None
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown; ratios are to the first contender: above 1 it is the faster, the smaller.
+
+    The peak is the whole process's, compilation included; the running peak counts from the second piece of work on.
+    """
+    first = results[0]
+    ratio = f"÷ {first.job.contender}"
+    lines = [
+        f"| {first.job.what} | dtype | seconds | range | {ratio} | peak GiB | {ratio} | running GiB | {ratio} |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        if r.failure:
+            lines.append(f"| {r.job.contender} | {r.job.dtype} | {r.failure} | | | | | | |")
+            continue
+        spread = f"{min(r.seconds):.3f} to {max(r.seconds):.3f}"
+        lines.append(
+            f"| {r.job.contender} | {r.job.dtype} | {r.median:.3f} | {spread} | {r.median / first.median:.2f} "
+            f"| {r.peak:.2f} | {r.peak / first.peak:.2f} | {r.running:.2f} | {r.running / first.running:.2f} |"
+        )
+    return "\n".join(lines)

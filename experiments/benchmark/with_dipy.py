@@ -1,0 +1,24 @@
+"""A classical tool as a contender."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmark.contender import Contender
+
+
+class Dipy(Contender):
+    """DIPY's hidden Markov random field tissue classifier: three tissues of a skull-stripped head, on CPU."""
+
+    def prepare(self) -> Callable[[], Any]:
+        from dipy.segment.tissue import TissueClassifierHMRF  # pyright: ignore[reportMissingImports]
+
+        if self.job.what != "head":
+            raise ValueError(f"dipy segments a whole head, it has no {self.job.what!r}: use --what=head")
+        image = np.load(self.job.head).astype(np.float64)
+        return lambda: TissueClassifierHMRF(verbose=False).classify(image, nclasses=3, beta=0.1)
+
+    def about(self) -> dict[str, str]:
+        return super().about() | {"dipy": version("dipy")}

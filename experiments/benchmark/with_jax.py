@@ -1,0 +1,174 @@
+"""This library as a contender."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmark.contender import CHECK_SIDE, CHECK_STEPS, Contender, Job
+from experiments.benchmark.work import CLASSES, random_batch, random_variables, tile_by_tile, whitened_head
+
+
+class Jax(Contender):
+    """This library, with its own training step and inference."""
+
+    family = "reference"
+
+    def __init__(self, job: Job):
+        super().__init__(job)
+        # The pool grows as needed, so that its peak means something and others fit beside it.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        import jax
+
+        self.jax = jax
+
+    def config(self, side: int, batch: int, dtype: str) -> Any:
+        from experiments import flags
+
+        fields = {
+            "model.family": self.family,
+            "model.compute_dtype": dtype,
+            "data.crop": side,
+            "batch": batch,
+            "loss.dice": 0.0,
+            "optimizer.schedule": "constant",
+            "optimizer.learning_rate": 1e-3,
+            "optimizer.weight_decay": 0.0,
+            "optimizer.clip_norm": 0.0,
+            "optimizer.ema_decay": 0.0,
+            "augment.flip": "false",
+            "augment.intensity": 0.0,
+            "augment.spatial": 0.0,
+        }
+        return flags.load("all_targets", [f"--config.{name}={value}" for name, value in fields.items()])
+
+    def network(self, config: Any) -> Any:
+        """With the shared weights, where it is the published network."""
+        from flax import nnx
+
+        from neuronet_jax import dltk
+        from neuronet_jax.models import build
+
+        if self.family != "reference":
+            return build(config.model, config.protocols, config.seed)
+        network = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
+        dltk.load_variables(network, random_variables(0))
+        return network
+
+    def training(self, config: Any) -> tuple[Callable[..., Any], Any, Any]:
+        """The compiled step, the state and the batch on one device."""
+        from flax import nnx
+
+        from neuronet_jax.mesh import make_mesh, put_batch, replicated
+        from neuronet_jax.step import TrainState, make_optimizer, make_train_step
+
+        mesh = make_mesh(config, self.jax.devices()[:1])
+        graphdef, params, moments = nnx.split(self.network(config), nnx.Param, nnx.BatchStat, graph=False)
+        optimizer = make_optimizer(config.optimizer, config.steps).init(params)
+        zero = self.jax.numpy.zeros((), np.int32)
+        state = self.jax.device_put(TrainState(zero, zero, params, moments, optimizer, None), replicated(mesh))
+        image, labels = random_batch(config.batch, config.data.crop)
+        batch = {
+            "image": image,
+            "labels": labels.astype(np.uint8),
+            "present": np.ones((config.batch, len(CLASSES)), bool),
+            "slot": np.arange(config.batch, dtype=np.int32),
+        }
+        batch = put_batch(mesh, batch)
+        step: Any = make_train_step(config, graphdef, mesh)
+        return step.lower(state, batch).compile(), state, batch
+
+    def prepare(self) -> Callable[[], Any]:
+        job = self.job
+        config = self.config(job.side, job.batch, job.dtype)
+        if job.what == "train":
+            step, state, batch = self.training(config)
+            self._temp = step.memory_analysis().temp_size_in_bytes / 2**30
+
+            def train() -> Any:
+                nonlocal state
+                state, metrics = step(state, batch)
+                self.jax.block_until_ready((state, metrics))
+
+            return train
+        from neuronet_jax.inference import Model
+
+        model = Model(self.network(config), config, voxel_size_mm=1.0)
+        if job.what == "inference":
+            image = self.jax.device_put(random_batch(job.batch, (job.side,) * 3)[0])
+            return lambda: self.jax.block_until_ready(model.labels(image))
+        return self.segment_head(model, whitened_head(job.head))
+
+    def segment_head(self, model: Any, head: np.ndarray) -> Callable[[], Any]:
+        return lambda: tile_by_tile(lambda tile: np.asarray(model.labels(tile)), head, self.job.side)
+
+    def numbers(self) -> dict[str, np.ndarray] | None:
+        if self.family != "reference":
+            return None
+        with self.jax.default_matmul_precision("highest"):
+            config = self.config(CHECK_SIDE, 1, "float32")
+            image, _ = random_batch(1, config.data.crop)
+            logits = self.jax.jit(self.network(config).logits)(image)
+            step, state, batch = self.training(config)
+            losses = []
+            for _ in range(CHECK_STEPS):
+                state, metrics = step(state, batch)
+                losses.append(float(metrics["loss"]))
+        return {"losses": np.array(losses)} | {f"logits_{name}": np.asarray(z) for name, z in logits.items()}
+
+    def memory(self) -> dict[str, float]:
+        memory = super().memory()
+        if hasattr(self, "_temp"):
+            memory["temp"] = self._temp  # what XLA plans beside arguments and results
+        if statistics := self.jax.devices()[0].memory_stats():
+            memory["device"] = statistics["peak_bytes_in_use"] / 2**30
+        return memory
+
+    def about(self) -> dict[str, str]:
+        device = self.jax.devices()[0]
+        kind = "cpu" if device.platform == "cpu" else device.device_kind
+        return super().about() | {"jax": self.jax.__version__, "device": kind}
+
+
+class JaxWhole(Jax):
+    """A whole head as `neuronet_jax.segment` does it: in one piece where it fits."""
+
+    def segment_head(self, model: Any, head: np.ndarray) -> Callable[[], Any]:
+        from neuronet_jax.inference import predict
+
+        return lambda: predict(model, head)
+
+
+class JaxPlain(Jax):
+    """The same library without its two tricks: XLA's own 3-D convolution, and all scores at full resolution."""
+
+    def __init__(self, job: Job):
+        super().__init__(job)
+        import jax.numpy as jnp
+        import optax
+
+        from neuronet_jax import models, step
+        from neuronet_jax.models import conv
+
+        def loss(network: Any, batch: Any, config: Any, train: bool) -> Any:
+            logits = network.logits(batch["image"], train)
+            labels = batch["labels"].astype(jnp.int32)
+            parts = [
+                optax.softmax_cross_entropy_with_integer_labels(logits[name], labels[:, p]).mean()
+                for p, name in enumerate(config.protocols)
+            ]
+            return jnp.stack(parts).mean(), {}
+
+        def labels(network: Any, image: Any) -> Any:
+            return jnp.stack([jnp.argmax(z, -1).astype(jnp.uint8) for z in network.logits(image).values()], axis=1)
+
+        conv.conv3d = conv.native_conv3d
+        step.network_loss = loss
+        setattr(models.Network, "labels", labels)  # noqa: B010 (as pyright wants it)
+
+
+class JaxNeuronet(Jax):
+    """Our own architecture at the same task: other numbers, so it is timed but not compared."""
+
+    family = "neuronet"

@@ -1,0 +1,78 @@
+"""The work that all contenders share: weights, crops, a head, and how tiles cover it."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from neuronet_jax.labels import PROTOCOLS
+
+FILTERS = (16, 32, 64, 128)  # published
+CLASSES = tuple(protocol.num_classes for protocol in PROTOCOLS.values())
+
+
+def published_shapes(classes: tuple[int, ...] = CLASSES) -> dict[str, tuple[int, ...]]:
+    """The published network's variables; kernels are [i j k c f]."""
+    shapes: dict[str, tuple[int, ...]] = {"conv3d/kernel": (3, 3, 3, 1, FILTERS[0])}
+
+    def norm(prefix: str, channels: int) -> None:
+        for name in ("gamma", "beta", "moving_mean", "moving_variance"):
+            shapes[f"{prefix}/batch_normalization/{name}"] = (channels,)
+
+    for scale in range(1, len(FILTERS)):
+        channels, filters = FILTERS[scale - 1 : scale + 1]
+        for unit, (size, inputs) in enumerate(((4, channels), (3, filters))):
+            prefix = f"encoder/unit_{scale}_{unit}/sub_unit"
+            norm(f"{prefix}0", inputs)
+            shapes[f"{prefix}0/conv3d/kernel"] = (size, size, size, inputs, filters)
+            norm(f"{prefix}1", filters)
+            shapes[f"{prefix}1/conv3d/kernel"] = (3, 3, 3, filters, filters)
+    for tail, k in enumerate(classes):
+        coarsest = len(FILTERS) - 2
+        shapes[f"tail_{tail}/upscore_{coarsest}/filter_conversion/kernel"] = (1, 1, 1, FILTERS[-1], k)
+        for scale in range(coarsest + 1):
+            shapes[f"tail_{tail}/upscore_{scale}/conv3d/kernel"] = (1, 1, 1, FILTERS[scale], k)
+            norm(f"tail_{tail}/upscore_{scale}", k)
+        shapes[f"tail_{tail}/last/conv3d/kernel"] = (1, 1, 1, k, k)
+    return shapes
+
+
+def random_variables(seed: int) -> dict[str, np.ndarray]:
+    """Weights and moments drawn so that every term matters: none is zero or one, activations keep their size."""
+    rng = np.random.default_rng(seed)
+    values = {}
+    for name, shape in published_shapes().items():
+        if len(shape) == 5:
+            limit = math.sqrt(3 / math.prod(shape[:4]))  # uniform with variance 1 / fan-in
+            value = rng.uniform(-limit, limit, shape)
+        elif name.endswith(("gamma", "moving_variance")):
+            value = rng.uniform(0.5, 1.5, shape)
+        else:
+            value = rng.normal(0, 0.1, shape)
+        values[name] = value.astype(np.float32)
+    return values
+
+
+def random_batch(batch: int, sides: tuple[int, ...], seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """A whitened image f32 [b x y z 1] and labels i64 [b p x y z]; speed does not depend on what they show."""
+    rng = np.random.default_rng(seed)
+    image = rng.standard_normal((batch, *sides, 1), np.float32)
+    labels = [rng.integers(0, k, (batch, *sides)) for k in CLASSES]
+    return image, np.stack(labels, 1)
+
+
+def whitened_head(path: str) -> np.ndarray:
+    image = np.load(path).astype(np.float32)
+    return (image - image.mean()) / image.std()
+
+
+def tile_by_tile(labels: Callable[[np.ndarray], np.ndarray], head: np.ndarray, side: int) -> np.ndarray:
+    """Labels [p x y z] of a head by the fewest cubic tiles that cover it; `labels` takes [1 x y z 1] to [1 p x y z]."""
+    head = np.pad(head, [(0, max(0, side - n)) for n in head.shape])
+    out = np.empty((len(CLASSES), *head.shape), np.uint8)
+    starts = [np.linspace(0, n - side, -(-n // side)).round().astype(int) for n in head.shape]
+    for x, y, z in itertools.product(*starts):
+        box = (slice(x, x + side), slice(y, y + side), slice(z, z + side))
+        out[(slice(None), *box)] = labels(head[box][None, ..., None])[0]
+    return out

@@ -1,0 +1,58 @@
+"""The whole way in minutes, on synthetic heads: train, segment a held-out head, evaluate, report.
+
+    python -m experiments.demo [--out=DIR] [--config=all_targets:demo] [--config.FIELD=…]
+
+Each step is a command of its own, printed before it runs. The numbers say nothing about real brains.
+"""
+
+import argparse
+import csv
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data_prep.demo import demo_manifest, ensure_demo_store
+
+
+def held_out_head(store: Path) -> Path:
+    """The T1 image of the demo cohort's first test subject, as the scanner would have written it."""
+    manifest = demo_manifest(store)
+    with manifest.open(encoding="utf-8", newline="") as file:
+        row = next(row for row in csv.DictReader(file) if row["split"] == "test")
+    return manifest.parent / row["t1"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "experiments.demo",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", default=time.strftime("runs/demo-%Y%m%d-%H%M%S"), help="where everything goes")
+    parser.add_argument("--config", default="all_targets:demo", help="as of experiments.train")
+    options, overrides = parser.parse_known_args(arguments)
+    from experiments import evaluate, report, train
+    from neuronet_jax import cli
+
+    run, scores, heads, page = (f"{options.out}/{name}" for name in ("run", "evaluation", "heads", "report.html"))
+    store = ensure_demo_store()
+    overrides = [f"--config.data.store={store}", *overrides]
+    head = held_out_head(store)
+    steps: list[tuple[str, Callable[[Sequence[str]], int], list[str]]] = [
+        ("experiments.train", train.main, [f"--config={options.config}", f"--workdir={run}", *overrides]),
+        ("neuronet_jax", cli.main, ["segment", str(head), f"--run={run}", f"--out={heads}"]),
+        ("experiments.evaluate", evaluate.main, [f"--run={run}", "--split=test", f"--out={scores}"]),
+        ("experiments.report", report.main, [f"--run={run}", f"--eval={scores}", f"--out={page}"]),
+    ]
+    for module, command, given in steps:
+        print(f"\n$ python -m {module} {shlex.join(given)}", flush=True)
+        if status := command(given):
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
