@@ -45,7 +45,13 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     parts.append(optax.scale_by_adam(eps=config.epsilon))
     if config.weight_decay:  # kernels only: shrinking a norm's gain or a bias regularises nothing
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(_is_kernel, params)))
-    return optax.chain(*parts, optax.scale_by_learning_rate(rate))
+    chain = optax.chain(*parts, optax.scale_by_learning_rate(rate))
+
+    def update(*args: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of the integer count
+            return chain.update(*args)
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def _is_kernel(leaf: jax.Array) -> bool:
@@ -84,7 +90,7 @@ def make_train_step(
         (loss, (moments, parts)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         moved = TrainState(
             step=state.step,
             skipped=jnp.zeros((), jnp.int32),
