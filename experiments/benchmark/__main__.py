@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmark.contender import Job
-from experiments.benchmark.race import agreement, race, table
+from experiments.benchmark.race import Failed, agreement, race, table
 from experiments.benchmark.serve import CONTENDERS
 
 
@@ -96,7 +96,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=96, help="voxels along each side of the crop, a multiple of 8")
+    parser.add_argument("--size", type=int, help="voxels along each side of the crop (default: 96, for --topology 128)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
@@ -104,20 +104,26 @@ def main() -> None:
     parser.add_argument("--against", default="torch-eager,torch-compile,jax-plain", help="NAME[:DTYPE], by commas")
     parser.add_argument("--out", default="runs/benchmark")
     parser.add_argument("--input", action="store_true", help="measure the input pipeline")
+    parser.add_argument("--store", default="", help="with --input: whose (default: demo heads enlarged to 1 mm)")
     parser.add_argument("--topology", help="measure what XLA plans for a TPU slice, such as v5e:2x4")
     arguments = parser.parse_args()
+    arguments.size = arguments.size or (128 if arguments.topology else 96)
     if arguments.size < 8 or arguments.size % 8:
         parser.error(f"--size must be a multiple of 8, got {arguments.size}")
     if arguments.topology:
         from experiments.benchmark import topology
 
-        topology.measure(arguments.topology, arguments.size, arguments.dtype, Path(arguments.out))
+        topology.measure(arguments.topology, arguments.size, Path(arguments.out))
     elif arguments.input:
         from experiments.benchmark import input as pipeline
 
-        pipeline.measure(arguments.size, arguments.batch, arguments.dtype, Path(arguments.out))
+        out = Path(arguments.out)
+        pipeline.measure(arguments.store, arguments.size, arguments.batch, arguments.dtype, out)
     else:
-        compare(arguments)
+        try:
+            compare(arguments)
+        except Failed as failure:
+            parser.exit(1, f"error: {failure}\n")
 
 
 if __name__ == "__main__":

@@ -102,6 +102,8 @@ def agreement(jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
                 try:
                     compared = process.ask(do="numbers", path=str(path))["compared"]
                 except Failed as failure:
+                    if job is jobs[0]:
+                        raise
                     print(f"{job.contender} does not run: {failure}")
                     continue
             if compared:

@@ -66,8 +66,8 @@ class Jax(Contender):
         mesh = make_mesh(config, self.jax.devices()[:1])
         graphdef, params, moments = nnx.split(self.network(config), nnx.Param, nnx.BatchStat, graph=False)
         optimizer = make_optimizer(config.optimizer, config.steps).init(params)
-        zero = self.jax.numpy.zeros((), np.int32)
-        state = self.jax.device_put(TrainState(zero, zero, params, moments, optimizer, None), replicated(mesh))
+        step, skipped = self.jax.numpy.zeros((2,), np.int32)
+        state = self.jax.device_put(TrainState(step, skipped, params, moments, optimizer, None), replicated(mesh))
         image, labels = random_batch(config.batch, config.data.crop)
         batch = {
             "image": image,
@@ -76,8 +76,8 @@ class Jax(Contender):
             "slot": np.arange(config.batch, dtype=np.int32),
         }
         batch = put_batch(mesh, batch)
-        step: Any = make_train_step(config, graphdef, mesh)
-        return step.lower(state, batch).compile(), state, batch
+        train_step: Any = make_train_step(config, graphdef, mesh)
+        return train_step.lower(state, batch).compile(), state, batch
 
     def prepare(self) -> Callable[[], Any]:
         job = self.job

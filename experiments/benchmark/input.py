@@ -1,0 +1,132 @@
+"""The input pipeline: how fast it is alone, and whether a training step ever waits for it."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SUBJECTS = 8  # of the store that is made: more than a page of shuffling, small enough to stay in the disk cache
+BATCHES = 32  # read alone, per number of workers
+STEPS = 8  # trained, after two that compile and fill the pipeline
+
+
+def measure(store: str, side: int, batch: int, dtype: str, out: Path) -> None:
+    """Prints and writes crops per second of the pipeline alone, and the share of a training step spent waiting."""
+    with contextlib.ExitStack() as stack:
+        dest = store or stack.enter_context(_demo_at_1_mm())
+        alone = {f"workers={workers}": read_alone(dest, side, batch, workers) for workers in (0, 1)}
+        training = read_while_training(dest, side, batch, dtype)
+    lines = [f"# Input pipeline, {side}³ crops, batch {batch}\n", "| alone | crops/s | MB/s |", "|---|---|---|"]
+    lines += [f"| {name} | {r['crops_per_s']:.1f} | {r['mb_per_s']:.0f} |" for name, r in alone.items()]
+    lines += [
+        "",
+        f"With one worker under a training step of {training['step_s']:.2f} s: "
+        f"{100 * training['wait_fraction']:.2f} % of the time is spent waiting for data.",
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "input.md").write_text(text)
+    (out / "input.json").write_text(json.dumps({"alone": alone, "training": training}, indent=2))
+    print(f"Written to {out / 'input.md'} and {out / 'input.json'}")
+
+
+def _config(dest: str, side: int, batch: int, workers: int, dtype: str = "float32") -> Any:
+    from experiments import flags
+
+    fields = {"data.crop": side, "data.workers": workers, "batch": batch, "model.compute_dtype": dtype}
+    return flags.load("all_targets", [f"--config.{k}={v}" for k, v in (fields | {"data.store": dest}).items()])
+
+
+def read_alone(dest: str, side: int, batch: int, workers: int) -> dict[str, float]:
+    """Crops and decoded megabytes per second, from a warm store."""
+    from neuronet_jax.pipeline import training_iterator
+    from neuronet_jax.store import Store
+
+    data = training_iterator(Store.open(dest), _config(dest, side, batch, workers))
+    for _ in range(4):
+        arrays = next(data)
+    begun = time.perf_counter()
+    for _ in range(BATCHES):
+        arrays = next(data)
+    seconds = time.perf_counter() - begun
+    data.close()
+    size = sum(array.nbytes for array in arrays.values())
+    return {"crops_per_s": BATCHES * batch / seconds, "mb_per_s": BATCHES * size / seconds / 1e6}
+
+
+def read_while_training(dest: str, side: int, batch: int, dtype: str) -> dict[str, float]:
+    """Seconds per training step of our network and the fraction of them spent waiting for one loader process."""
+    import jax
+
+    from neuronet_jax.mesh import make_mesh, put_batch
+    from neuronet_jax.pipeline import training_iterator
+    from neuronet_jax.step import init_state, make_train_step
+    from neuronet_jax.store import Store
+
+    config = _config(dest, side, batch, workers=1, dtype=dtype)
+    mesh = make_mesh(config, jax.devices()[:1])
+    graphdef, state = init_state(config, mesh)
+    step = make_train_step(config, graphdef, mesh)
+    data = training_iterator(Store.open(dest), config)
+    times = []
+    for number in range(STEPS + 2):
+        if number == 2:
+            data.wait_fraction()
+        begun = time.perf_counter()
+        state, metrics = step(state, put_batch(mesh, next(data)))
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - begun)
+    waited = data.wait_fraction()
+    data.close()
+    return {"step_s": statistics.median(times[2:]), "wait_fraction": waited}
+
+
+@contextlib.contextmanager
+def _demo_at_1_mm() -> Iterator[str]:
+    """A store as large as a real cohort's per subject: the demo cohort's heads with every voxel split into eight."""
+    from data_prep.demo import ensure_demo_store
+    from neuronet_jax.schema import Record, sample_foreground
+    from neuronet_jax.store import Store, StoreWriter
+
+    source = Store.open(str(ensure_demo_store()))
+    info, rng = source.info, np.random.default_rng(0)
+    grid = tuple(2 * side for side in info.grid)
+    with tempfile.TemporaryDirectory() as folder:
+        dest = f"{folder}/store"
+        writer = StoreWriter.create(
+            dest,
+            protocols=info.protocols,
+            grid=grid,
+            voxel_size_mm=info.voxel_size_mm / 2,
+            slots=SUBJECTS,
+            shard_subjects=1,
+            provenance={"note": "demonstration: enlarged for the benchmark of the input pipeline"},
+        )
+        subjects = []
+        for slot, origin in zip(range(SUBJECTS), itertools.cycle(source.split("train")), strict=False):
+            image = _split_voxels(source.read_image(origin.slot))
+            image += rng.normal(0, 0.02 * origin.std, image.shape).astype(np.float32)  # scans do not repeat voxels
+            labels = np.stack([_split_voxels(m) for m in source.read_labels(origin.slot, info.protocols)])
+            subject = dataclasses.replace(
+                origin, slot=slot, id=f"demo{slot}", split="train", conformed_shape=grid, origin=(0, 0, 0)
+            )
+            foreground = sample_foreground(labels, origin.present, seed=slot)
+            writer.write_shard(slot, [Record(image, labels, foreground, subject)])
+            subjects.append(subject)
+        writer.finalize(subjects, [])
+        yield dest
+
+
+def _split_voxels(array: np.ndarray) -> np.ndarray:
+    for axis in range(3):
+        array = np.repeat(array, 2, axis)
+    return array

@@ -1,0 +1,123 @@
+"""What XLA plans for a TPU slice that is not there: memory, traffic and arithmetic of a training step per chip.
+
+Compiles ahead of time with libtpu (extra `tpu`) for a described topology. One compilation takes a few minutes.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+GIB = 2**30
+# Family and devices that share a volume; the rest of the slice is data-parallel, one crop per replica.
+LAYOUTS = (("reference", 1), ("reference", 2), ("neuronet", 1))
+
+
+def measure(topology: str, side: int, out: Path) -> None:
+    """Prints and writes the table for a slice such as `v5e:2x4`, activations in bfloat16."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles; it must not look for a TPU
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    devices = described_devices(topology)
+    rows = []
+    for family, space in LAYOUTS:
+        if len(devices) % space == 0:
+            rows.append({"family": family, "data": len(devices) // space, "space": space})
+            rows[-1] |= plan(devices, family, space, side)
+            print(f"{family}, space={space}: compiled in {rows[-1]['compile_seconds']:.0f} s", flush=True)
+    text = f"# {topology}, one {side}³ crop per replica, bfloat16, five protocols\n\n{table(rows)}\n"
+    print(text)
+    out.mkdir(parents=True, exist_ok=True)
+    name = f"topology-{topology.replace(':', '-')}"
+    (out / f"{name}.md").write_text(text)
+    (out / f"{name}.json").write_text(json.dumps(rows, indent=2))
+    print(f"Written to {out / name}.md and .json")
+
+
+def described_devices(topology: str) -> Sequence[Any]:
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # whatever libtpu, or its absence, raises
+        raise SystemExit(
+            f"--topology={topology} cannot be described: {error}\nIt needs libtpu (pip install '.[tpu]', best in an "
+            "environment of its own) and a slice that it knows, such as v5e:2x4"
+        ) from error
+
+
+@contextlib.contextmanager
+def pretending(devices: Sequence[Any]) -> Iterator[None]:
+    """The library asks JAX what it runs on; for these compilations that is one host with these TPU chips."""
+    import jax
+
+    with mock.patch.multiple(jax, default_backend=lambda: "tpu", local_device_count=lambda: len(devices)):
+        yield
+
+
+def plan(devices: Sequence[Any], family: str, space: int, side: int) -> dict[str, float]:
+    """What the compiled training step needs per chip: HBM beside arguments, bytes moved, floating-point operations."""
+    with pretending(devices):
+        step, arguments = described_step(devices, family, space, side)
+        begun = time.perf_counter()
+        compiled = step.lower(*arguments).compile()
+    cost = compiled.cost_analysis()
+    return {
+        "compile_seconds": time.perf_counter() - begun,
+        "temp_gib": compiled.memory_analysis().temp_size_in_bytes / GIB,
+        "accessed_gib": cost["bytes accessed"] / GIB,
+        "tflop": cost["flops"] / 1e12,
+    }
+
+
+def described_step(devices: Sequence[Any], family: str, space: int, side: int) -> tuple[Any, tuple[Any, Any]]:
+    """The training step of a slice, and its arguments as shapes that know where they would lie."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from experiments import flags
+    from neuronet_jax.mesh import batch_sharding, make_mesh, replicated
+    from neuronet_jax.models import build
+    from neuronet_jax.step import TrainState, make_optimizer, make_train_step
+
+    batch = len(devices) // space
+    fields = {"model.family": family, "model.compute_dtype": "bfloat16", "data.crop": side, "batch": batch}
+    overrides = [f"--config.{name}={value}" for name, value in (fields | {"mesh.space": space}).items()]
+    config = flags.load("all_targets", overrides)
+    mesh = make_mesh(config, devices)
+    network = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
+    graphdef, params, moments = nnx.split(network, nnx.Param, nnx.BatchStat, graph=False)
+
+    def state(params: Any, moments: Any) -> TrainState:
+        zero = jnp.zeros((), jnp.int32)
+        optimizer = make_optimizer(config.optimizer, config.steps).init(params)
+        return TrainState(zero, zero, params, moments, optimizer, (params, moments))
+
+    def placed(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    described = jax.tree.map(lambda s: placed(s, replicated(mesh)), jax.eval_shape(state, params, moments))
+    cube = (side,) * 3
+    shapes = {
+        "image": jax.ShapeDtypeStruct((batch, *cube, 1), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((batch, len(config.protocols), *cube), jnp.uint8),
+        "present": jax.ShapeDtypeStruct((batch, len(config.protocols)), jnp.bool),
+        "slot": jax.ShapeDtypeStruct((batch,), jnp.int32),
+    }
+    crops = {name: placed(shape, batch_sharding(mesh)[name]) for name, shape in shapes.items()}
+    return make_train_step(config, graphdef, mesh), (described, crops)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, all figures per chip."""
+    lines = ["| family | data × space | HBM temp GiB | accessed GiB | TFLOP |", "|---|---|---|---|---|"]
+    for r in rows:
+        lines.append(
+            f"| {r['family']} | {r['data']} × {r['space']} "
+            f"| {r['temp_gib']:.2f} | {r['accessed_gib']:.1f} | {r['tflop']:.2f} |"
+        )
+    return "\n".join(lines)

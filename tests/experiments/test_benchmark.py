@@ -1,0 +1,130 @@
+"""The benchmark's bookkeeping. That contenders compute the same is checked in every run, and in the soak."""
+
+import dataclasses
+import math
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import flags
+from experiments.benchmark import contender, race, topology, work
+from experiments.benchmark.contender import Job
+from experiments.benchmark.input import _split_voxels
+from neuronet_jax import dltk
+from neuronet_jax.models import build
+
+JOB = Job("jax", "float32", "inference", 16, 1, "")
+
+
+def result(name, seconds, peak, running, failure=""):
+    job = dataclasses.replace(JOB, contender=name)
+    return race.Result(job, seconds, {"rss": peak, "running": running}, {}, failure)
+
+
+def test_shared_weights_fill_the_published_network():
+    config = flags.load("all_targets", ["--config.model.family=reference"])
+    network = nnx.eval_shape(lambda: build(config.model, config.protocols, 0))
+    dltk.load_variables(network, work.random_variables(0))  # raises where a name or shape is not the published one
+    leaves = jax.tree.leaves(nnx.state(network, nnx.Param, graph=False))
+    assert sum(leaf.size for leaf in leaves) == 2_493_171
+    again = work.random_variables(0)
+    assert all(np.array_equal(again[name], value) for name, value in work.random_variables(0).items())
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (19, 32, 41), (9, 16, 23)])
+def test_tiles_cover_a_head_of_any_shape(shape):
+    head = np.random.default_rng(0).normal(size=shape)
+
+    def labels(tile):
+        assert tile.shape == (1, 16, 16, 16, 1)
+        return np.repeat(np.moveaxis(tile > 0, -1, 1), len(work.CLASSES), 1)
+
+    out = work.tile_by_tile(labels, head, 16)
+    inside = tuple(slice(0, n) for n in shape)
+    for p in range(len(work.CLASSES)):
+        np.testing.assert_array_equal(out[(p, *inside)], head > 0)
+
+
+def test_ratios_are_to_the_first_and_failures_say_why():
+    results = [
+        result("jax", [1.0, 3.0, 2.0], 2.0, 1.0),
+        result("torch-eager", [8.0, 6.0, 7.0], 5.0, 4.0),
+        result("torch-compile", [], math.nan, math.nan, "OutOfMemoryError: no room"),
+    ]
+    rows = race.table(results).splitlines()
+    assert rows[2] == "| jax | float32 | 2.000 | 1.000 to 3.000 | 1.00 | 2.00 | 1.00 | 1.00 | 1.00 |"
+    assert rows[3] == "| torch-eager | float32 | 7.000 | 6.000 to 8.000 | 3.50 | 5.00 | 2.50 | 4.00 | 4.00 |"
+    assert "OutOfMemoryError: no room" in rows[4]
+    assert len({row.count("|") for row in rows}) == 1
+
+
+def test_device_memory_counts_before_that_of_the_process():
+    on_gpu = result("jax", [1.0], 2.0, 1.0)
+    on_gpu.memory["device"] = 7.0
+    assert (on_gpu.peak, on_gpu.running) == (7.0, 7.0)
+
+
+def test_contenders_that_differ_are_refused():
+    rng = np.random.default_rng(0)
+    reference = {"logits_fsl_fast": rng.normal(size=(2, 3)), "losses": np.array([1.0, 0.9])}
+    near = {name: value * (1 + 1e-5) for name, value in reference.items()}
+    assert race._differences("b", near, "a", reference)["losses"] == pytest.approx(1e-5, rel=1e-3)
+    for name in reference:
+        with pytest.raises(race.Failed, match="do not compute the same"):
+            race._differences("b", {**reference, name: reference[name] + 0.01}, "a", reference)
+        with pytest.raises(race.Failed, match="do not compute the same"):
+            race._differences("b", {**reference, name: np.full_like(reference[name], np.nan)}, "a", reference)
+
+
+def test_a_contender_that_fails_is_out_with_its_reason():
+    (lost,) = race.race([Job("dipy", "float32", "train", 16, 1, "")], repeats=2)
+    assert lost.failure.startswith(("ValueError: dipy segments a whole head", "ModuleNotFoundError: No module"))
+    assert math.isnan(lost.median)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak")
+def test_settling_counts_the_peak_anew():
+    one = contender.Contender(JOB)
+    block = np.ones(2**27)  # 1 GiB
+    assert block.sum() > 0
+    del block
+    one.settle()
+    memory = one.memory()
+    assert memory["rss"] > memory["running"] + 0.9
+
+
+@pytest.mark.parametrize("space", [1, 2])
+def test_topology_describes_the_whole_step_on_the_slice(space):
+    devices = jax.devices()
+    with topology.pretending(devices):
+        step, (state, batch) = topology.described_step(devices, "reference", space, 16)
+        assert batch["image"].shape[0] == 8 // space
+        assert batch["image"].sharding.shard_shape(batch["image"].shape) == (1, 16, 16 // space, 16, 1)
+        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+        lowered = step.lower(state, batch)
+    assert lowered.cost_analysis()["flops"] > 1e9
+
+
+def test_topology_table_is_per_chip():
+    row = {"family": "reference", "data": 4, "space": 2, "temp_gib": 1.049, "accessed_gib": 18.96, "tflop": 0.204}
+    assert topology.table([row]).splitlines()[2] == "| reference | 4 × 2 | 1.05 | 19.0 | 0.20 |"
+
+
+def test_enlarged_heads_hold_every_voxel_eight_times():
+    array = np.arange(24).reshape(2, 3, 4)
+    large = _split_voxels(array)
+    assert large.shape == (4, 6, 8)
+    for corner in np.ndindex(2, 2, 2):
+        np.testing.assert_array_equal(large[tuple(slice(c, None, 2) for c in corner)], array)
+
+
+@pytest.mark.soak
+def test_contenders_compute_the_same():
+    pytest.importorskip("torch", reason="the contender needs the extra `benchmark`")
+    jobs = [dataclasses.replace(JOB, contender=name) for name in ("jax", "jax-plain", "torch-eager")]
+    differences = race.agreement(jobs)
+    assert set(differences) == {"jax-plain", "torch-eager"}
+    assert max(d["logits"] for d in differences.values()) < 1e-4
