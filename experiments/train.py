@@ -164,8 +164,9 @@ def claim_workdir(workdir: str, config: Config, store: Store, resume: bool, late
 
 
 def differences(before: Config, after: Config) -> list[str]:
-    """What changed between two configs, but for what may change within a run: how it is read, logged and kept."""
-    free = ("data.store", "data.workers", "data.read_threads", "data.prefetch", "mesh.", "log_every", "keep_", "evaluate_", "checkpoint_")
+    """What changed between two configs, but for what may change within a run: its length (the schedule stretches to it), and how
+    data are read, logged and kept."""
+    free = ("steps", "data.store", "data.workers", "data.read_threads", "data.prefetch", "mesh.", "log_every", "keep_", "evaluate_", "checkpoint_")
     old, new = flags.flatten(before), flags.flatten(after)
     return [f"{k} was {old[k]!r}, is {new[k]!r}" for k in old if old[k] != new[k] and not k.startswith(free)]
 
@@ -185,6 +186,17 @@ def join_cluster() -> None:
         jax.distributed.initialize()
 
 
+def spread_over_cores(config: Config) -> None:
+    """On a CPU, makes one XLA device of each core that the batch can use: much of a program runs on one thread per device.
+
+    Measured on 2 cores: two devices train a batch of two in the time that one device takes for a batch of one.
+    """
+    if os.environ.get("JAX_NUM_CPU_DEVICES") or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if config.batch % n == 0))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("experiments.train", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -201,6 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise NeuronetError("--resume needs the --workdir of the run to continue")
         workdir = options.workdir or time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S")
         join_cluster()
+        if not jax.distributed.is_initialized():
+            spread_over_cores(config)
         train(config, workdir, options.resume, options.reset_data)
     except NeuronetError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,13 +1,17 @@
-"""Tests run on eight CPU devices, with JAX's implicit promotions forbidden."""
+"""Tests run on eight CPU devices, with JAX's implicit promotions forbidden; folders of real data; small stores."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 import jax
+import numpy as np
 import pytest
+
+from neuronet_jax.store import Record, Reject, Store, StoreWriter, Subject, sample_foreground
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,3 +35,68 @@ def real_data() -> Path:
 def golden() -> Path:
     """Folder with the golden numbers of the published network: `neuronet_all_*.npz` and `saved_model/`."""
     return _folder(SHARED / "reference" / "dltk")
+
+
+PROTOCOLS = ("fsl_fast", "fsl_first", "malp_em")
+IDENTITY = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+
+
+def make_record(slot: int, split: str, grid: tuple[int, int, int], seed: int = 0) -> Record:
+    """A head of noise with some labelled blocks; malp_em is absent in every third slot."""
+    rng = np.random.default_rng([seed, slot])
+    present = (True, True, slot % 3 != 2)
+    labels = np.zeros((len(PROTOCOLS), *grid), np.uint8)
+    for p in np.flatnonzero(present):
+        corner = rng.integers(0, [side // 2 for side in grid])
+        block = tuple(slice(c, c + 8) for c in corner)
+        labels[(p, *block)] = rng.integers(1, 4, (8, 8, 8))
+    image = rng.normal(100, 20, grid).astype(np.float32)
+    subject = Subject(
+        slot=slot,
+        id=f"subject{slot}",
+        split=split,
+        present=present,
+        mean=float(image.mean(dtype=np.float64)),
+        std=float(image.std(dtype=np.float64)),
+        source_shape=grid,
+        source_affine=IDENTITY,
+        affine=IDENTITY,
+        conformed_shape=grid,
+        origin=(0, 0, 0),
+        warnings=("W_LABEL_MISSING",) if slot == 1 else (),
+        content_hash=f"{slot:064x}",
+    )
+    return Record(image, labels, sample_foreground(labels, present, seed=slot), subject)
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Callable[..., tuple[Store, dict[int, Record]]]:
+    """Builds a finished store of `splits` (one subject each; "" leaves a hole) and returns it with what was written."""
+
+    def make(
+        splits: tuple[str, ...],
+        grid: tuple[int, int, int] = (36, 40, 32),
+        dest: str = "",
+        shard_subjects: int = 2,
+        chunk: int = 16,
+    ) -> tuple[Store, dict[int, Record]]:
+        dest = dest or str(tmp_path / "store")
+        writer = StoreWriter.create(
+            dest,
+            protocols=PROTOCOLS,
+            grid=grid,
+            voxel_size_mm=2.0,
+            slots=len(splits),
+            shard_subjects=shard_subjects,
+            provenance={"made_by": "test"},
+            chunk=chunk,
+        )
+        records = {slot: make_record(slot, split, grid) for slot, split in enumerate(splits) if split}
+        for first in range(0, len(splits), shard_subjects):
+            slots = range(first, min(first + shard_subjects, len(splits)))
+            StoreWriter.open(dest).write_shard(first, [records.get(slot) for slot in slots])
+        rejects = [Reject(f"rejected{slot}", "E_CRC", "bad gzip") for slot, split in enumerate(splits) if not split]
+        writer.finalize([record.subject for record in records.values()], rejects)
+        return Store.open(dest), records
+
+    return make

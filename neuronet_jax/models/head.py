@@ -10,7 +10,6 @@ neither pass; the backward pass computes a slab's scores again. Within a slab th
 upsampling makes them: interleaving the few channels of features and labels the same way is cheaper than interleaving all classes.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -63,14 +62,10 @@ def loss_sums(
 ) -> Sums:
     """The sums of cross-entropy and soft Dice per sample, in float32. `classes` per protocol, in the order of `labels`."""
 
-    def slab_sums(slab_scores: list[Array], slab_labels: list[Array]) -> Sums:
-        parts = [voxel_sums(s, y, classes) for s, y in zip(slab_scores, slab_labels, strict=True)]
-        return jax.tree.map(lambda *terms: sum(terms[1:], terms[0]), *parts)
-
     def step(total: Sums, slab: Any) -> tuple[Sums, None]:
         slab_features, slab_halves, slab_labels = slab
-        slab_scores = list(_parity_scores(slab_features, slab_halves, readout))
-        return jax.tree.map(jnp.add, total, slab_sums(slab_scores, list(_parities(slab_labels)))), None
+        slab_scores = _parity_scores(slab_features, slab_halves, readout)
+        return jax.tree.map(jnp.add, total, voxel_sums(slab_scores, _parities(slab_labels), classes)), None
 
     b, k = labels.shape[0], sum(classes)
     zeros = Sums(jnp.zeros((b, len(classes))), jnp.zeros((b, k)), jnp.zeros((b, k)), jnp.zeros((b, k)))
@@ -104,11 +99,9 @@ def labels(features: list[Array], readout: Readout, classes: tuple[int, ...]) ->
 
     def step(_: None, slab: Any) -> tuple[None, Array]:
         slab_features, slab_halves = slab
-        quarters = [
-            jnp.stack([jnp.argmax(s[..., a:b], axis=-1).astype(jnp.uint8) for a, b in spans(classes)], axis=-1)
-            for s in _parity_scores(slab_features, slab_halves, readout)
-        ]
-        return None, _interleave(quarters)
+        slab_scores = _parity_scores(slab_features, slab_halves, readout)
+        chosen = [jnp.argmax(slab_scores[..., a:b], axis=-1).astype(jnp.uint8) for a, b in spans(classes)]
+        return None, _interleave(jnp.stack(chosen, axis=-1))
 
     _, slabs = jax.lax.scan(step, None, _slabs(features, readout))  # s b m y z p
     b, x = features[0].shape[:2]
@@ -144,25 +137,21 @@ def _slabs(features: list[Array], readout: Readout, *full: Array) -> tuple[Array
     return tuple(cut(array) for array in (features[0], halves, *full))
 
 
-def _parity_scores(features: Array, halves: Array, readout: Readout) -> Iterator[Float[Array, "b m y/2 z/2 k"]]:
-    """A slab's scores for the voxels of even/even, even/odd, odd/even and odd/odd y and z, in that order."""
+def _parity_scores(features: Array, halves: Array, readout: Readout) -> Float[Array, "b 4m y/2 z/2 k"]:
+    """A slab's scores, its voxels sorted as by `_parities`."""
     upsampled = [part for rows in conv.upsample_parts(halves, 2) for part in conv.upsample_parts(rows, 3)]
-    for part, quarter in zip(upsampled, _parities(features), strict=True):
-        yield part + readout.at(0, quarter)
+    return jnp.concatenate(upsampled, axis=1) + readout.at(0, _parities(features))
 
 
-def _parities(x: Array) -> Iterator[Array]:
-    """The voxels of even/even, even/odd, odd/even and odd/odd y and z."""
+def _parities(x: Float[Array, "b m y z c"]) -> Float[Array, "b 4m y/2 z/2 c"]:
+    """The voxels of even/even, even/odd, odd/even and odd/odd y and z, one after the other."""
     b, m, y, z, c = x.shape
     sorted_ = x.reshape(b, m, y // 2, 2, z // 2, 2, c)
-    for i in (0, 1):
-        for j in (0, 1):
-            yield sorted_[:, :, :, i, :, j]
+    return jnp.concatenate([sorted_[:, :, :, i, :, j] for i in (0, 1) for j in (0, 1)], axis=1)
 
 
-def _interleave(quarters: list[Array]) -> Array:
+def _interleave(x: Float[Array, "b 4m y/2 z/2 c"]) -> Float[Array, "b m y z c"]:
     """Undoes `_parities`."""
-    rows = [jnp.stack(quarters[i : i + 2], axis=4) for i in (0, 2)]  # b m y/2 z/2 2 c
-    grid = jnp.stack(rows, axis=3)  # b m y/2 2 z/2 2 c
-    b, m, y, _, z, _, c = grid.shape
-    return grid.reshape(b, m, 2 * y, 2 * z, c)
+    b, m, y, z, c = x.shape
+    sorted_ = x.reshape(b, 2, 2, m // 4, y, z, c)  # b i j m y/2 z/2 c
+    return sorted_.transpose(0, 3, 4, 1, 5, 2, 6).reshape(b, m // 4, 2 * y, 2 * z, c)

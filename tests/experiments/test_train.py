@@ -1,0 +1,129 @@
+"""Training as a user runs it, in processes of its own: killed and resumed, stopped and resumed, refused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import train
+from experiments.flags import load
+from neuronet_jax.checkpoint import Checkpoints
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.inference import restore, segment
+from neuronet_jax.mesh import make_mesh
+from neuronet_jax.step import TrainState, init_state
+
+SPLITS = ("train", "train", "train", "validation", "train")
+STEPS = 12
+
+
+@pytest.fixture
+def store(make_store) -> Path:
+    return Path(make_store(SPLITS)[0].dest)
+
+
+def arguments(store: Path, run: Path) -> list[str]:
+    settings = {
+        "data.store": store,
+        "data.crop": "16,16,16",
+        "data.workers": 0,
+        "protocols": "fsl_fast,fsl_first",
+        "model.filters": "4,6",
+        "augment.spatial": 1.0,
+        "batch": 2,
+        "steps": STEPS,
+        "log_every": 1,
+        "evaluate_every": 5,
+        "checkpoint_every": 2,
+    }
+    return ["--config=tissue:demo", f"--workdir={run}", *(f"--config.{k}={v}" for k, v in settings.items())]
+
+
+def start(store: Path, run: Path, *extra: str) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # as a user would, not on eight devices
+    command = [sys.executable, "-m", "experiments.train", *arguments(store, run), *extra]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    metrics = run / "metrics.jsonl"
+    for _ in range(2400):
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    raise AssertionError(f"step {step} was never reached")
+
+
+def last_state(store: Path, run: Path) -> TrainState:
+    config = load("tissue:demo", [a for a in arguments(store, run) if a.startswith("--config.")])
+    _, state = init_state(config, make_mesh(config, jax.devices()[:1]))
+    with Checkpoints(run, read_only=True) as checkpoints:
+        assert checkpoints.latest() == STEPS
+        return checkpoints.restore(state).state
+
+
+def test_D05_killed_and_resumed_equals_never_killed(store: Path, tmp_path: Path) -> None:
+    finish(start(store, tmp_path / "whole"))
+    broken = tmp_path / "broken"
+    killed = start(store, broken)
+    wait_for_step(broken, random.Random().randint(3, STEPS - 2), killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    finish(start(store, broken, "--resume"))
+    whole, resumed = last_state(store, tmp_path / "whole"), last_state(store, broken)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)  # every bit of parameters, moments, optimiser, averages
+    lines = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_D03_sigterm_saves_and_the_run_goes_on(store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(store, run)
+    wait_for_step(run, 1, process)
+    process.send_signal(signal.SIGTERM)
+    assert "continue with --resume" in finish(process)
+    with Checkpoints(run, read_only=True) as checkpoints:
+        stopped = checkpoints.latest()
+    assert stopped is not None and 1 <= stopped < STEPS
+    finish(start(store, run, "--resume"))
+    model = restore(run)
+    labels = segment(model, np.random.default_rng(0).normal(100, 20, (20, 24, 17)).astype(np.float32))
+    assert set(labels) == {"fsl_fast", "fsl_first"} and labels["fsl_first"].shape == (20, 24, 17)
+    text = "".join(path.read_text(errors="ignore") for path in run.rglob("*") if path.is_file())
+    assert "subject0" not in text  # A41: no identifier of a participant in a run's folder
+
+
+def test_D13_a_used_folder_is_refused_unless_it_is_the_same_run(store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = load("tissue:demo", [a for a in arguments(store, run) if a.startswith("--config.")])
+    opened = train.open_store(config)
+    train.claim_workdir(str(run), config, opened, resume=False, latest=None)
+    with pytest.raises(NeuronetError, match="continue it with --resume"):
+        train.claim_workdir(str(run), config, opened, resume=False, latest=None)
+    train.claim_workdir(str(run), config, opened, resume=True, latest=None)
+    other = load("tissue:demo", [*(a for a in arguments(store, run)[2:]), "--config.seed=7", "--config.log_every=3"])
+    with pytest.raises(NeuronetError, match="seed was 0, is 7$"):
+        train.claim_workdir(str(run), other, opened, resume=True, latest=None)
+
+
+def test_what_cannot_train_says_so_in_one_line(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*arguments(store, tmp_path / "a"), "--config.batch=64"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "lower the batch" in error
+    assert train.main(["--config=all_targets:demo", "--resume"]) == 1
+    assert "--workdir" in capsys.readouterr().err
