@@ -47,9 +47,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(_is_kernel, params)))
     chain = optax.chain(*parts, optax.scale_by_learning_rate(rate))
 
-    def update(*args: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of the integer count
-            return chain.update(*args)
+            return chain.update(updates, state, params)
 
     return optax.GradientTransformation(chain.init, update)
 
