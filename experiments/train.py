@@ -4,18 +4,18 @@
     python -m experiments.train --config=all_targets --workdir=runs/a --config.data.store=/data/ukb --config.batch=16
     python -m experiments.train --config=all_targets --workdir=runs/a --config.data.store=/data/ukb --resume
 
-Ctrl-C, SIGTERM and SIGUSR1 save and end with status 0; `--resume` then continues with the very next batch, as if nothing had
-happened. Other statuses: 1 a refusal with its reason, 4 loss or gradient not finite several times in a row, 5 out of device
-memory, 6 no progress.
+Ctrl-C, SIGTERM and SIGUSR1 save and end with status 0; `--resume` then continues with the very next batch, as if
+nothing had happened. Other statuses: 1 a refusal with its reason, 4 loss or gradient not finite several times in a row,
+5 out of device memory, 6 no progress.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -50,63 +50,64 @@ class NotFiniteError(Exception):
     """Loss or gradient was not finite too often in a row."""
 
 
-def train(config: Config, workdir: str, resume: bool = False, reset_data: bool = False) -> TrainState:
-    """Trains from step 0, or from the latest checkpoint, to `config.steps`, or until asked to stop. Returns the last state."""
+def train(
+    config: Config, workdir: str, resume: bool = False, reset_data: bool = False, strict: bool = False
+) -> TrainState:
+    """Trains from step 0 or from the latest checkpoint to `config.steps`, or until asked to stop; returns the state."""
     # --- Where things are: the data, the run's folder.
     store = open_store(config)
-    data = training_iterator(store, config, jax.process_index(), jax.process_count())
-    held_out = validation_subjects(store, "validation", jax.process_index(), jax.process_count())
-    held_out = held_out[: -(-config.evaluate_subjects // jax.process_count()) or None]
-    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
-    claim_workdir(workdir, config, store, resume, checkpoints.latest())
+    process, processes = jax.process_index(), jax.process_count()
+    data = training_iterator(store, config, process, processes)
+    held_out = validation_subjects(store, "validation", process, processes)
+    held_out = held_out[: -(-config.evaluate_subjects // processes) or None]
 
-    # --- What is computed: the mesh, the state on it, the step.
-    mesh = make_mesh(config)
-    graphdef, state = init_state(config, mesh)
-    train_step = make_train_step(config, graphdef, mesh)
-    if resume and checkpoints.latest() is not None:
-        state, position, _ = checkpoints.restore(state, reset_data=reset_data)
-        if position is not None:
-            data.set_state(position)
-    first = int(state.step)
-    log.info("training %s from step %d to %d on %d devices", config.name, first, config.steps, mesh.size)
+    with (
+        contextlib.closing(data),
+        Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
+        StopRequest() as stop,
+        Watchdog(STALL_S) as watchdog,
+    ):
+        # --- What is computed: the mesh, the state on it, the step.
+        claim_workdir(workdir, config, store, resume, checkpoints.latest())
+        mesh = make_mesh(config)
+        graphdef, state = init_state(config, mesh)
+        train_step = make_train_step(config, graphdef, mesh)
+        if resume and checkpoints.latest() is not None:
+            state, position, _ = checkpoints.restore(state, strict=strict, reset_data=reset_data)
+            if position is not None:
+                data.set_state(position)
+        first = int(state.step)
+        log.info("training %s from step %d to %d on %d devices", config.name, first, config.steps, mesh.size)
+        monitor = Monitor(workdir, config.steps, first, process)
 
-    def save(step: int, dice: float | None) -> None:
-        checkpoints.save(step, state, data.get_state(), config, score=dice)
-
-    # --- The loop. Per step: batch, update, log, evaluate, save, stop if asked; the data's position moves with the save.
-    started, compiled, saved = time.monotonic(), False, first
-    with Monitor(workdir, config.steps, first, jax.process_index()) as monitor, StopRequest() as stop, Watchdog(STALL_S) as watchdog:
+        # --- The loop. Per step: batch, update, log, evaluate, save, stop if asked. Data position and save go together.
+        began = time.monotonic()
         for step in range(first + 1, config.steps + 1):
             state, metrics = train_step(state, put_batch(mesh, next(data)))
-            last, dice = step == config.steps, None
-            if not compiled:
+            last, stopping, dice = step == config.steps, stop.requested(step), None
+            if step == first + 1:
                 jax.block_until_ready(state)
-                monitor.scalars(step, {"first_step_s": time.monotonic() - started})
-                compiled = True
+                monitor.scalars(step, {"first_step_s": time.monotonic() - began})  # compilation, for the most part
             if step % config.log_every == 0 or last:
                 values = {name: float(value) for name, value in metrics.items()}
                 monitor.scalars(step, {**values, "wait_fraction": data.wait_fraction()})
                 if values["skipped"] > MOST_SKIPPED:
-                    raise NotFiniteError(f"loss or gradient was not finite {MOST_SKIPPED} times in a row up to step {step}")
-            if step % config.evaluate_every == 0 or last:
-                network = evaluation_network(graphdef, local(state))
-                scores, pictures = validate(Model(network, config, store.info.voxel_size_mm), store, held_out, watchdog)
-                dice = float(np.nanmean([scores.get(name, np.nan) for name in config.protocols]))
+                    raise NotFiniteError(f"loss or gradient was not finite {MOST_SKIPPED} times in a row to {step}")
+            if (step % config.evaluate_every == 0 or last) and not stopping:
+                model = Model(evaluation_network(graphdef, local(state)), config, store.info.voxel_size_mm)
+                scores, pictures = validate(model, store, held_out, watchdog)
+                dice = float(np.mean(list(scores.values())))
                 monitor.scalars(step, {"dice": dice, **{f"validation_dice/{k}": v for k, v in scores.items()}})
                 monitor.pictures(step, pictures)
-            stopping = stop.requested(step)
             if step % config.checkpoint_every == 0 or dice is not None or last or stopping:
-                save(step, dice)
-                saved = step
+                checkpoints.save(step, state, data.get_state(), config, score=dice)
             if stopping:
                 log.warning("stopped as asked after step %d of %d; continue with --resume", step, config.steps)
                 break
             checkpoints.check()
             watchdog.progress()
-    checkpoints.close()
-    data.close()
-    log.info("the run is in %s; its last checkpoint is of step %d", workdir, saved)
+        monitor.close()
+    log.info("the run is in %s", workdir)
     return state
 
 
@@ -139,8 +140,12 @@ def open_store(config: Config) -> Store:
     if config.data.store:
         return Store.open(config.data.store)
     if jax.process_count() > 1:
-        raise NeuronetError("a run of several processes needs --config.data.store=…; the demo cohort is for a single one")
-    log.warning("NO STORE GIVEN: training on the DEMO COHORT of synthetic heads. Give your own with --config.data.store=…")
+        raise NeuronetError(
+            "a run of several processes needs --config.data.store=…; the demo cohort is for a single one"
+        )
+    log.warning(
+        "NO STORE GIVEN: training on the DEMO COHORT of synthetic heads. Give your own with --config.data.store=…"
+    )
     return Store.open(str(ensure_demo_store()))
 
 
@@ -164,9 +169,21 @@ def claim_workdir(workdir: str, config: Config, store: Store, resume: bool, late
 
 
 def differences(before: Config, after: Config) -> list[str]:
-    """What changed between two configs, but for what may change within a run: its length (the schedule stretches to it), and how
-    data are read, logged and kept."""
-    free = ("steps", "data.store", "data.workers", "data.read_threads", "data.prefetch", "mesh.", "log_every", "keep_", "evaluate_", "checkpoint_")
+    """What changed between two configs, but for what may change within a run: its length (the schedule stretches to
+    it), and how data are read, logged and kept.
+    """
+    free = (
+        "steps",
+        "data.store",
+        "data.workers",
+        "data.read_threads",
+        "data.prefetch",
+        "mesh.",
+        "log_every",
+        "keep_",
+        "evaluate_",
+        "checkpoint_",
+    )
     old, new = flags.flatten(before), flags.flatten(after)
     return [f"{k} was {old[k]!r}, is {new[k]!r}" for k in old if old[k] != new[k] and not k.startswith(free)]
 
@@ -187,7 +204,7 @@ def join_cluster() -> None:
 
 
 def spread_over_cores(config: Config) -> None:
-    """On a CPU, makes one XLA device of each core that the batch can use: much of a program runs on one thread per device.
+    """On a CPU, makes one XLA device of each core that the batch can use: most of a program runs on one thread each.
 
     Measured on 2 cores: two devices train a batch of two in the time that one device takes for a batch of one.
     """
@@ -198,11 +215,18 @@ def spread_over_cores(config: Config) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("experiments.train", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--config", required=True, metavar="NAME[:demo]", help=f"one of {', '.join(flags.NAMES)}, or a .py file")
+    parser = argparse.ArgumentParser(
+        "experiments.train",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="NAME[:demo]", help=f"one of {', '.join(flags.NAMES)}, or a .py file"
+    )
     parser.add_argument("--workdir", help="the run's folder (default: runs/NAME-TIME)")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --workdir")
+    parser.add_argument("--strict", action="store_true", help="with --resume: refuse a damaged checkpoint")
     parser.add_argument("--reset_data", action="store_true", help="with --resume: start the data anew")
     options, overrides = parser.parse_known_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -215,18 +239,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         join_cluster()
         if not jax.distributed.is_initialized():
             spread_over_cores(config)
-        train(config, workdir, options.resume, options.reset_data)
+        train(config, workdir, options.resume, options.reset_data, options.strict)
     except NeuronetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except NotFiniteError as error:
-        print(f"error: {error}; the last good checkpoint is kept. Lower optimizer.learning_rate, or clip.", file=sys.stderr)
+        print(
+            f"error: {error}; the last good checkpoint is kept. Lower optimizer.learning_rate, or clip.",
+            file=sys.stderr,
+        )
         return EXIT_NOT_FINITE
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        print(f"error: out of device memory with batch {config.batch} and crop {config.data.crop}; lower --config.batch or "
-              f"--config.data.crop, or split volumes with --config.mesh.space\n{error}", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: out of device memory with batch {config.batch} and crop {config.data.crop}; lower --config.batch "
+            f"or --config.data.crop, or split volumes with --config.mesh.space\n{error}",
+            file=sys.stderr,
+        )
         return EXIT_MEMORY
     return 0
 

@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Integer
 from neuronet_jax.config import AugmentConfig
 from neuronet_jax.labels import PROTOCOLS
 
-# At strength 1. The ranges cover what scanners and protocols change in T1 images; each is a normal's standard deviation.
+# At strength 1. The ranges cover what scanners and protocols change in T1 images; each is a normal's standard
+# deviation.
 LOG_GAMMA, LOG_GAIN, OFFSET, LOG_BIAS, NOISE = 0.2, 0.1, 0.1, 0.15, 0.08
 ROTATION_DEGREES, LOG_SCALE, SHEAR = 7.0, 0.07, 0.03
 
@@ -80,8 +81,12 @@ def mirror(
     return jnp.where(flip, image[::-1], image), jnp.where(flip, swapped, labels)
 
 
-def warp(image: Float[Array, "x y z 1"], labels: Integer[Array, "p x y z"], matrix: Float[Array, "3 3"]) -> tuple[Array, Array]:
-    """Rotates, scales and shears about the centre: image linear, labels nearest, the border's value beyond the border."""
+def warp(
+    image: Float[Array, "x y z 1"], labels: Integer[Array, "p x y z"], matrix: Float[Array, "3 3"]
+) -> tuple[Array, Array]:
+    """Rotates, scales and shears about the centre: image linear, labels nearest, the border's value beyond the
+    border.
+    """
     shape = labels.shape[1:]
     centre = (jnp.asarray(shape, jnp.float32) - 1.0) / 2.0
     axes = [jnp.arange(n, dtype=jnp.float32) - c for n, c in zip(shape, centre, strict=True)]

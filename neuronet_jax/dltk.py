@@ -45,7 +45,9 @@ def load_variables(network: Network, variables: Mapping[str, np.ndarray]) -> Non
     state = nnx.state(network, graph=False)
     flat = dict(nnx.to_flat_state(state))
     if unmapped := set(flat) - set(paths):
-        raise NeuronetError(f"no published variable is known for {sorted(map(str, unmapped))[0]}: is the family `reference`?")
+        raise NeuronetError(
+            f"no published variable is known for {sorted(map(str, unmapped))[0]}: is the family `reference`?"
+        )
     for path, name in paths.items():
         if name not in variables:
             raise NeuronetError(f"the published variables lack {name!r}: they are not those of {network.protocols}")

@@ -12,9 +12,10 @@ def combine(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, " p"]]]:
     """The loss, and its parts per protocol: `cross_entropy` [p] and `dice` [p] (soft Dice, 1 is perfect).
 
-    Cross-entropy is the mean over the voxels of the samples that have the protocol. Dice takes the whole batch as one volume and
-    averages over the classes that occur in it, background left out: a class that a crop does not hold says nothing about its
-    overlap, and cross-entropy already punishes predicting it. Protocols weigh equally; one that no sample has weighs nothing.
+    Cross-entropy is the mean over the voxels of the samples that have the protocol. Dice takes the whole batch as one
+    volume and averages over the classes that occur in it, background left out: a class that a crop does not hold says
+    nothing about its overlap, and cross-entropy already punishes predicting it. Protocols weigh equally; one that no
+    sample has weighs nothing.
     """
     has = present.astype(jnp.float32)  # b p
     samples = jnp.maximum(has.sum(axis=0), 1.0)

@@ -1,8 +1,9 @@
 """The one mesh and how arrays lie on it.
 
-`data` splits the batch: every crop of a step is independent of the others but for the moments of normalisation. `space` splits the y axis
-of a volume among the devices that share it, for crops too large for one; XLA inserts the exchange of neighbouring planes. It is y and
-never x, because the convolutions fold x into the batch (see `models/conv.py`). One device is a mesh of 1 × 1.
+`data` splits the batch: every crop of a step is independent of the others but for the moments of normalisation.
+`space` splits the y axis of a volume among the devices that share it, for crops too large for one; XLA inserts the
+exchange of neighbouring planes. It is y and never x, because the convolutions fold x into the batch (see
+`models/conv.py`). One device is a mesh of 1 × 1.
 """
 
 from collections.abc import Sequence
@@ -40,12 +41,16 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     if config.batch % data:
         lower = config.batch // data * data
         near = f"{lower} or {lower + data}" if lower else f"{data}"
-        raise NeuronetError(f"batch must be a multiple of the mesh's data axis, {data}; got {config.batch}: take {near}")
+        raise NeuronetError(
+            f"batch must be a multiple of the mesh's data axis, {data}; got {config.batch}: take {near}"
+        )
     unit = space * 2 ** (len(config.model.filters) - 1)
     side = config.data.crop[1]
     if side % unit:
         near = max(unit, round(side / unit) * unit)
-        raise NeuronetError(f"with mesh.space={space} the crop's y side must be a multiple of {unit}, got {side}: take {near}")
+        raise NeuronetError(
+            f"with mesh.space={space} the crop's y side must be a multiple of {unit}, got {side}: take {near}"
+        )
     # Auto: XLA places intermediate arrays from the shardings of the inputs (make_mesh defaults to Explicit axes).
     return jax.make_mesh((data, space), (DATA, SPACE), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 

@@ -1,4 +1,6 @@
-"""Scores of a model on a store's subjects, on whole volumes and the store's grid: in training and in `experiments.evaluate`."""
+"""Scores of a model on a store's subjects, on whole volumes and the store's grid: in training and in
+`experiments.evaluate`.
+"""
 
 from collections.abc import Mapping
 

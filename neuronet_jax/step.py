@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -36,7 +37,7 @@ class TrainState:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Adam, with what the config adds: warm-up and cosine decay, decoupled weight decay, clipping of the global norm."""
+    """Adam with what the config adds: warm-up and cosine decay, decoupled weight decay, clipping by the global norm."""
     rate: Any = config.learning_rate
     if config.schedule == "cosine":
         warmup = min(config.warmup_steps, steps // 2)
@@ -44,7 +45,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(optax.scale_by_adam(eps=config.epsilon))
     if config.weight_decay:  # kernels only: shrinking a norm's gain or a bias regularises nothing
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(_is_kernel, params)))
+        parts.append(
+            optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(_is_kernel, params))
+        )
     chain = optax.chain(*parts, optax.scale_by_learning_rate(rate))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -59,17 +62,18 @@ def _is_kernel(leaf: jax.Array) -> bool:
 
 
 def init_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef[Network], TrainState]:
-    """The network's structure and a fresh state, every array born where it belongs on the mesh."""
+    """The network's structure and a fresh state on the mesh."""
     optimizer = make_optimizer(config.optimizer, config.steps)
+    graphdef, params, moments = _split(build(config.model, config.protocols, config.seed))
 
-    def init() -> TrainState:
-        _, params, moments = _split(build(config.model, config.protocols, config.seed))
-        average = (params, moments) if config.optimizer.ema_decay else None
+    def init(params: Any, moments: Any) -> TrainState:
+        average = jax.tree.map(jnp.copy, (params, moments)) if config.optimizer.ema_decay else None
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, zero, params, moments, optimizer.init(params), average)
+        return TrainState(zero, jnp.copy(zero), params, moments, optimizer.init(params), average)
 
-    graphdef, _, _ = _split(nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed)))
-    return graphdef, jax.jit(init, out_shardings=replicated(mesh))()
+    # As host arrays, which every process has alike: jit then places them on the global mesh.
+    weights = jax.tree.map(np.asarray, (params, moments))
+    return graphdef, jax.jit(init, out_shardings=replicated(mesh))(*weights)
 
 
 def make_train_step(
@@ -113,9 +117,7 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, in_shardings=(whole, batch_sharding(mesh)), out_shardings=whole)
 
 
-def network_loss(
-    network: Network, batch: Batch, config: Config, train: bool
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def network_loss(network: Network, batch: Batch, config: Config, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a batch and its parts per protocol, in float32."""
     sums = network.loss_sums(batch["image"], batch["labels"], train)
     voxels = batch["image"][0].size
@@ -129,7 +131,8 @@ def evaluation_network(graphdef: nnx.GraphDef[Network], state: TrainState) -> Ne
 
 
 def _split(network: Network) -> tuple[nnx.GraphDef[Network], Any, Any]:
-    return nnx.split(network, nnx.Param, nnx.BatchStat, graph=False)
+    graphdef, params, moments = nnx.split(network, nnx.Param, nnx.BatchStat, graph=False)
+    return graphdef, params, moments
 
 
 def _average(state: TrainState, values: Any, decay: float) -> Any:

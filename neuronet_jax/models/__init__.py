@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
@@ -18,23 +19,27 @@ FAMILIES: dict[str, Any] = {"reference": reference, "neuronet": neuronet}
 class Network(nnx.Module):
     """Reads whitened crops or volumes [b x y z 1] whose sides are multiples of `stride`."""
 
-    def __init__(self, config: ModelConfig, protocols: tuple[str, ...], rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, protocols: tuple[str, ...], rng: np.random.Generator):
         family = FAMILIES[config.family]
         self.protocols = protocols
         self.classes = tuple(PROTOCOLS[name].num_classes for name in protocols)
         self.stride = 2 ** (len(config.filters) - 1)
         self.compute_dtype = compute_dtype(config)
-        self.encoder = family.Encoder(config.filters, rngs)
-        self.decoders = family.Decoders(config.filters, dict(zip(protocols, self.classes, strict=True)), rngs)
+        self.encoder = family.Encoder(config.filters, rng)
+        self.decoders = family.Decoders(config.filters, dict(zip(protocols, self.classes, strict=True)), rng)
 
     def features(self, image: Float[Array, "b x y z 1"], train: bool = False) -> tuple[list[Array], head.Readout]:
         """Features per scale, finest first, and the readout of all protocols. In training the moving moments move."""
         if any(side % self.stride for side in image.shape[1:4]):
-            raise NeuronetError(f"sides must be multiples of {self.stride}, got {image.shape[1:4]}: pad or crop the image")
+            raise NeuronetError(
+                f"sides must be multiples of {self.stride}, got {image.shape[1:4]}: pad or crop the image"
+            )
         features = self.encoder(image.astype(self.compute_dtype), train)
         return features, self.decoders(features, train)
 
-    def loss_sums(self, image: Float[Array, "b x y z 1"], labels: Integer[Array, "b p x y z"], train: bool) -> head.Sums:
+    def loss_sums(
+        self, image: Float[Array, "b x y z 1"], labels: Integer[Array, "b p x y z"], train: bool
+    ) -> head.Sums:
         """The sums over space that `losses.py` combines; never all scores at full resolution."""
         return head.loss_sums(*self.features(image, train), labels, self.classes)
 
@@ -50,11 +55,13 @@ class Network(nnx.Module):
 
 def build(config: ModelConfig, protocols: tuple[str, ...], seed: int) -> Network:
     """A freshly initialised network; the seed fixes every weight."""
-    return Network(config, protocols, nnx.Rngs(seed))
+    return Network(config, protocols, np.random.default_rng(seed))
 
 
 def compute_dtype(config: ModelConfig) -> Any:
-    """The dtype of activations; "auto" is bfloat16 where the hardware multiplies it natively (GPU, TPU), float32 on CPU."""
+    """The dtype of activations; "auto" is bfloat16 where the hardware multiplies it natively (GPU, TPU), float32 on
+    CPU.
+    """
     if config.compute_dtype != "auto":
         return jnp.dtype(config.compute_dtype)
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")

@@ -1,8 +1,8 @@
 """3-D convolution, pooling and upsampling, in the form that each platform runs fastest.
 
-XLA's 3-D convolution is slow on CPU (7 GFLOP/s where oneDNN reaches 150) and fills an eighth of a TPU's lanes with 16 channels.
-Folding the first spatial axis away mends both: it becomes batch, and the kernel's taps along it are stacked in the channels, so
-that one 2-D convolution of k times the channels does the work. Both forms compute the same sums.
+XLA's 3-D convolution is slow on CPU (7 GFLOP/s where oneDNN reaches 150) and fills an eighth of a TPU's lanes with 16
+channels. Folding the first spatial axis away mends both: it becomes batch, and the kernel's taps along it are stacked
+in the channels, so that one 2-D convolution of k times the channels does the work. Both forms compute the same sums.
 
 The folded axis is x. A mesh therefore splits y (see `mesh.py`): a split fold axis would have to be gathered.
 """
@@ -13,12 +13,16 @@ from jaxtyping import Array, Float
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Zeros before and after an axis so that it comes out at ceil(size / stride), the odd one after (TensorFlow's SAME)."""
+    """Zeros before and after an axis so that it comes out at ceil(size / stride), the odd one after (TensorFlow's
+    SAME).
+    """
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
 
-def conv3d(x: Float[Array, "b x y z c"], kernel: Float[Array, "i j k c f"], stride: int = 1) -> Float[Array, "b u v w f"]:
+def conv3d(
+    x: Float[Array, "b x y z c"], kernel: Float[Array, "i j k c f"], stride: int = 1
+) -> Float[Array, "b u v w f"]:
     """SAME convolution; each axis comes out at ceil(n / stride). The form is picked when the program is lowered."""
     if kernel.shape[:3] == (1, 1, 1) and stride == 1:
         return x @ kernel[0, 0, 0]

@@ -1,13 +1,15 @@
 """The fused head: every protocol's class scores at once, slab by slab, never the whole volume of them.
 
-A readout is one matrix and bias per scale for all classes of all protocols side by side (`k` of them, 169 for five protocols):
+A readout is one matrix and bias per scale for all classes of all protocols side by side (`k` of them, 169 for five
+protocols):
 
     scores = up(… up(f₃A₃ + b₃) + f₂A₂ + b₂ …) + f₀A₀ + b₀
 
-All but the last addition happens at half resolution or less. The last upsampling, the addition and what the caller wants of the scores
-(loss sums or labels) go slab by slab along x, so that the tensor of all classes at full resolution (1.4 GB for one 128³ crop) exists in
-neither pass; the backward pass computes a slab's scores again. Within a slab the voxels stay sorted by the parity of y and z, as
-upsampling makes them: interleaving the few channels of features and labels the same way is cheaper than interleaving all classes.
+All but the last addition happens at half resolution or less. The last upsampling, the addition and what the caller
+wants of the scores (loss sums or labels) go slab by slab along x, so that the tensor of all classes at full
+resolution (1.4 GB for one 128³ crop) exists in neither pass; the backward pass computes a slab's scores again. Within
+a slab the voxels stay sorted by the parity of y and z, as upsampling makes them: interleaving the few channels of
+features and labels the same way is cheaper than interleaving all classes.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +25,9 @@ SLAB_BYTES = {"cpu": 8 * 2**20, "other": 128 * 2**20}
 
 
 class Readout(NamedTuple):
-    """The linear map from features to the scores of all classes: per scale, finest first, a matrix [c k] and a bias [k]."""
+    """The linear map from features to the scores of all classes: per scale, finest first, a matrix [c k] and a bias
+    [k].
+    """
 
     matrices: list[Array]
     biases: list[Array]
@@ -60,7 +64,9 @@ def scores(features: list[Array], readout: Readout) -> Float[Array, "b x y z k"]
 def loss_sums(
     features: list[Array], readout: Readout, labels: Integer[Array, "b p x y z"], classes: tuple[int, ...]
 ) -> Sums:
-    """The sums of cross-entropy and soft Dice per sample, in float32. `classes` per protocol, in the order of `labels`."""
+    """The sums of cross-entropy and soft Dice per sample, in float32. `classes` per protocol, in the order of
+    `labels`.
+    """
 
     def step(total: Sums, slab: Any) -> tuple[Sums, None]:
         slab_features, slab_halves, slab_labels = slab
@@ -73,7 +79,9 @@ def loss_sums(
     return jax.lax.scan(jax.checkpoint(step), zeros, slabs)[0]
 
 
-def voxel_sums(scores: Float[Array, "b x y z k"], labels: Integer[Array, "b x y z p"], classes: tuple[int, ...]) -> Sums:
+def voxel_sums(
+    scores: Float[Array, "b x y z k"], labels: Integer[Array, "b x y z p"], classes: tuple[int, ...]
+) -> Sums:
     """The sums over the voxels given."""
     space = (1, 2, 3)
     parts = []
@@ -124,7 +132,9 @@ def _half_scores(features: list[Array], readout: Readout) -> Float[Array, "b x/2
 
 
 def _slabs(features: list[Array], readout: Readout, *full: Array) -> tuple[Array, ...]:
-    """Full-resolution features, half-resolution scores upsampled along x, and `full` arrays, cut along x for a scan: [s b m …]."""
+    """Full-resolution features, half-resolution scores upsampled along x, and `full` arrays, cut along x for a scan:
+    [s b m …].
+    """
     halves = conv.upsample_axis(_half_scores(features, readout), 1)  # b x y/2 z/2 k
     b, x, y, z, _ = features[0].shape
     budget = SLAB_BYTES.get(jax.default_backend(), SLAB_BYTES["other"])

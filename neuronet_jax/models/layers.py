@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -11,17 +12,21 @@ EPSILON = 1e-3  # of every normalisation (the published value)
 MOMENTUM = 0.99  # of every moving moment (the published value)
 
 
-def fan_in_uniform(key: Array, shape: tuple[int, ...]) -> Array:
-    """Variance scaling with scale 1, fan-in, uniform: the published initialisation."""
-    return jax.nn.initializers.variance_scaling(1.0, "fan_in", "uniform")(key, shape, jnp.float32)
+def fan_in_uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Variance scaling with scale 1, fan-in, uniform: the published initialisation. The last axis is the output's.
+
+    Drawn on the host: a compiled program of some hundred draws takes longer to compile than a step of training.
+    """
+    limit = np.sqrt(3.0 / np.prod(shape[:-1]))
+    return jnp.asarray(rng.uniform(-limit, limit, shape).astype(np.float32))
 
 
 class Conv(nnx.Module):
     """A SAME convolution without bias, computed in the input's dtype."""
 
-    def __init__(self, size: int, channels: int, filters: int, *, stride: int = 1, rngs: nnx.Rngs):
+    def __init__(self, size: int, channels: int, filters: int, *, stride: int = 1, rng: np.random.Generator):
         self.stride = stride
-        self.kernel = nnx.Param(fan_in_uniform(rngs.params(), (size, size, size, channels, filters)))
+        self.kernel = nnx.Param(fan_in_uniform(rng, (size, size, size, channels, filters)))
 
     def __call__(self, x: Float[Array, "b x y z c"]) -> Float[Array, "b u v w f"]:
         return conv.conv3d(x, self.kernel[...].astype(x.dtype), self.stride)
@@ -30,15 +35,17 @@ class Conv(nnx.Module):
 class BatchNorm(nnx.Module):
     """Normalises by moments over batch and space: the batch's own in training, moving ones otherwise.
 
-    The biased variance normalises; the moving variance takes the unbiased one, as the published network's fused kernel does.
+    The biased variance normalises; the moving variance takes the unbiased one, as the published network's fused
+    kernel does.
     """
 
     def __init__(self, channels: int, momentum: float = MOMENTUM):
         self.momentum = momentum
-        self.gamma = nnx.Param(jnp.ones(channels))
-        self.beta = nnx.Param(jnp.zeros(channels))
-        self.mean = nnx.BatchStat(jnp.zeros(channels))
-        self.variance = nnx.BatchStat(jnp.ones(channels))
+        zeros, ones = np.zeros(channels, np.float32), np.ones(channels, np.float32)
+        self.gamma = nnx.Param(jnp.asarray(ones))
+        self.beta = nnx.Param(jnp.asarray(zeros))
+        self.mean = nnx.BatchStat(jnp.asarray(zeros))
+        self.variance = nnx.BatchStat(jnp.asarray(ones))
 
     def __call__(self, x: Float[Array, "b x y z c"], train: bool) -> Float[Array, "b x y z c"]:
         if train:
@@ -84,17 +91,19 @@ def channel_covariance(x: Float[Array, "b x y z c"]) -> tuple[Float[Array, " c"]
 class ResidualUnit(nnx.Module):
     """Pre-activation unit: norm, relu6, convolution, twice, added to the identity.
 
-    With stride 2 the first kernel is 4³ (twice the stride) and the identity is max-pooled. Where channels grow the identity is padded
-    with zero channels, the smaller half before.
+    With stride 2 the first kernel is 4³ (twice the stride) and the identity is max-pooled. Where channels grow the
+    identity is padded with zero channels, the smaller half before.
     """
 
-    def __init__(self, channels: int, filters: int, *, stride: int = 1, momentum: float = MOMENTUM, rngs: nnx.Rngs):
+    def __init__(
+        self, channels: int, filters: int, *, stride: int = 1, momentum: float = MOMENTUM, rng: np.random.Generator
+    ):
         self.stride = stride
         self.padding = ((filters - channels) // 2, (filters - channels) - (filters - channels) // 2)
         self.norm0 = BatchNorm(channels, momentum)
-        self.conv0 = Conv(3 if stride == 1 else 2 * stride, channels, filters, stride=stride, rngs=rngs)
+        self.conv0 = Conv(3 if stride == 1 else 2 * stride, channels, filters, stride=stride, rng=rng)
         self.norm1 = BatchNorm(filters, momentum)
-        self.conv1 = Conv(3, filters, filters, rngs=rngs)
+        self.conv1 = Conv(3, filters, filters, rng=rng)
 
     def __call__(self, x: Float[Array, "b x y z c"], train: bool) -> Float[Array, "b u v w f"]:
         y = self.conv0(jax.nn.relu6(self.norm0(x, train)))

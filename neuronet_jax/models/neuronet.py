@@ -1,13 +1,17 @@
 """Our network: one shared encoder with a way back up, one linear decoder per protocol.
 
-What the published one lacks and this one has: its finest features are a linear filter of the image, so that every class boundary is
-drawn at half resolution; here the coarse features travel back up (as in a U-Net) and are refined by non-linear units at every scale,
-full resolution included, before each protocol reads them out. The way up is shared by all protocols, so five cost little more than one,
-and the last step stays linear, so that the fused head serves it too.
+What the published one lacks and this one has: its finest features are a linear filter of the image, so that every
+class boundary is drawn at half resolution; here the coarse features travel back up (as in a U-Net) and are refined by
+non-linear units at every scale, full resolution included, before each protocol reads them out. The way up is shared
+by all protocols, so five cost little more than one, and the last step stays linear, so that the fused head serves it
+too.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -15,16 +19,20 @@ from neuronet_jax.models import conv
 from neuronet_jax.models.head import Readout
 from neuronet_jax.models.layers import BatchNorm, Conv, ResidualUnit, fan_in_uniform
 
-MOMENTUM = 0.95  # moving moments settle within 60 steps, so that short runs validate honestly (the published .99 takes 300)
+MOMENTUM = (
+    0.95  # moving moments settle within 60 steps, so that short runs validate honestly (the published .99 takes 300)
+)
 
 
 class UpUnit(nnx.Module):
-    """Adds the coarser features, projected and upsampled, to a scale's own and refines the sum by one residual convolution."""
+    """Adds the coarser features, projected and upsampled, to a scale's own and refines the sum by one residual
+    convolution.
+    """
 
-    def __init__(self, coarse: int, fine: int, rngs: nnx.Rngs):
-        self.lateral = Conv(1, coarse, fine, rngs=rngs)
+    def __init__(self, coarse: int, fine: int, rng: np.random.Generator):
+        self.lateral = Conv(1, coarse, fine, rng=rng)
         self.norm = BatchNorm(fine, MOMENTUM)
-        self.conv = Conv(3, fine, fine, rngs=rngs)
+        self.conv = Conv(3, fine, fine, rng=rng)
 
     def __call__(self, coarse: Array, fine: Array, train: bool) -> Array:
         x = fine + conv.upsample(self.lateral(coarse))
@@ -32,12 +40,14 @@ class UpUnit(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    def __init__(self, filters: tuple[int, ...], rngs: nnx.Rngs):
-        scales = list(zip(filters, filters[1:], strict=False))
-        self.stem = Conv(3, 1, filters[0], rngs=rngs)
-        self.down = nnx.List(ResidualUnit(fine, coarse, stride=2, momentum=MOMENTUM, rngs=rngs) for fine, coarse in scales)
-        self.same = nnx.List(ResidualUnit(coarse, coarse, momentum=MOMENTUM, rngs=rngs) for _, coarse in scales)
-        self.up = nnx.List(UpUnit(coarse, fine, rngs) for fine, coarse in scales)
+    def __init__(self, filters: tuple[int, ...], rng: np.random.Generator):
+        scales = list(itertools.pairwise(filters))
+        self.stem = Conv(3, 1, filters[0], rng=rng)
+        self.down = nnx.List(
+            ResidualUnit(fine, coarse, stride=2, momentum=MOMENTUM, rng=rng) for fine, coarse in scales
+        )
+        self.same = nnx.List(ResidualUnit(coarse, coarse, momentum=MOMENTUM, rng=rng) for _, coarse in scales)
+        self.up = nnx.List(UpUnit(coarse, fine, rng) for fine, coarse in scales)
         self.norms = nnx.List(BatchNorm(c, MOMENTUM) for c in filters)
 
     def __call__(self, image: Float[Array, "b x y z 1"], train: bool) -> list[Array]:
@@ -53,8 +63,8 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """One protocol's linear reading of every scale."""
 
-    def __init__(self, filters: tuple[int, ...], classes: int, rngs: nnx.Rngs):
-        self.kernels = nnx.List(nnx.Param(fan_in_uniform(rngs.params(), (c, classes))) for c in filters)
+    def __init__(self, filters: tuple[int, ...], classes: int, rng: np.random.Generator):
+        self.kernels = nnx.List(nnx.Param(fan_in_uniform(rng, (c, classes))) for c in filters)
         self.bias = nnx.Param(jnp.zeros(classes))
 
     def __call__(self) -> list[tuple[Array, Array]]:
@@ -64,9 +74,9 @@ class Decoder(nnx.Module):
 
 
 class Decoders(nnx.Module):
-    def __init__(self, filters: tuple[int, ...], classes: dict[str, int], rngs: nnx.Rngs):
+    def __init__(self, filters: tuple[int, ...], classes: dict[str, int], rng: np.random.Generator):
         self.order = tuple(classes)  # a pytree's dictionaries come back sorted
-        self.protocols = nnx.Dict({name: Decoder(filters, k, rngs) for name, k in classes.items()})
+        self.protocols = nnx.Dict({name: Decoder(filters, k, rng) for name, k in classes.items()})
 
     def __call__(self, features: list[Array], train: bool) -> Readout:
         del features, train  # nothing here depends on the batch

@@ -1,11 +1,15 @@
 """The published NeuroNet, operation by operation (Rajchl et al., MIDL 2018, arXiv 1806.04224, and its reference code).
 
-The decoders hold no non-linearity, so they are not run as a chain of upsamplings of K channels but folded into one matrix per scale
-(`head.py` applies them): with z₃ = f₃W₃, z_s = up(z_{s+1}) + BN_s(f_sV_s) and logits = z₀L, upsampling commutes with every mixing of
-channels, hence logits = up³(f₃W₃L) + Σ_s upˢ(f_sA_s + b_s) with A_s = V_s diag(γ_s/σ_s) L and b_s = (β_s − μ_sγ_s/σ_s) L.
+The decoders hold no non-linearity, so they are not run as a chain of upsamplings of K channels but folded into one
+matrix per scale (`head.py` applies them): with z₃ = f₃W₃, z_s = up(z_{s+1}) + BN_s(f_sV_s) and logits = z₀L,
+upsampling commutes with every mixing of channels, hence logits = up³(f₃W₃L) + Σ_s upˢ(f_sA_s + b_s) with A_s = V_s
+diag(γ_s/σ_s) L and b_s = (β_s − μ_sγ_s/σ_s) L.
 """
 
+import itertools
+
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -16,12 +20,12 @@ from neuronet_jax.models.layers import BatchNorm, Conv, ResidualUnit, channel_co
 class Encoder(nnx.Module):
     """A plain convolution at full resolution, then two residual units per scale, the first of stride 2."""
 
-    def __init__(self, filters: tuple[int, ...], rngs: nnx.Rngs):
-        self.stem = Conv(3, 1, filters[0], rngs=rngs)
+    def __init__(self, filters: tuple[int, ...], rng: np.random.Generator):
+        self.stem = Conv(3, 1, filters[0], rng=rng)
         self.units = nnx.List(
             unit
-            for channels, wider in zip(filters, filters[1:], strict=False)
-            for unit in (ResidualUnit(channels, wider, stride=2, rngs=rngs), ResidualUnit(wider, wider, rngs=rngs))
+            for channels, wider in itertools.pairwise(filters)
+            for unit in (ResidualUnit(channels, wider, stride=2, rng=rng), ResidualUnit(wider, wider, rng=rng))
         )
 
     def __call__(self, image: Float[Array, "b x y z 1"], train: bool) -> list[Array]:
@@ -35,10 +39,10 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """One protocol's parameters: a projection and a normalisation per scale, and the last mixing of classes."""
 
-    def __init__(self, filters: tuple[int, ...], classes: int, rngs: nnx.Rngs):
-        self.projections = nnx.List(nnx.Param(fan_in_uniform(rngs.params(), (c, classes))) for c in filters)
+    def __init__(self, filters: tuple[int, ...], classes: int, rng: np.random.Generator):
+        self.projections = nnx.List(nnx.Param(fan_in_uniform(rng, (c, classes))) for c in filters)
         self.norms = nnx.List(BatchNorm(classes) for _ in filters[:-1])
-        self.last = nnx.Param(fan_in_uniform(rngs.params(), (classes, classes)))
+        self.last = nnx.Param(fan_in_uniform(rng, (classes, classes)))
 
     def __call__(self, features: list[Array], moments: list[tuple[Array, Array]] | None) -> list[tuple[Array, Array]]:
         """One matrix [c k] and bias [k] per scale. `moments`: of the features, in training."""
@@ -60,9 +64,9 @@ class Decoder(nnx.Module):
 
 
 class Decoders(nnx.Module):
-    def __init__(self, filters: tuple[int, ...], classes: dict[str, int], rngs: nnx.Rngs):
+    def __init__(self, filters: tuple[int, ...], classes: dict[str, int], rng: np.random.Generator):
         self.order = tuple(classes)  # a pytree's dictionaries come back sorted
-        self.protocols = nnx.Dict({name: Decoder(filters, k, rngs) for name, k in classes.items()})
+        self.protocols = nnx.Dict({name: Decoder(filters, k, rng) for name, k in classes.items()})
 
     def __call__(self, features: list[Array], train: bool) -> Readout:
         # The batch moments of u = fV follow from those of f: no u is needed, and every protocol shares them.

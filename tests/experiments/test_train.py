@@ -117,7 +117,7 @@ def test_D13_a_used_folder_is_refused_unless_it_is_the_same_run(store: Path, tmp
         train.claim_workdir(str(run), config, opened, resume=False, latest=None)
     train.claim_workdir(str(run), config, opened, resume=True, latest=None)
     other = load("tissue:demo", [*(a for a in arguments(store, run)[2:]), "--config.seed=7", "--config.log_every=3"])
-    with pytest.raises(NeuronetError, match="seed was 0, is 7$"):
+    with pytest.raises(NeuronetError, match=r"seed was 0, is 7$"):
         train.claim_workdir(str(run), other, opened, resume=True, latest=None)
 
 

@@ -1,4 +1,6 @@
-"""Laws of the augmentation: neutral strengths are the identity, mirroring is an involution, a batch equals one by one."""
+"""Laws of the augmentation: neutral strengths are the identity, mirroring is an involution, a batch equals one by
+one.
+"""
 
 import dataclasses
 

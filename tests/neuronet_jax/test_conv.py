@@ -42,8 +42,8 @@ def test_padding_is_tensorflows_same() -> None:
 
 def test_max_pool_equals_scipy() -> None:
     x = draw(1, 6, 8, 4, 2)
-    blocks = scipy.ndimage.maximum_filter(np.asarray(x), size=(1, 2, 2, 2, 1), origin=(0, -1, -1, -1, 0))
-    np.testing.assert_array_equal(conv.max_pool(x), blocks[:, ::2, ::2, ::2])
+    blocks = scipy.ndimage.maximum_filter(np.asarray(x), size=(1, 2, 2, 2, 1))  # of each voxel and the one before
+    np.testing.assert_array_equal(conv.max_pool(x), blocks[:, 1::2, 1::2, 1::2])
 
 
 def test_max_pool_of_an_odd_side_takes_the_border_alone() -> None:

@@ -63,7 +63,7 @@ def test_no_tensor_of_all_classes_at_full_resolution_exists(monkeypatch: pytest.
         compiled = jax.jit(function).lower(features, readout, labels, jnp.ones((1, 3), bool)).compile()
         largest = max(
             np.prod([int(n) for n in dims.split(",")])
-            for dims in _shapes(compiled.as_text())
+            for dims in _shapes(compiled.as_text() or "")
             if dims.endswith(f",{sum(CLASSES)}")
         )
         # scores at half resolution, upsampled along x, are a quarter of the whole

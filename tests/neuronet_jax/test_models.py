@@ -1,6 +1,7 @@
 """The published network against the golden numbers of its own implementation, in both modes, through the fused head."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def test_a_training_step_equals_the_published(
 
     (loss, moved), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
     np.testing.assert_allclose(loss, training["loss"], rtol=1e-5)
-    paths = dltk.variable_paths(published)
+    paths: dict[Any, str] = {**dltk.variable_paths(published)}
     for path, value in nnx.to_flat_state(gradient):
         norm = jnp.linalg.norm(value[...].ravel())
         np.testing.assert_allclose(norm, training[f"grad_norm/{paths[path]}"], rtol=1e-3, err_msg=paths[path])
@@ -111,6 +112,13 @@ def test_labels_are_the_argmax_of_the_logits(family: str) -> None:
         np.testing.assert_array_equal(labels[:, p], jnp.argmax(logits, axis=-1))
     with pytest.raises(NeuronetError, match="multiples of 4"):
         network.labels(image[:, :7])
+
+
+def test_kernels_start_as_published() -> None:
+    kernel = build(REFERENCE, ALL, seed=0).encoder.units[1].conv0.kernel[...]  # 3³ taps of 32 channels
+    limit = np.sqrt(3 / (27 * 32))  # variance scaling, fan-in, uniform
+    assert np.abs(kernel).max() <= limit
+    np.testing.assert_allclose(kernel.std(), limit / np.sqrt(3), rtol=0.01)
 
 
 def test_a_seed_fixes_every_weight() -> None:
