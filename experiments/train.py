@@ -233,6 +233,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("__main__").setLevel(logging.INFO)
     try:
         config = flags.load(options.config, overrides)
+        if not config.data.store and ":" not in options.config:
+            # Settings for thousands of 1 mm heads on accelerators would not even fit beside sixteen synthetic ones.
+            log.warning("NO STORE GIVEN: the demo's settings are taken, as of --config=%s:demo", options.config)
+            config = flags.load(f"{options.config}:demo", overrides)
         if options.resume and not options.workdir:
             raise NeuronetError("--resume needs the --workdir of the run to continue")
         workdir = options.workdir or time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S")

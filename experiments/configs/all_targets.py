@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=all_targets --workdir=runs/all_targets --config.data.store=STORE
 
-Expected: 4 to 6 hours on one H200-class GPU; `--config=all_targets:demo` takes minutes on two CPU cores.
+The full run has not been timed yet; `--config=all_targets:demo` takes minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

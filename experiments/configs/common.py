@@ -57,14 +57,15 @@ def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
     return settings.lock()
 
 
+# Two cores train a batch of two 64³ crops in about two seconds: four minutes in all.
 _DEMO = {
-    "data": {"crop": (64, 64, 64), "workers": 0, "read_threads": 4, "prefetch": 2},
-    "optimizer": {"warmup_steps": 25, "ema_decay": 0.98},  # averages over about 50 steps
-    "batch": 1,
-    "steps": 250,
+    "data": {"crop": (64, 64, 64), "foreground_fraction": 0.75, "workers": 0, "read_threads": 4, "prefetch": 2},
+    "optimizer": {"warmup_steps": 10, "ema_decay": 0.95},  # averages over about 20 steps
+    "batch": 2,
+    "steps": 110,
     "log_every": 10,
-    "evaluate_every": 100,
+    "evaluate_every": 1_000,  # only at the end
     "evaluate_subjects": 2,
-    "checkpoint_every": 100,
+    "checkpoint_every": 50,
     "keep_checkpoints": 2,
 }

@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=fsl_first --workdir=runs/fsl_first --config.data.store=STORE
 
-Expected: 3 to 4 hours on one H200-class GPU; `--config=fsl_first:demo` takes minutes on two CPU cores.
+The full run has not been timed yet; `--config=fsl_first:demo` takes minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

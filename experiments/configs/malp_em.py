@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=malp_em --workdir=runs/malp_em --config.data.store=STORE
 
-Expected: 4 to 6 hours on one H200-class GPU; `--config=malp_em:demo` takes minutes on two CPU cores.
+The full run has not been timed yet; `--config=malp_em:demo` takes minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

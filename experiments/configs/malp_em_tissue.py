@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=malp_em_tissue --workdir=runs/malp_em_tissue --config.data.store=STORE
 
-Expected: 3 to 4 hours on one H200-class GPU; `--config=malp_em_tissue:demo` takes minutes on two CPU cores.
+The full run has not been timed yet; `--config=malp_em_tissue:demo` takes minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=tissue --workdir=runs/tissue --config.data.store=STORE
 
-Expected: 3 to 5 hours on one H200-class GPU; `--config=tissue:demo` takes minutes on two CPU cores.
+The full run has not been timed yet; `--config=tissue:demo` takes minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
