@@ -12,22 +12,22 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=USR1@300
+#SBATCH --signal=B:USR1@300
 set -euo pipefail
-
-# USR1, five minutes before the end, makes training save and exit 0; a step that is not the last one asks for a requeue.
-requeue() { asked=yes; }
-trap requeue USR1
-asked=no
 
 # --resume starts a fresh run where the workdir holds none yet.
 srun --kill-on-bad-exit=1 python -m experiments.train "$@" --resume &
-step=$!
-while kill -0 "$step" 2>/dev/null; do
-    # the batch shell gets the signal only (Slurm sends it to the steps as well unless B: is given)
-    wait "$step" && status=0 || status=$?
-done
-if [ "$asked" = yes ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+training=$!
+
+# Five minutes before the end this shell alone gets USR1 and hands it on: training saves, exits 0, and the job goes back into
+# the queue.
+stopped=no
+trap 'stopped=yes; kill -USR1 "$training"' USR1
+status=0
+wait "$training" || status=$?
+if [ "$stopped" = yes ]; then # the first wait ended with the signal, not with the training
+    status=0
+    wait "$training" || status=$?
+    [ "$status" -eq 0 ] && scontrol requeue "$SLURM_JOB_ID"
 fi
-exit "${status:-0}"
+exit "$status"
