@@ -30,6 +30,7 @@ from data_prep.atlas import load_atlas
 from data_prep.build import HEAD_MM, build
 from data_prep.phantom import Head, Lattice, draw_head
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.files import user_cache
 from neuronet_jax.labels import PROTOCOLS
 
 NOTE = "demonstration: synthetic heads, not for research"
@@ -131,7 +132,7 @@ def ensure_demo_store(cache_dir: Path | None = None) -> Path:
 
     Its images and manifest stay beside it (`demo_manifest`). Another version of the code makes another store.
     """
-    cache = Path(cache_dir) if cache_dir else _user_cache()
+    cache = Path(cache_dir) if cache_dir else user_cache()
     final = cache / f"demo-{neuronet_jax.__version__}-{_code_hash()}"
     if (final / "store" / "COMPLETE").exists():
         return final / "store"
@@ -155,10 +156,6 @@ def ensure_demo_store(cache_dir: Path | None = None) -> Path:
 def demo_manifest(store: Path) -> Path:
     """The manifest from which `ensure_demo_store` built this store."""
     return Path(store).parent / "cohort" / "manifest.csv"
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neuronet-jax"
 
 
 def _code_hash() -> str:

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from data_prep.demo import ensure_demo_store
 from experiments.pictures import save_comparison, save_strip
+from neuronet_jax.compilation import keep_compiled
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.inference import Model, restore
@@ -137,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    keep_compiled()
     try:
         model = restore(args.run)
         store = Store.open(args.store or model.config.data.store or str(ensure_demo_store()))

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from data_prep.demo import ensure_demo_store
 from experiments import flags
 from neuronet_jax.checkpoint import Checkpoints
+from neuronet_jax.compilation import keep_compiled
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
@@ -240,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.resume and not options.workdir:
             raise NeuronetError("--resume needs the --workdir of the run to continue")
         workdir = options.workdir or time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S")
+        keep_compiled()
         join_cluster()
         if not jax.distributed.is_initialized():
             spread_over_cores(config)

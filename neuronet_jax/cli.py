@@ -75,8 +75,10 @@ def _segment(args: argparse.Namespace) -> int:
     from rich.progress import track
 
     from neuronet_jax import nifti, outputs
+    from neuronet_jax.compilation import keep_compiled
     from neuronet_jax.inference import restore
 
+    keep_compiled()
     model = restore(args.run)
     protocols = _choose(args.protocols, model.config.protocols)
     targets = outputs.plan(args.inputs, args.out, protocols, args.overwrite)

@@ -107,3 +107,8 @@ class Files:
 
 def _io_error(verb: str, dest: str, name: str, error: Exception) -> NeuronetError:
     return NeuronetError(f"E_IO: cannot {verb} {name!r} in {dest}: {error}")
+
+
+def user_cache() -> Path:
+    """The folder for what can be made again: the demo cohort, compiled programs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neuronet-jax"

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,10 +48,12 @@ def arguments(store: Path, run: Path) -> list[str]:
     return ["--config=tissue:demo", f"--workdir={run}", *(f"--config.{k}={v}" for k, v in settings.items())]
 
 
-def start(store: Path, run: Path, *extra: str) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # as a user would, not on eight devices
+def start(store: Path, run: Path, *extra: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    alone = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # as a user would, not on eight devices
+    # as a restart finds it: the programs of the run before
+    alone |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(store.parent / "compiled")}
     command = [sys.executable, "-m", "experiments.train", *arguments(store, run), *extra]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env={**alone, **(environment or {})}, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -106,6 +109,25 @@ def test_D03_sigterm_saves_and_the_run_goes_on(store: Path, tmp_path: Path) -> N
     assert set(labels) == {"fsl_fast", "fsl_first"} and labels["fsl_first"].shape == (20, 24, 17)
     text = "".join(path.read_text(errors="ignore") for path in run.rglob("*") if path.is_file())
     assert "subject0" not in text  # A41: no identifier of a participant in a run's folder
+
+
+def test_two_processes_train_one_run(store: Path, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    run = tmp_path / "run"
+    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = [start(store, run, environment={**cluster, "JAX_PROCESS_ID": str(index)}) for index in range(2)]
+    for process in processes:
+        finish(process)
+    state = last_state(store, run)
+    assert int(state.step) == STEPS and int(state.skipped) == 0
+    positions = sorted(path.name for path in (run / "checkpoints" / str(STEPS)).rglob("process_*"))
+    assert positions == ["process_0_of_2.json", "process_1_of_2.json"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))  # written once, not twice
+    with pytest.raises(AssertionError, match="number of processes"):  # C04: one process cannot take over from two
+        finish(start(store, run, "--resume", "--config.steps=14"))
 
 
 def test_D13_a_used_folder_is_refused_unless_it_is_the_same_run(store: Path, tmp_path: Path) -> None:

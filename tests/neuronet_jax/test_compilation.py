@@ -1,0 +1,31 @@
+"""Compiled programs are kept where the user says, else in a folder of this processor's own."""
+
+import platform
+from pathlib import Path
+
+import jax
+import pytest
+
+from neuronet_jax.compilation import keep_compiled
+
+
+@pytest.fixture
+def cache_setting():
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.usefixtures("cache_setting")
+def test_the_users_choice_stays_and_the_default_is_of_this_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", "/chosen")
+    keep_compiled()
+    assert jax.config.jax_compilation_cache_dir == "/chosen"
+    jax.config.update("jax_compilation_cache_dir", None)
+    keep_compiled()
+    folder = Path(jax.config.jax_compilation_cache_dir or "")
+    assert folder.parent == tmp_path / "neuronet-jax"
+    assert folder.name.startswith(f"xla-{platform.machine()}-")
