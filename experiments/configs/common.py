@@ -57,15 +57,17 @@ def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
     return settings.lock()
 
 
-# Two cores train a batch of two 64³ crops in about two seconds: four minutes in all.
+# Two cores train a batch of two 48³ crops in 0.8 s: about four minutes in all. Small crops, a high rate and little change of
+# intensities are what so short a run learns most from.
 _DEMO = {
-    "data": {"crop": (64, 64, 64), "foreground_fraction": 0.75, "workers": 0, "read_threads": 4, "prefetch": 2},
-    "optimizer": {"warmup_steps": 10, "ema_decay": 0.95},  # averages over about 20 steps
+    "data": {"crop": (48, 48, 48), "foreground_fraction": 0.75, "workers": 0, "read_threads": 4, "prefetch": 2},
+    "augment": {"intensity": 0.3},
+    "optimizer": {"learning_rate": 5e-3, "warmup_steps": 10, "ema_decay": 0.95},  # averages over about 20 steps
     "batch": 2,
-    "steps": 110,
+    "steps": 300,
     "log_every": 10,
     "evaluate_every": 1_000,  # only at the end
     "evaluate_subjects": 2,
-    "checkpoint_every": 50,
+    "checkpoint_every": 100,
     "keep_checkpoints": 2,
 }
