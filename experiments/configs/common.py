@@ -57,8 +57,8 @@ def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
     return settings.lock()
 
 
-# Two cores train a batch of two 48³ crops in 0.8 s: about four minutes in all. Small crops, a high rate and little change of
-# intensities are what so short a run learns most from.
+# Two cores train a batch of two 48³ crops in 0.8 s: about four minutes in all. Small crops, a high rate and little
+# change of intensities are what so short a run learns most from.
 _DEMO = {
     "data": {"crop": (48, 48, 48), "foreground_fraction": 0.75, "workers": 0, "read_threads": 4, "prefetch": 2},
     "augment": {"intensity": 0.3},
