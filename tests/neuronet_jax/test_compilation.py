@@ -11,7 +11,7 @@ from neuronet_jax.compilation import keep_compiled
 
 @pytest.fixture
 def cache_setting():
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.read("jax_compilation_cache_dir")
     yield
     jax.config.update("jax_compilation_cache_dir", before)
 
@@ -23,9 +23,9 @@ def test_the_users_choice_stays_and_the_default_is_of_this_processor(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", "/chosen")
     keep_compiled()
-    assert jax.config.jax_compilation_cache_dir == "/chosen"
+    assert jax.config.read("jax_compilation_cache_dir") == "/chosen"
     jax.config.update("jax_compilation_cache_dir", None)
     keep_compiled()
-    folder = Path(jax.config.jax_compilation_cache_dir or "")
+    folder = Path(jax.config.read("jax_compilation_cache_dir") or "")
     assert folder.parent == tmp_path / "neuronet-jax"
     assert folder.name.startswith(f"xla-{platform.machine()}-")
