@@ -14,7 +14,7 @@ def keep_compiled() -> None:
 
     `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
     """
-    if not jax.config.read("jax_compilation_cache_dir"):
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]: made at import
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / f"xla-{_processor()}"))
 
 

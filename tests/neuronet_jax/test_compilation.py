@@ -9,9 +9,13 @@ import pytest
 from neuronet_jax.compilation import keep_compiled
 
 
+def folder() -> str | None:
+    return jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]: made at import
+
+
 @pytest.fixture
 def cache_setting():
-    before = jax.config.read("jax_compilation_cache_dir")
+    before = folder()
     yield
     jax.config.update("jax_compilation_cache_dir", before)
 
@@ -23,9 +27,9 @@ def test_the_users_choice_stays_and_the_default_is_of_this_processor(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", "/chosen")
     keep_compiled()
-    assert jax.config.read("jax_compilation_cache_dir") == "/chosen"
+    assert folder() == "/chosen"
     jax.config.update("jax_compilation_cache_dir", None)
     keep_compiled()
-    folder = Path(jax.config.read("jax_compilation_cache_dir") or "")
-    assert folder.parent == tmp_path / "neuronet-jax"
-    assert folder.name.startswith(f"xla-{platform.machine()}-")
+    default = Path(folder() or "")
+    assert default.parent == tmp_path / "neuronet-jax"
+    assert default.name.startswith(f"xla-{platform.machine()}-")
