@@ -8,11 +8,8 @@ class NeuronetError(Exception):
     """The library was asked for something that it cannot do. The message says what to change."""
 
 
-class RejectError(NeuronetError):
-    """One input is unusable; a cohort goes on without it.
-
-    `code` is stable (`E_CRC`, `E_AFFINE`, …): other programs select on it, people read `reason`.
-    """
+class CodedError(NeuronetError):
+    """An error with a stable `code` (`E_CRC`, `E_AFFINE`, …), which other programs select on; people read `reason`."""
 
     def __init__(self, code: str, reason: str):
         super().__init__(f"{code}: {reason}")
@@ -21,3 +18,7 @@ class RejectError(NeuronetError):
 
     def __reduce__(self):  # both arguments survive the way back from a worker process
         return type(self), (self.code, self.reason)
+
+
+class RejectError(CodedError):
+    """One input is unusable; a cohort goes on without it."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.errors import CodedError, NeuronetError
 
 SCHEMA_VERSION = 1
 FOREGROUND_POINTS = 2048  # 12 kB per subject: crops rarely repeat over some hundred epochs, small beside one chunk
@@ -22,16 +22,8 @@ _CODEC = {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 1, "shuf
 _ID = re.compile(r"[A-Za-z0-9]+")
 
 
-class StoreError(NeuronetError):
-    """A store that cannot be used as asked. Stable codes: E_SHARD_MISSING, E_CRC, E_IO, E_INCOMPLETE, E_MISMATCH, …"""
-
-    def __init__(self, code: str, reason: str):
-        super().__init__(f"{code}: {reason}")
-        self.code = code
-        self.reason = reason
-
-    def __reduce__(self):  # both arguments survive the way back from a worker process
-        return type(self), (self.code, self.reason)
+class StoreError(CodedError):
+    """A store that cannot be used as asked. Codes: E_SHARD_MISSING, E_CRC, E_IO, E_INCOMPLETE, E_MISMATCH, …"""
 
 
 @dataclass(frozen=True)
