@@ -2,16 +2,22 @@
 
     python -m experiments.evaluate --run=runs/all_targets --split=test --out=evaluation
     python -m experiments.evaluate --run=runs/all_targets --store=/data/other --split=validation --out=evaluation/other
+    python -m experiments.evaluate --run=runs/all_targets --split=test --surfaces --out=evaluation
+    python -m experiments.evaluate --run=runs/all_targets --calibrate
 
 writes `dice.tsv` (a row per subject, protocol, structure), and `summary.json` and `pictures/`, which name no subject.
+`--surfaces` adds `hd95_mm` (`inf` where one of the maps lacks the structure) and `nsd`, the surface Dice at a tolerance
+of one voxel. `--calibrate` scores nothing: it writes the run's quality.json from its validation heads, as the end of
+training does.
 """
 
 import argparse
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,28 +26,41 @@ from rich.progress import track
 from rich.table import Table
 
 from data_prep.demo import ensure_demo_store
-from experiments.pictures import save_comparison, save_strip
+from neuronet_jax import quality
 from neuronet_jax.compilation import keep_compiled
+from neuronet_jax.devices import one_per_core
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.inference import Model, restore
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.metrics import DiceTable, Summary, mean_dice, summarise
-from neuronet_jax.scoring import predict_subject, score
+from neuronet_jax.pictures import save_comparison, save_strip
+from neuronet_jax.scoring import calibrate_on, predict_subject, score, score_surfaces
 from neuronet_jax.store import Store, Subject
+from neuronet_jax.surfaces import SurfaceSummary, SurfaceTable, summarise_surfaces
 
 COLUMNS = ("subject", "protocol", "index", "name", "dice", "reference_voxels", "predicted_voxels")
+SURFACE_COLUMNS = ("hd95_mm", "nsd")
 PICTURED = 2  # subjects: enough to see what the numbers mean
 
 log = logging.getLogger(__name__)
 
 
-def evaluate(model: Model, store: Store, split: str, out: Path) -> dict[str, Summary]:
+@dataclass(frozen=True)
+class Evaluation:
+    """The summaries of each protocol that at least one subject has a reference for."""
+
+    dice: dict[str, Summary]
+    surfaces: dict[str, SurfaceSummary]  # empty where they were not asked for
+    tolerance_mm: float  # of the surface Dice
+
+
+def evaluate(model: Model, store: Store, split: str, out: Path, surfaces: bool = False) -> Evaluation:
     """Predicts every subject of a split and writes dice.tsv, summary.json and pictures below `out`.
 
-    Returns the summary of each protocol that at least one subject has a reference for. Structures are foreground only,
-    `index` is the tool's id, `dice` is `nan` where a structure is empty in both maps. Raises NeuronetError for an empty
-    split, for another voxel size than the model's, and where `out` cannot be written.
+    Structures are foreground only, `index` is the tool's id, `dice` is `nan` where a structure is empty in both maps.
+    Surfaces one voxel apart are within what the grid can tell: that is the tolerance of the surface Dice. Raises
+    NeuronetError for an empty split, for another voxel size than the model's, and where `out` cannot be written.
     """
     check(model, store, split)
     subjects = store.split(split)
@@ -49,24 +68,33 @@ def evaluate(model: Model, store: Store, split: str, out: Path) -> dict[str, Sum
         (out / "pictures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise NeuronetError(f"cannot write to {out}: {error}; choose another --out") from error
-    lines = ["\t".join(COLUMNS)]
+    lines = ["\t".join((*COLUMNS, *SURFACE_COLUMNS) if surfaces else COLUMNS)]
     scores: dict[str, list[float]] = {name: [] for name in model.config.protocols}
+    distances: dict[str, list[SurfaceTable]] = {name: [] for name in model.config.protocols}
+    tolerance_mm = store.info.voxel_size_mm
     console = Console(stderr=True)
     for number, subject in enumerate(
         track(subjects, f"scoring {split}", console=console, disable=not console.is_terminal)
     ):
         prediction = predict_subject(model, store, subject)
         tables = score(prediction, store, subject)
+        measured = score_surfaces(prediction, store, subject, tolerance_mm) if surfaces else {}
         for name, table in tables.items():
-            lines += dice_rows(subject.id, name, table)
+            lines += dice_rows(subject.id, name, table, measured.get(name))
             scores[name].append(mean_dice(table))
+        for name, apart in measured.items():
+            distances[name].append(apart)
         if number < PICTURED:
             _draw(out / "pictures", number + 1, store, subject, prediction, tables)
-    summaries = {name: summarise(values) for name, values in scores.items() if values}
+    result = Evaluation(
+        {name: summarise(values) for name, values in scores.items() if values},
+        {name: summarise_surfaces(values) for name, values in distances.items() if values},
+        tolerance_mm,
+    )
     files = Files(str(out.absolute()))
     files.write("dice.tsv", ("\n".join(lines) + "\n").encode())
-    files.write("summary.json", (json.dumps(_describe(model, store, split, summaries), indent=2) + "\n").encode())
-    return summaries
+    files.write("summary.json", (json.dumps(_describe(model, store, split, result), indent=2) + "\n").encode())
+    return result
 
 
 def check(model: Model, store: Store, split: str) -> None:
@@ -82,11 +110,12 @@ def check(model: Model, store: Store, split: str) -> None:
         log.warning("the store's splits are not those of the run: make sure that it was not trained on these subjects")
 
 
-def dice_rows(subject: str, protocol: str, table: DiceTable) -> list[str]:
+def dice_rows(subject: str, protocol: str, table: DiceTable, apart: SurfaceTable | None = None) -> list[str]:
     """The lines of dice.tsv for one subject and protocol, foreground structures in class order."""
     return [
         f"{subject}\t{protocol}\t{s.id}\t{s.name}\t{table.dice[s.index]:.6f}"
         f"\t{table.reference_voxels[s.index]}\t{table.predicted_voxels[s.index]}"
+        + (f"\t{apart.hd95_mm[s.index]:.4f}\t{apart.nsd[s.index]:.6f}" if apart else "")
         for s in PROTOCOLS[protocol].structures[1:]
     ]
 
@@ -107,25 +136,34 @@ def _draw(
         save_comparison(folder / f"head{number}_{name}.png", image, reference, prediction[name], PROTOCOLS[name])
 
 
-def _describe(model: Model, store: Store, split: str, summaries: dict[str, Summary]) -> dict:
+def _describe(model: Model, store: Store, split: str, result: Evaluation) -> dict:
     return {
         "run": model.provenance,
         "split": split,
         "split_hash": store.info.split_hash,
         "note": store.info.provenance.get("note", ""),
-        "protocols": {
-            name: {key: None if value != value else value for key, value in asdict(summary).items()}  # NaN is no JSON
-            for name, summary in summaries.items()
-        },
+        "protocols": {name: _plain(summary) for name, summary in result.dice.items()},
+        "surfaces": {name: _plain(summary) for name, summary in result.surfaces.items()},
+        "nsd_tolerance_mm": result.tolerance_mm,
     }
 
 
-def table(summaries: dict[str, Summary], title: str) -> Table:
-    """The published table's rows: Dice similarity coefficient, mean ± sd [min] over subjects."""
-    result = Table("protocol", "tool", "DSC mean ± sd \\[min]", "subjects", title=title)
-    for name, summary in summaries.items():
-        result.add_row(name, PROTOCOLS[name].tool, str(summary).replace("[", "\\["), str(summary.subjects))
-    return result
+def _plain(summary: Summary | SurfaceSummary) -> dict[str, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in asdict(summary).items()}  # JSON has no NaN
+
+
+def table(result: Evaluation, title: str) -> Table:
+    """The published table's rows: Dice similarity coefficient, mean ± sd [min] over subjects; and what surfaces say."""
+    printed = Table("protocol", "tool", "DSC mean ± sd \\[min]", "subjects", title=title)
+    if result.surfaces:
+        for column in ("HD95 median, mm", f"surface Dice at {result.tolerance_mm:g} mm", "missed structures"):
+            printed.add_column(column)
+    for name, summary in result.dice.items():
+        row = [name, PROTOCOLS[name].tool, str(summary).replace("[", "\\["), str(summary.subjects)]
+        if apart := result.surfaces.get(name):
+            row += [f"{apart.hd95_mm:.2f}", f"{apart.nsd:.4f}", str(apart.missed)]
+        printed.add_row(*row)
+    return printed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,19 +173,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", required=True, metavar="DIR", help="workdir of a training run")
     parser.add_argument("--store", metavar="DEST", help="where the subjects are (default: the run's store)")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go")
+    todo = parser.add_mutually_exclusive_group(required=True)
+    todo.add_argument("--out", type=Path, metavar="DIR", help="where the results go")
+    todo.add_argument("--calibrate", action="store_true", help="write RUN/quality.json from the validation heads")
+    parser.add_argument("--surfaces", action="store_true", help="HD95 and surface Dice too (about 20 s per 1 mm head)")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     keep_compiled()
+    one_per_core()
     try:
         model = restore(args.run)
         store = Store.open(args.store or model.config.data.store or str(ensure_demo_store()))
-        summaries = evaluate(model, store, args.split, args.out)
+        if args.calibrate:
+            check(model, store, "validation")
+            calibration = calibrate_on(model, store, store.split("validation"))
+            quality.save(args.run, calibration)
+            print(f"predicted Dice: {calibration.describe()}")
+            return 0
+        result = evaluate(model, store, args.split, args.out, args.surfaces)
     except NeuronetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     note = store.info.provenance.get("note", "")
-    Console().print(table(summaries, f"{model.config.name}, {args.split} split" + (f" ({note})" if note else "")))
+    Console().print(table(result, f"{model.config.name}, {args.split} split" + (f" ({note})" if note else "")))
     print(f"written to {args.out}")
     return 0
 

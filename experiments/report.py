@@ -4,7 +4,6 @@ python -m experiments.report --run=runs/all_targets --eval=evaluation --out=repo
 """
 
 import argparse
-import base64
 import csv
 import io
 import json
@@ -17,57 +16,54 @@ from typing import Any
 
 import jinja2
 
-from experiments.pictures import save_curves
-from neuronet_jax import __version__
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.pictures import save_curves
+from neuronet_jax.reports import embed, environment
 
 LOWEST = 10  # structures listed: what to look at first
 
-_ENVIRONMENT = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-_ENVIRONMENT.filters["number"] = lambda value: "–" if value is None or math.isnan(value) else f"{value:.4f}"
-_TEMPLATE = _ENVIRONMENT.from_string("""\
-<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<title>NeuroNet-JAX: {{ summary.run.config }}</title>
-<style>
-  body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
-  table { border-collapse: collapse; margin: 1em 0 }
-  th, td { padding: .25em 1em; border-bottom: 1px solid #ddd; text-align: left }
-  td.number { text-align: right; font-variant-numeric: tabular-nums }
-  img { max-width: 100% }
-  .pair { display: flex; flex-wrap: wrap; gap: 1em } .pair img { max-width: 32em }
-  .note { background: #fff3cd; padding: .5em 1em }
-</style>
+_TEMPLATE = environment().from_string("""\
+{% extends "base.html" %}
+{% block title %}NeuroNet-JAX: {{ summary.run.config }}{% endblock %}
+{% block body %}
 <h1>{{ summary.run.config }}, {{ summary.split }} split</h1>
 {% if summary.note %}<p class="note">{{ summary.note }}</p>{% endif %}
 <p>Step {{ summary.run.step }}. Dice similarity coefficient over whole heads: per subject the mean over the structures
 that are present in the reference or the prediction, then mean ± standard deviation and minimum over subjects.</p>
-<table>
+<div class="scroll"><table>
   <tr><th>protocol<th>tool<th>mean ± sd<th>min<th>subjects</tr>
   {% for name, row in summary.protocols.items() %}
-  <tr><td>{{ name }}<td>{{ tools[name] }}<td class="number">{{ row.mean | number }} ± {{ row.sd | number }}
-  <td class="number">{{ row.minimum | number }}<td class="number">{{ row.subjects }}</tr>
+  <tr><td>{{ name }}<td>{{ tools[name] }}<td class="number">{{ row.mean | number(4) }} ± {{ row.sd | number(4) }}
+  <td class="number">{{ row.minimum | number(4) }}<td class="number">{{ row.subjects }}</tr>
   {% endfor %}
-</table>
+</table></div>
+{% if summary.surfaces is defined and summary.surfaces %}
+<div class="scroll"><table>
+  <tr><th>protocol<th>HD95, median, mm<th>surface Dice at {{ summary.nsd_tolerance_mm }} mm<th>missed structures</tr>
+  {% for name, row in summary.surfaces.items() %}
+  <tr><td>{{ name }}<td class="number">{{ "∞" if row.hd95_mm is none else "%.2f" | format(row.hd95_mm) }}
+  <td class="number">{{ row.nsd | number(4) }}<td class="number">{{ row.missed }}</tr>
+  {% endfor %}
+</table></div>
+<p>Missed: present in the reference or the prediction alone. Their distance is infinite, and the median counts it.</p>
+{% endif %}
 {% for picture in strips %}<p><img alt="a held-out head and its predicted label maps" src="{{ picture }}">{% endfor %}
 <h2>Hardest structures</h2>
-<table>
+<div class="scroll"><table>
   <tr><th>protocol<th>structure<th>mean Dice<th>subjects</tr>
   {% for row in lowest %}
-  <tr><td>{{ row.protocol }}<td>{{ row.name }}<td class="number">{{ row.dice | number }}
+  <tr><td>{{ row.protocol }}<td>{{ row.name }}<td class="number">{{ row.dice | number(4) }}
   <td class="number">{{ row.subjects }}</tr>
   {% endfor %}
-</table>
+</table></div>
 <h2>Image, reference, prediction</h2>
 <div class="pair">
   {% for picture in comparisons %}<img alt="image, reference, prediction" src="{{ picture }}">{% endfor %}
 </div>
 {% if curves %}<h2>Training</h2><p><img alt="training curves" src="{{ curves }}">{% endif %}
-<p><small>NeuroNet-JAX {{ version }}. Not a medical device; for research.</small>
-</html>
+{% endblock %}
 """)
 
 
@@ -85,10 +81,9 @@ def report(run: str, evaluation: Path, out: Path) -> None:
             summary=summary,
             tools={name: PROTOCOLS[name].tool for name in summary["protocols"]},
             lowest=lowest_structures(rows),
-            strips=[_embed(path.read_bytes()) for path in pictures if "_" not in path.name],
-            comparisons=[_embed(path.read_bytes()) for path in pictures if "_" in path.name],
+            strips=[embed(path.read_bytes()) for path in pictures if "_" not in path.name],
+            comparisons=[embed(path.read_bytes()) for path in pictures if "_" in path.name],
             curves=_curves(Files(run).read("metrics.jsonl")),
-            version=__version__,
         )
     except (OSError, ValueError, KeyError, jinja2.UndefinedError) as error:
         raise NeuronetError(f"{evaluation} holds no evaluation ({error}): run experiments.evaluate first") from error
@@ -121,11 +116,7 @@ def _curves(metrics: bytes | None) -> str:
         return ""
     picture = io.BytesIO()
     save_curves(picture, curves)
-    return _embed(picture.getvalue())
-
-
-def _embed(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return embed(picture.getvalue())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,19 +24,20 @@ from jax.experimental import multihost_utils
 
 from data_prep.demo import ensure_demo_store
 from experiments import flags
+from neuronet_jax import devices, quality
 from neuronet_jax.checkpoint import Checkpoints
 from neuronet_jax.compilation import keep_compiled
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
-from neuronet_jax.inference import Model
+from neuronet_jax.inference import Model, restore
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.lifecycle import StopRequest, Watchdog
 from neuronet_jax.mesh import make_mesh, put_batch
 from neuronet_jax.metrics import mean_dice
 from neuronet_jax.monitor import Monitor, label_picture
 from neuronet_jax.pipeline import training_iterator, validation_subjects
-from neuronet_jax.scoring import predict_subject, score
+from neuronet_jax.scoring import calibrate_on, predict_subject, score
 from neuronet_jax.step import TrainState, evaluation_network, init_state, make_train_step
 from neuronet_jax.store import Store
 
@@ -108,8 +109,22 @@ def train(
             checkpoints.check()
             watchdog.progress()
         monitor.close()
+        finished = int(state.step) == config.steps
+        if finished and held_out and processes == 1:
+            checkpoints.wait()  # the last one is still being written, and may be the best
+            calibrate(workdir, store, held_out, watchdog)
+        elif finished and held_out and process == 0:
+            log.info("for calibrated quality scores, run: python -m experiments.evaluate --run=%s --calibrate", workdir)
     log.info("the run is in %s", workdir)
     return state
+
+
+def calibrate(workdir: str, store: Store, subjects: Sequence[Any], watchdog: Watchdog) -> None:
+    """Writes quality.json for the checkpoint that `restore` will choose. Without it the run is merely uncalibrated."""
+    try:
+        quality.save(workdir, calibrate_on(restore(workdir), store, subjects, watchdog.progress))
+    except NeuronetError as error:
+        log.warning("no quality.json: %s", error)
 
 
 def validate(
@@ -190,8 +205,8 @@ def differences(before: Config, after: Config) -> list[str]:
 
 
 def local(state: TrainState) -> TrainState:
-    """The replicated state as arrays of one of this process's devices."""
-    return jax.tree.map(lambda array: array.addressable_data(0), state)
+    """The replicated state in this host's memory, from where a program on any of its devices takes it."""
+    return jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), state)
 
 
 def join_cluster() -> None:
@@ -209,10 +224,7 @@ def spread_over_cores(config: Config) -> None:
 
     Measured on 2 cores: two devices train a batch of two in the time that one device takes for a batch of one.
     """
-    if os.environ.get("JAX_NUM_CPU_DEVICES") or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if config.batch % n == 0))
+    devices.one_per_core(max(n for n in range(1, devices.cores() + 1) if config.batch % n == 0))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neuronet_jax.inference import Model, restore, segment
     from neuronet_jax.labels import PROTOCOLS
+    from neuronet_jax.releases import release
+    from neuronet_jax.segmentation import Options
 
 __version__ = "0.1.0"
-__all__ = ["PROTOCOLS", "Model", "restore", "segment"]
+__all__ = ["PROTOCOLS", "Model", "Options", "release", "restore", "segment"]
 
-_HOMES = {"restore": "inference", "segment": "inference", "Model": "inference", "PROTOCOLS": "labels"}
+_HOMES = {
+    "restore": "inference",
+    "segment": "inference",
+    "Model": "inference",
+    "Options": "segmentation",
+    "release": "releases",
+    "PROTOCOLS": "labels",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,38 +1,19 @@
-"""The command line, `neuronet`. What is heavy is imported when a command runs, so that --help answers at once."""
+"""The command line, `neuronet`. What is heavy is imported when a command runs, so that --help answers at once.
+
+A command is two functions: `_add_NAME` says its arguments and examples, `_NAME` does it.
+"""
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from neuronet_jax.errors import NeuronetError, RejectError
-
-if TYPE_CHECKING:
-    from neuronet_jax.inference import Model
-    from neuronet_jax.outputs import Row, Target
+from neuronet_jax import __version__
+from neuronet_jax.errors import NeuronetError
 
 DONE, FAILED, REJECTED = 0, 1, 3  # exit status; 2 is argparse's own
-
-_EXAMPLES = """\
-examples:
-  one head, all protocols of the run
-    neuronet segment T1.nii.gz --run=runs/all_targets --out=labels
-
-  a BIDS dataset, two protocols; goes on past bad files and lists them in labels/summary.tsv
-    neuronet segment bids/sub-*/anat/*_T1w.nii.gz --run=runs/all_targets --out=labels --protocols=fsl_fast,malp_em
-
-  again, with a newer model
-    neuronet segment T1.nii.gz --run=runs/newer --out=labels --overwrite
-
-results, a BIDS derivative dataset:
-  labels/sub-01/anat/sub-01_seg-malpem_dseg.nii.gz   labels in the tool's own ids, on the grid of the input
-  labels/sub-01/anat/sub-01_volumes.tsv              voxels and mm³ of every structure
-  labels/seg-malpem_dseg.tsv                         what the ids mean
-
-exit status: 0 all done, 1 nothing could be done, 2 wrong arguments, 3 some inputs were rejected (see summary.tsv)
-"""
+INTERRUPTED = 130  # as shells report Ctrl-C: 128 + SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,100 +24,297 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NeuronetError as error:
         print(f"neuronet: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print("neuronet: stopped; the same command continues", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
-    text = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EXAMPLES}
     parser = argparse.ArgumentParser(
-        "neuronet", description="One network that reproduces the outputs of FSL, SPM and MALP-EM.", **text
+        "neuronet",
+        description="One network that reproduces the outputs of FSL, SPM and MALP-EM on T1-weighted heads.",
+        epilog="""\
+examples:
+  neuronet segment T1.nii.gz --run=runs/all_targets --out=labels
+  neuronet COMMAND --help    what it takes, what it writes, and more examples
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"neuronet {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser(
-        "segment",
-        help="label maps of T1-weighted heads, on their own grids",
-        description="Label maps and volumes of T1-weighted heads: raw, in any orientation and voxel size.",
+    _add_segment(commands)
+    _add_import_dltk(commands)
+    _add_export(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, help: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A command of its own help page. Arguments are named in full: an abbreviation may mean another one tomorrow."""
+    return commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=epilog,
         allow_abbrev=False,
-        **text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".nii, .nii.gz or .mgz")
-    command.add_argument("--run", required=True, metavar="DIR", help="workdir of a training run")
+
+
+def _add_segment(commands: Any) -> None:
+    command = _add(
+        commands,
+        "segment",
+        "label maps of T1-weighted heads, on their own grids",
+        "Label maps and volumes of T1-weighted heads: raw, in any orientation and voxel size.",
+        """\
+examples:
+  one head, all protocols of the run
+    neuronet segment T1.nii.gz --run=runs/all_targets --out=labels
+
+  a BIDS dataset, two protocols
+    neuronet segment bids --run=runs/all_targets --out=bids/derivatives/neuronet --protocols=fsl_fast,malp_em
+
+  the heads of a list: a path per line, or a table with the columns id and t1
+    neuronet segment @cohort.csv --run=runs/all_targets --out=labels
+
+  a cohort on eight machines of a Slurm cluster, then one table of everything
+    sbatch --array=1-8 --wrap='neuronet segment bids --run=runs/all_targets --out=labels --shard=$SLURM_ARRAY_TASK_ID/8'
+    neuronet segment bids --run=runs/all_targets --out=labels
+
+  more accurate, at four times the time: the mean of two runs, each with the head as it is and mirrored
+    neuronet segment T1.nii.gz --run=runs/a --run=runs/b --flip --out=labels
+
+  the probability of a structure in each voxel
+    neuronet segment T1.nii.gz --run=runs/all_targets --out=labels --posteriors=fsl_first:LeftHippocampus
+
+  again, with a newer model
+    neuronet segment T1.nii.gz --run=runs/newer --out=labels --overwrite
+
+A command that was stopped, by whatever, is continued by giving it again: heads whose results are complete are kept.
+Inputs that cannot be used do not stop the others; summary.tsv says what became of each.
+
+results, a BIDS derivative dataset:
+  labels/sub-01/anat/sub-01_seg-malpem_dseg.nii.gz   labels in the tool's own ids, on the grid of the input
+  labels/sub-01/anat/sub-01_volumes.tsv              voxels and mm³ of every structure
+  labels/sub-01/anat/sub-01_agreement.tsv            Dice between the tools, on all that they share
+  labels/sub-01/anat/sub-01_desc-agreement_dseg.nii.gz   where the tools agree on the tissue
+  labels/sub-01/anat/sub-01_quality.tsv              the network's doubt and the predicted Dice of every structure
+  labels/sub-01/anat/sub-01_report.html              pictures, volumes, agreement and warnings on one page
+  labels/sub-01/anat/sub-01_provenance.json          the model, the options and the input that they come from
+  labels/seg-malpem_dseg.tsv                         what the ids mean
+  labels/volumes.tsv                                 a row for each head, a column for each structure
+  labels/report.html                                 the heads beside each other
+  labels/summary.tsv                                 a line for each input; of a shard: summary_shard-1-of-8.tsv
+
+exit status: 0 all done, 1 nothing could be done, 2 wrong arguments, 3 some inputs were rejected (see summary.tsv)
+""",
+    )
+    command.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="a .nii, .nii.gz or .mgz file, a folder (its *_T1w images at any depth and the images directly in it), "
+        "a raw BIDS dataset, or @FILE with a path per line or, as .csv or .tsv, the column t1 and perhaps id",
+    )
+    command.add_argument(
+        "--run", required=True, action="append", metavar="DIR", help="workdir of a training run; several: their mean"
+    )
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go")
-    command.add_argument("--protocols", metavar="NAME,…", help="some of the run's protocols (default: all)")
-    command.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    command.add_argument(
+        "--protocols", type=_names, metavar="NAME,…", help="some of the run's protocols (default: all)"
+    )
+    command.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="only the Ith of N equal parts of the inputs (I from 1 to N)"
+    )
+    command.add_argument("--flip", action="store_true", help="average with the mirrored head: twice the time")
+    command.add_argument(
+        "--crops", type=int, default=1, metavar="N", help="average over N positions of the head: N times the time"
+    )
+    command.add_argument(
+        "--fast", action="store_true", help="the head's box alone, labels of the nearest voxel, no averages"
+    )
+    command.add_argument(
+        "--posteriors",
+        type=_names,
+        default=(),
+        metavar="NAME,…",
+        help="probability maps of structures, named PROTOCOL:STRUCTURE as in the label tables",
+    )
+    command.add_argument(
+        "--consistent_tissue", action="store_true", help="derive malp_em_tissue from malp_em, so that the two agree"
+    )
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace results of another model, other options or another input; complete ones of this command stay",
+    )
     command.add_argument(
         "--assume_ras", action="store_true", help="accept files without orientation; left and right are then a guess"
     )
+    command.add_argument("--no_report", action="store_true", help="leave the HTML pages out")
     command.set_defaults(command=_segment)
-    return parser
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """I and N of "I/N"."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole: write it as 1/8, 2/8, … 8/8")
+    return int(index), int(count)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 def _segment(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.progress import track
 
-    from neuronet_jax import nifti, outputs
+    from neuronet_jax import cohort, devices, nifti, outputs, quality, scans
     from neuronet_jax.compilation import keep_compiled
     from neuronet_jax.inference import restore
+    from neuronet_jax.records import Records
+    from neuronet_jax.segmentation import Options
+
+    options = Options(args.flip, args.crops, args.fast, args.posteriors, args.consistent_tissue)
+    found = scans.find(args.inputs)
 
     keep_compiled()
-    model = restore(args.run)
-    protocols = _choose(args.protocols, model.config.protocols)
-    targets = outputs.plan(args.inputs, args.out, protocols, args.overwrite)
-    outputs.prepare(args.out, protocols, model.provenance, args.overwrite)
-
     console = Console(stderr=True)
+    console.print(devices.start(), highlight=False)
+    model = restore(*args.run)
+    derived = ("malp_em_tissue",) if options.consistent_tissue else ()
+    protocols = _choose(args.protocols, (*model.config.protocols, *derived))
+    provenance = {**model.provenance, **options.changed()}
+    targets = outputs.plan(found, args.out, protocols, options.posteriors)
+    summary = "summary.tsv"
+    if args.shard is not None:
+        targets = cohort.shard(targets, *args.shard)
+        summary = "summary_shard-{}-of-{}.tsv".format(*args.shard)
+    records = Records(provenance, protocols, options.posteriors)
+    todo, rows = records.unfinished(targets, args.overwrite)
+    outputs.prepare(args.out, protocols, provenance, args.overwrite)
+
+    there = len(rows)
+    # an ensemble is another model than any of its runs
+    calibration = quality.load(args.run[0], model.provenance.get("step", 0)) if len(args.run) == 1 else None
     limits = nifti.Limits(assume_ras=args.assume_ras)
-    heads = _segment_all(model, targets, protocols, limits, args.overwrite)
-    rows: list[Row] = []
+    heads = cohort.Cohort(model, protocols, options, limits, records, calibration, not args.no_report)
     try:
-        for row in track(heads, "segmenting", len(targets), console=console, disable=not console.is_terminal):
-            rows.append(row)
-            if row.status == "rejected":
-                console.print(
-                    f"{row.output} ({row.input}): {row.code}: {row.reason}", style="red", markup=False, highlight=False
-                )
-            elif row.warnings != "n/a":
-                console.print(
-                    f"{row.output} ({row.input}): {row.warnings}", style="yellow", markup=False, highlight=False
-                )
+        for row in heads.run(todo, console):
+            rows[row.output] = row
     finally:
-        outputs.write_summary(args.out, rows)
-    done = sum(row.status == "done" for row in rows)
-    print(f"{done} of {len(rows)} heads segmented in {args.out}")
-    return DONE if done == len(rows) else REJECTED
+        ordered = [rows[target.stem] for target in targets if target.stem in rows]
+        outputs.write_summary(args.out / summary, ordered)
+    if args.shard is None:  # a shard does not know the others; the command without --shard writes what is of all
+        outputs.write_cohort(args.out, ordered, provenance, not args.no_report)
+    done = sum(row.status == "done" for row in ordered)
+    print(f"{done} of {len(targets)} heads segmented in {args.out}" + (f", {there} of them before" if there else ""))
+    if todo:
+        print(heads.timing(len(todo)))
+    return DONE if done == len(targets) else REJECTED
 
 
-def _choose(text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    wanted = known if text is None else tuple(name.strip() for name in text.split(","))
-    if unknown := [name for name in wanted if name not in known]:
+def _choose(wanted: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The protocols of `wanted`, all of `known` where nothing was said, each once."""
+    if unknown := [name for name in wanted or () if name not in known]:
         raise NeuronetError(f"--protocols: this run predicts {', '.join(known)}, not {unknown[0]!r}")
-    return tuple(dict.fromkeys(wanted))
+    return tuple(dict.fromkeys(wanted or known))
 
 
-def _segment_all(
-    model: "Model", targets: list["Target"], protocols: Sequence[str], limits: Any, overwrite: bool
-) -> Iterator["Row"]:
-    """What became of each head, in order. The next head is read and the last one written while the network runs."""
-    from neuronet_jax import nifti, outputs
-    from neuronet_jax.inference import segment_volume
+def _add_import_dltk(commands: Any) -> None:
+    command = _add(
+        commands,
+        "import-dltk",
+        "a run from the weights that the authors of NeuroNet publish",
+        "A run from a published NeuroNet, a TensorFlow SavedModel, without TensorFlow. The grid is 1 mm.",
+        """\
+examples:
+  the network for all five protocols, as its authors publish it (neuronet_all.tar.gz, unpacked)
+    neuronet import-dltk neuronet_all/1514764800 --out=runs/published
+    neuronet segment T1.nii.gz --run=runs/published --out=labels
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        volumes = [reader.submit(nifti.read_image, target.source, limits) for target in targets[:1]]
-        rows: list[Future[Row] | Row] = []
-        for index, target in enumerate(targets):
-            if index + 1 < len(targets):
-                volumes.append(reader.submit(nifti.read_image, targets[index + 1].source, limits))
-            try:
-                volume = volumes.pop(0).result()
-                maps = segment_volume(model, volume, protocols)
-                note = model.provenance.get("note", "")
-                rows.append(writer.submit(outputs.write, target, volume, maps, overwrite, note))
-            except RejectError as error:
-                rows.append(outputs.Row(target.source.name, target.stem, "rejected", error.code, error.reason))
-            if len(rows) > 1:  # two heads wait at most, however slow the disk
-                yield _result(rows.pop(0))
-        yield from map(_result, rows)
+  a network for one protocol with the classes of another: say which it is
+    neuronet import-dltk spm_tissue/1514764800 --out=runs/published_spm --config=spm_tissue
+""",
+    )
+    command.add_argument(
+        "saved_model", type=Path, metavar="SAVED_MODEL_DIR", help="the folder of saved_model.pb and variables/"
+    )
+    command.add_argument("--out", required=True, metavar="RUN", help="the run to write")
+    command.add_argument(
+        "--config", metavar="NAME", help="which network it is, where its classes leave that open (fsl_fast, spm_tissue)"
+    )
+    command.add_argument(
+        "--axes",
+        default="SAL",
+        metavar="XYZ",
+        help="where the axes of its training arrays pointed; the default, %(default)s, is UK Biobank's files as the "
+        "authors read them",
+    )
+    command.set_defaults(command=_import_dltk)
 
 
-def _result(row: "Future[Row] | Row") -> "Row":
-    return row.result() if isinstance(row, Future) else row
+def _import_dltk(args: argparse.Namespace) -> int:
+    from neuronet_jax.dltk import import_run
+
+    config = import_run(args.saved_model, args.out, args.config, args.axes)
+    print(f"{args.out} holds the published network {config.name}: {', '.join(config.protocols)}")
+    return DONE
+
+
+def _add_export(commands: Any) -> None:
+    command = _add(
+        commands,
+        "export",
+        "a trained network as one program and its weights, for use without this library",
+        "Writes a run as StableHLO, safetensors and JSON. The images of the program are arrays [x y z] in RAS+ order "
+        "at the run's voxel size; orientation and resampling stay outside.",
+        """\
+examples:
+  a program for heads of any size (sides padded to multiples of 32), the weights beside it
+    neuronet export --run=runs/all_targets --out=release
+
+  programs for two fixed sizes
+    neuronet export --run=runs/all_targets --out=release --shape=192,224,192 --shape=256,256,256
+
+  the folder is also a run
+    neuronet segment T1.nii.gz --run=release --out=labels
+
+  how to run the program without this library
+    python -c "import neuronet_jax.export; help(neuronet_jax.export)"
+
+results:
+  release/segment.jax_export    StableHLO for CPU, CUDA and TPU: whitening, network, tool ids
+  release/weights.safetensors   its first argument
+  release/release.json          config, protocols, label tables, voxel size, provenance, checksums
+  release/manifest.sha256       for sha256sum -c
+""",
+    )
+    command.add_argument("--run", required=True, metavar="DIR", help="workdir of a training run, or a release")
+    command.add_argument("--out", required=True, metavar="DIR", help="where the release goes")
+    command.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        type=_shape,
+        metavar="X,Y,Z",
+        help="a program for this size alone, multiples of 32; may be given several times",
+    )
+    command.set_defaults(command=_export)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sides = tuple(int(side) for side in text.split(","))
+    if len(sides) != 3:
+        raise ValueError
+    return sides
+
+
+def _export(args: argparse.Namespace) -> int:
+    from neuronet_jax.export import export
+    from neuronet_jax.inference import restore
+
+    export(restore(args.run), args.out, args.shape)
+    print(f"{args.out} holds the program, its weights and what they mean; sha256sum -c manifest.sha256 checks them")
+    return DONE

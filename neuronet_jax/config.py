@@ -38,6 +38,11 @@ class ModelConfig:
     filters: tuple[int, ...]  # channels per scale, finest first; each scale halves the grid
     compute_dtype: str  # "float32", "bfloat16" or "auto" (bfloat16 on GPU and TPU); parameters, moments, loss: float32
 
+    @property
+    def stride(self) -> int:
+        """Voxels of the image along one voxel of the coarsest features: sides must be multiples of it."""
+        return 2 ** (len(self.filters) - 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
@@ -161,7 +166,7 @@ def check(config: Config) -> None:
     require(
         len(model.filters) > 0 and min(model.filters) > 0, "model.filters", model.filters, "positive channels per scale"
     )
-    stride = 2 ** (len(model.filters) - 1)
+    stride = model.stride
     for side in data.crop:
         legal = (
             f"positive multiples of {stride}; the nearest legal side is {max(stride, round(side / stride) * stride)}"

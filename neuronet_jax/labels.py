@@ -9,6 +9,8 @@ maximum-probability Neuromorphometrics map that SPM12 carries. FIRST's ids are t
 import colorsys
 import csv
 import dataclasses
+import hashlib
+import json
 from functools import cached_property
 from importlib import resources
 
@@ -58,6 +60,12 @@ class Protocol:
     def partners(self) -> np.ndarray:
         """int32[k], read-only: the class on the other side. An involution."""
         return _frozen([structure.partner for structure in self.structures], np.int32)
+
+    @cached_property
+    def version(self) -> str:
+        """SHA-256 of the table: another one as soon as a label means something else. Colours mean nothing."""
+        rows = [(s.index, s.id, s.name, s.side, s.partner, s.tissue, s.mapping) for s in self.structures]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     @cached_property
     def _classes(self) -> np.ndarray:
@@ -215,3 +223,45 @@ MALP_EM_TO_TISSUE = _frozen([int(row["malp_em_tissue"]) for row in _ROWS], np.ui
 # float64[139, 3] in RAS+ mm and float64[139] in mm³, MNI space; NaN and 0 where the source map lacks the structure.
 MALP_EM_CENTROIDS_MM = _frozen([[float(row[f"mni_{a}_mm"] or "nan") for a in "xyz"] for row in _ROWS], np.float64)
 MALP_EM_VOLUMES_MM3 = _frozen([float(row["mni_volume_mm3"] or 0) for row in _ROWS], np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """What several protocols label, each with its own classes."""
+
+    kind: str  # "tissue" or "structure"
+    name: str
+    ids: dict[str, tuple[int, ...]]  # per protocol: the tool's ids that make it up
+
+
+TISSUES = ("CSF", "GM", "WM")  # in the order of their brightness in T1-weighted images
+_TISSUE_OF_MAPPING = {_CSF: "CSF", _GM: "GM", _CORTICAL_GM: "GM", _SUBCORTICAL_GM: "GM", _WM: "WM"}
+
+
+def tissue_of(structure: Structure) -> str | None:
+    """CSF, GM or WM, as the tool itself counts the structure; None where it does not say.
+
+    MALP-EM merges its structures into tissues, and that merge decides where it decides: it counts the brain stem to
+    deep grey matter, which FAST and SPM, who see intensities, call white. That is a way in which the tools disagree,
+    not one to hide. Its fifth tissue, "other", says nothing: there the structure's own common label does (CSF).
+    """
+    merged = None if structure.tissue is None else _TISSUES[structure.tissue][2]
+    return _TISSUE_OF_MAPPING.get(merged or structure.mapping or 0)
+
+
+def _regions() -> tuple[Region, ...]:
+    tissues: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in TISSUES}
+    structures: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, protocol in PROTOCOLS.items():
+        members = {t: tuple(s.id for s in protocol.structures if tissue_of(s) == t) for t in TISSUES}
+        if all(members.values()):  # FIRST labels some structures of the brain, not its tissues
+            for tissue, ids in members.items():
+                tissues[tissue][name] = ids
+        for s in protocol.structures:
+            if s.side != "NA":
+                structures.setdefault(s.name, {})[name] = (s.id,)
+    shared = (Region("structure", name, ids) for name, ids in structures.items() if len(ids) > 1)
+    return (*(Region("tissue", name, ids) for name, ids in tissues.items()), *shared)
+
+
+REGIONS: tuple[Region, ...] = _regions()  # everything that more than one protocol has

@@ -10,7 +10,7 @@ from neuronet_jax.models.head import Sums, spans
 def combine(
     sums: Sums, present: Bool[Array, "b p"], voxels: int, classes: tuple[int, ...], weights: LossConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, " p"]]]:
-    """The loss, and its parts per protocol: `cross_entropy` [p] and `dice` [p] (soft Dice, 1 is perfect).
+    """The loss, and its parts per protocol: `cross_entropy` [p] and, where it weighs, `dice` [p] (soft, 1 is perfect).
 
     Cross-entropy is the mean over the voxels of the samples that have the protocol. Dice takes the whole batch as one
     volume and averages over the classes that occur in it, background left out: a class that a crop does not hold says
@@ -20,11 +20,13 @@ def combine(
     has = present.astype(jnp.float32)  # b p
     samples = jnp.maximum(has.sum(axis=0), 1.0)
     cross_entropy = (has * sums.cross_entropy).sum(axis=0) / (samples * voxels)
-    dice = jnp.stack([_soft_dice(sums, has[:, p], span) for p, span in enumerate(spans(classes))])
     weight = present.any(axis=0).astype(jnp.float32)
     weight = weight / jnp.maximum(weight.sum(), 1.0)
-    loss = jnp.sum(weight * (weights.cross_entropy * cross_entropy + weights.dice * (1.0 - dice)))
-    return loss, {"cross_entropy": cross_entropy, "dice": dice}
+    loss, parts = weights.cross_entropy * jnp.sum(weight * cross_entropy), {"cross_entropy": cross_entropy}
+    if weights.dice > 0:
+        dice = jnp.stack([_soft_dice(sums, has[:, p], span) for p, span in enumerate(spans(classes))])
+        loss, parts = loss + weights.dice * jnp.sum(weight * (1.0 - dice)), parts | {"dice": dice}
+    return loss, parts
 
 
 def _soft_dice(sums: Sums, has: Float[Array, " b"], span: tuple[int, int]) -> Float[Array, ""]:

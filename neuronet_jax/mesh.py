@@ -44,7 +44,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         raise NeuronetError(
             f"batch must be a multiple of the mesh's data axis, {data}; got {config.batch}: take {near}"
         )
-    unit = space * 2 ** (len(config.model.filters) - 1)
+    unit = space * config.model.stride
     side = config.data.crop[1]
     if side % unit:
         near = max(unit, round(side / unit) * unit)

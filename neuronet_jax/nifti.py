@@ -128,13 +128,22 @@ def write_labels(path: str | Path, labels: np.ndarray, like: Volume, overwrite: 
     descriptions and extensions may name the participant. The same labels give the same bytes. Raises NeuronetError
     where the shape differs, a label is negative or above 65535, or the file exists without `overwrite`.
     """
-    path = Path(path)
+    _write(Path(path), labels, _labels_header(labels, like), overwrite)
+
+
+def write_posterior(path: str | Path, probability: np.ndarray, like: Volume, overwrite: bool = False) -> None:
+    """As `write_labels`, for probabilities [x y z] from 0 to 1, as float32."""
+    header = _result_header(probability, like, np.float32, b"NeuroNet-JAX posterior")
+    header["cal_max"] = 1
+    _write(Path(path), probability, header, overwrite)
+
+
+def _write(path: Path, volume: np.ndarray, header: nib.Nifti1Header, overwrite: bool) -> None:
     if not path.name.endswith(".nii.gz"):
-        raise NeuronetError(f"label maps are written as .nii.gz, got the name {path.name!r}")
-    header = _labels_header(labels, like)
+        raise NeuronetError(f"results are written as .nii.gz, got the name {path.name!r}")
     if path.exists() and not overwrite:
         raise NeuronetError(f"{path} exists; ask to overwrite it, or choose another output folder")
-    voxels = labels.astype(header.get_data_dtype()).tobytes(order="F")
+    voxels = volume.astype(header.get_data_dtype()).tobytes(order="F")
     content = igzip.compress(header.binaryblock + b"\0" * 4 + voxels, compresslevel=3, mtime=0)
     Files(str(path.parent.absolute())).write(path.name, content)
 
@@ -146,20 +155,26 @@ def labels_image(labels: np.ndarray, like: Volume) -> nib.Nifti1Image:
 
 
 def _labels_header(labels: np.ndarray, like: Volume) -> nib.Nifti1Header:
-    if labels.shape != like.data.shape:
-        raise NeuronetError(f"labels of shape {labels.shape} do not fit the image's grid {like.data.shape}")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high > 65535:
         raise NeuronetError(f"labels must be within 0 and 65535, got {low} to {high}")
+    header = _result_header(labels, like, np.uint8 if high <= 255 else np.uint16, b"NeuroNet-JAX labels")
+    header["cal_max"] = high
+    return header
+
+
+def _result_header(volume: np.ndarray, like: Volume, dtype: type, description: bytes) -> nib.Nifti1Header:
+    """Of a result on the grid of `like`."""
+    if volume.shape != like.data.shape:
+        raise NeuronetError(f"voxels of shape {volume.shape} do not fit the image's grid {like.data.shape}")
     header = nib.Nifti1Header(endianness="<")
-    header.set_data_shape(labels.shape)
-    header.set_data_dtype(np.uint8 if high <= 255 else np.uint16)
+    header.set_data_shape(volume.shape)
+    header.set_data_dtype(dtype)
     for field in ("pixdim", "xyzt_units", *_TRANSFORM_FIELDS):
         header[field] = like.header[field]
     header["pixdim"][4:] = 0  # a squeezed time axis has no step
     header.set_slope_inter(1, 0)
-    header["cal_max"] = high
-    header["descrip"] = b"NeuroNet-JAX labels"
+    header["descrip"] = description
     header["vox_offset"] = 352  # header and the four bytes that say: no extension
     return header
 

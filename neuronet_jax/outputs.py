@@ -2,13 +2,23 @@
 
     OUT/dataset_description.json               which program, weights and training data
     OUT/seg-fslfast_dseg.tsv                   look-up table of a protocol: index, name, color, mapping to BIDS' ids
+    OUT/seg-fslfast_lut.txt                    the same for viewers: index name R G B A, as FreeSurfer writes it
     OUT/sub-01/anat/sub-01_seg-fslfast_dseg.nii.gz, .json
+    OUT/sub-01/anat/sub-01_seg-fslfirst_label-LeftHippocampus_probseg.nii.gz, .json     where posteriors are wanted
     OUT/sub-01/anat/sub-01_volumes.tsv         voxels and mm³ of every structure of every protocol
-    OUT/summary.tsv                            one row per input of the last batch
+    OUT/sub-01/anat/sub-01_agreement.tsv       Dice between protocols on all that they share
+    OUT/sub-01/anat/sub-01_desc-agreement_dseg.nii.gz, .json    how many protocols agree on the tissue
+    OUT/sub-01/anat/sub-01_quality.tsv         entropy and predicted Dice of every structure
+    OUT/sub-01/anat/sub-01_report.html         all that with pictures, on one page
+    OUT/sub-01/anat/sub-01_provenance.json     what they come from, and that they are complete (see `records`)
+    OUT/volumes.tsv                            mm³: a row per head, a column per structure of each protocol
+    OUT/report.html                            the heads beside each other
+    OUT/summary.tsv                            one row per input; of a shard: summary_shard-3-of-8.tsv
 
 BIDS values are letters and digits only, so a protocol's label is its name without underscores: `seg-malpemtissue`.
 """
 
+import csv
 import json
 import re
 from collections.abc import Sequence
@@ -18,15 +28,26 @@ from typing import Any
 
 import numpy as np
 
-from neuronet_jax import __version__, nifti
+from neuronet_jax import __version__, agreement, nifti, plausibility, quality, reports
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
-from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS, Protocol
-from neuronet_jax.metrics import dice_per_class, mean_dice
+from neuronet_jax.labels import PROTOCOLS, Protocol
+from neuronet_jax.pictures import votes_colors
+from neuronet_jax.scans import Scan
+from neuronet_jax.segmentation import Segmentation
 
 GENERATOR = "NeuroNet-JAX"
-BRAIN_MM3 = (6e5, 2.4e6)  # brain and CSF of adults is 1.0 to 1.9 litres; half and a quarter more is left as margin
-LEAST_AGREEMENT = 0.7  # mean Dice of the two MALP-EM heads, which read one anatomy; 0.95 and more on heads they know
+# What was done to an input that has the warning.
+REPAIRS = {
+    "W_NAN": "voxels that were NaN or infinite were set to 0",
+    "W_NDIM": "axes of length 1 after the third were dropped",
+    "W_XFORM": "sform and qform differ: the sform was used",
+    "W_LR_UNSAFE": "there was no orientation: RAS was assumed, so that left and right are a guess",
+}
+_NO_BIDS = (  # what BIDS has no name for
+    *("summary*.tsv", "volumes.tsv", "*_volumes.tsv", "*_agreement.tsv", "*_quality.tsv", "*_provenance.json"),
+    *("*_lut.txt", "*report.html"),
+)
 _DROPPED = ("space", "hemi", "seg", "scale", "res", "den", "label", "desc")  # say what the input is, not whose
 _ENTITY = re.compile(r"([a-z]+)-[A-Za-z0-9]+")
 
@@ -48,9 +69,33 @@ class Target:
     def labels(self, protocol: str) -> Path:
         return self.folder / f"{self.stem}_seg-{bids_label(protocol)}_dseg.nii.gz"
 
+    def posterior(self, wanted: str) -> Path:
+        """Of "PROTOCOL:STRUCTURE"."""
+        protocol, _, structure = wanted.partition(":")
+        label = re.sub("[^A-Za-z0-9]", "", structure)
+        return self.folder / f"{self.stem}_seg-{bids_label(protocol)}_label-{label}_probseg.nii.gz"
+
     @property
     def volumes(self) -> Path:
-        return self.folder / f"{self.stem}_volumes.tsv"
+        return self.table("volumes")
+
+    @property
+    def votes(self) -> Path:
+        return self.folder / f"{self.stem}_desc-agreement_dseg.nii.gz"
+
+    def table(self, name: str) -> Path:
+        return self.folder / f"{self.stem}_{name}.tsv"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / f"{self.stem}_report.html"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / f"{self.stem}_provenance.json"
+
+    def results(self, protocols: Sequence[str], posteriors: Sequence[str] = ()) -> list[Path]:
+        return [*map(self.labels, protocols), *map(self.posterior, posteriors), self.volumes]
 
 
 @dataclass(frozen=True)
@@ -63,40 +108,41 @@ class Row:
     code: str = "n/a"  # E_… of a rejected input
     reason: str = "n/a"
     warnings: str = "n/a"  # W_…, separated by commas
-    agreement: str = "n/a"  # of the two MALP-EM heads, see `quality`
+    agreement: str = "n/a"  # of the two MALP-EM heads: mean Dice over tissues
+    predicted_dice: str = "n/a"  # mean over protocols and structures, see `quality`
+    calibrated: str = "n/a"  # "yes" or "no": whether the run's validation heads stand behind it
 
 
 def bids_label(protocol: str) -> str:
     return protocol.replace("_", "")
 
 
-def plan(sources: Sequence[Path], out: Path, protocols: Sequence[str], overwrite: bool) -> list[Target]:
-    """Where every input's results go. A BIDS name keeps its entities; any other gives sub-<its letters and digits>.
+def plan(scans: Sequence[Scan], out: Path, protocols: Sequence[str], posteriors: Sequence[str] = ()) -> list[Target]:
+    """Where every scan's results go. A BIDS name keeps its entities; any other gives sub-<its letters and digits>.
 
-    Raises NeuronetError, before anything is read or written, for two inputs of one name, for results that exist
-    (without `overwrite`), and for results that are an input.
+    Raises NeuronetError, before anything is read or written, for two scans of one name, and for results that would
+    replace an input.
     """
-    names = [_stem(path.name) for path in sources]
+    names = [_stem(scan.name) for scan in scans]
     stems = [
         # T1.nii.gz in many subjects' folders: the folder tells them apart
-        _stem(f"{path.absolute().parent.name}{path.name}")
-        if names.count(name) > 1 and name != _bids(path.name)
+        _stem(f"{scan.path.absolute().parent.name}{scan.name}")
+        if names.count(name) > 1 and name != _bids(scan.name)
         else name
-        for path, name in zip(sources, names, strict=True)
+        for scan, name in zip(scans, names, strict=True)
     ]
-    inputs = {path.resolve() for path in sources}
+    inputs = {scan.path.resolve() for scan in scans}
     targets: dict[str, Target] = {}
-    for path, stem in zip(sources, stems, strict=True):
+    for (path, _), stem in zip(scans, stems, strict=True):
         if stem in targets:
             raise NeuronetError(
-                f"{targets[stem].source} and {path} would both be {stem}: run them with two --out folders"
+                f"{targets[stem].source} and {path} would both be {stem}: run them with two --out folders, or name "
+                "them by the column `id` of a list"
             )
         target = targets[stem] = Target(path, out, stem)
-        for result in (*map(target.labels, protocols), target.volumes):
+        for result in target.results(protocols, posteriors):
             if result.resolve() in inputs:
                 raise NeuronetError(f"{result} is an input and would be overwritten: choose another --out folder")
-            if result.exists() and not overwrite:
-                raise NeuronetError(f"{result} exists: give --overwrite, or choose another --out folder")
     return list(targets.values())
 
 
@@ -129,13 +175,15 @@ def _bare(name: str) -> str:
 def prepare(out: Path, protocols: Sequence[str], provenance: dict[str, Any], overwrite: bool) -> None:
     """Makes the dataset: its description and the look-up tables.
 
-    Raises NeuronetError where `out` cannot be written, or holds another dataset or the results of another model.
+    `provenance` says what made the results: `Model.provenance` and `Options.changed()`. Raises NeuronetError where
+    `out` cannot be written, or holds another dataset or the results of another model.
     """
+    made_by = {**provenance, "label_tables_sha256": {name: PROTOCOLS[name].version for name in protocols}}
     description = {
         "Name": f"{GENERATOR} segmentations",
         "BIDSVersion": "1.10.0",
         "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": GENERATOR, "Version": __version__, "Description": json.dumps(provenance)}],
+        "GeneratedBy": [{"Name": GENERATOR, "Version": __version__, "Description": json.dumps(made_by)}],
     }
     existing = out / "dataset_description.json"
     try:
@@ -145,12 +193,16 @@ def prepare(out: Path, protocols: Sequence[str], provenance: dict[str, Any], ove
             raise NeuronetError(f"{out} holds another dataset, {there.get('Name')!r}: choose another --out folder")
         if there != description and not overwrite:
             raise NeuronetError(
-                f"{out} holds results of another model: give --overwrite, or choose another --out folder"
+                f"{out} holds results of another model or of other options: give --overwrite, or choose another --out "
+                "folder"
             )
         _write(existing, json.dumps(description, indent=2) + "\n")
-        _write(out / ".bidsignore", "summary.tsv\n*_volumes.tsv\n")
+        _write(out / ".bidsignore", "\n".join(_NO_BIDS) + "\n")
         for name in protocols:
             _write(out / f"seg-{bids_label(name)}_dseg.tsv", label_table(PROTOCOLS[name]))
+            _write(out / f"seg-{bids_label(name)}_lut.txt", color_table(PROTOCOLS[name]))
+        if (voters := sum(name in agreement.VOTERS for name in protocols)) > 1:
+            _write(out / "desc-agreement_dseg.tsv", votes_table(voters))
     except (OSError, ValueError) as error:
         raise NeuronetError(f"cannot write to {out}: {error}; choose another --out folder") from error
 
@@ -163,6 +215,20 @@ def label_table(protocol: Protocol) -> str:
             [str(s.id), s.name, "#{:02x}{:02x}{:02x}".format(*s.color), "n/a" if s.mapping is None else str(s.mapping)]
         )
     return _tsv(rows)
+
+
+def color_table(protocol: Protocol) -> str:
+    """As FreeSurferColorLUT.txt, which FreeView, FSLeyes and 3D Slicer read. There, A is 0 throughout."""
+    rows = [f"{s.id:<4}{s.name:<40}{s.color[0]:>4}{s.color[1]:>4}{s.color[2]:>4}   0\n" for s in protocol.structures]
+    return f"# {protocol.name}\n#No. Label Name:                               R   G   B   A\n" + "".join(rows)
+
+
+def votes_table(voters: int) -> str:
+    """The dseg.tsv of the map of votes."""
+    colors = votes_colors(voters)
+    names = ["NoTissue", *(f"{votes}Of{voters}ProtocolsAgree" for votes in range(1, voters + 1))]
+    rows = [[str(i), name, "#{:02x}{:02x}{:02x}".format(*colors[i])] for i, name in enumerate(names)]
+    return _tsv([["index", "name", "color"], *rows])
 
 
 def volume_table(maps: dict[str, np.ndarray], affine: np.ndarray) -> str:
@@ -179,57 +245,131 @@ def volume_table(maps: dict[str, np.ndarray], affine: np.ndarray) -> str:
     return _tsv(rows)
 
 
-def quality(maps: dict[str, np.ndarray], affine: np.ndarray) -> tuple[float, tuple[str, ...]]:
-    """How far the label maps contradict each other, and warnings about what no head should give.
+def write(
+    target: Target,
+    volume: nifti.Volume,
+    result: Segmentation,
+    overwrite: bool,
+    provenance: dict[str, Any],
+    calibration: quality.Calibration | None = None,
+    report: bool = True,
+) -> Row:
+    """Writes one head's results, each file under its final name only when complete.
 
-    The score is the mean Dice of `malp_em_tissue` and the same tissues merged from `malp_em` (NaN without both).
-    W_AGREEMENT: it is low; W_BRAIN_VOLUME: the labelled volume is no brain's.
+    `provenance` as for `prepare`; `calibration` is what the model's run knows of its own errors; `report` asks for the
+    page. Raises NeuronetError where writing fails.
     """
-    warnings, score = [], float("nan")
-    if {"malp_em", "malp_em_tissue"} <= maps.keys():
-        merged = MALP_EM_TO_TISSUE[maps["malp_em"]]
-        score = mean_dice(dice_per_class(merged, maps["malp_em_tissue"], PROTOCOLS["malp_em_tissue"].num_classes))
-        if not score >= LEAST_AGREEMENT:
-            warnings.append("W_AGREEMENT")
-    voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
-    brains = [np.count_nonzero(ids) * voxel_mm3 for name, ids in maps.items() if name != "fsl_first"]
-    if any(not BRAIN_MM3[0] <= brain <= BRAIN_MM3[1] for brain in brains):
-        warnings.append("W_BRAIN_VOLUME")
-    return score, tuple(warnings)
-
-
-def write(target: Target, volume: nifti.Volume, maps: dict[str, np.ndarray], overwrite: bool, note: str = "") -> Row:
-    """Writes one head's label maps, sidecars and volumes, each under its final name only when complete.
-
-    `note` is what the sidecars say about the model, such as that it is a demonstration.
-    Raises NeuronetError where writing fails.
-    """
-    score, notes = quality(maps, volume.affine)
-    warnings = sorted({*volume.warnings, *notes})
+    maps = result.maps
+    compared = agreement.compare(maps, volume.affine)
+    expected = quality.assess(result.confidence, calibration)
+    warnings = sorted({*volume.warnings, *plausibility.check(volume, maps, compared), *expected.warnings})
     try:
         target.folder.mkdir(parents=True, exist_ok=True)
         for name, ids in maps.items():
-            path = target.labels(name)
-            sidecar = {
-                "Description": f"Labels as {PROTOCOLS[name].tool} gives them, predicted by {GENERATOR}",
-                "Manual": False,
-                "Protocol": name,
-                "Warnings": warnings,
-                **({"Note": note} if note else {}),
-            }
-            nifti.write_labels(path, ids, volume, overwrite)
-            _write(path.with_name(path.name.removesuffix(".nii.gz") + ".json"), json.dumps(sidecar, indent=2) + "\n")
+            nifti.write_labels(target.labels(name), ids, volume, overwrite)
+            what = f"Labels as {PROTOCOLS[name].tool} gives them, predicted by {GENERATOR}"
+            _write_sidecar(target.labels(name), what, name, volume, warnings, provenance)
+        for wanted, probability in result.posteriors.items():
+            nifti.write_posterior(target.posterior(wanted), probability, volume, overwrite)
+            name, _, structure = wanted.partition(":")
+            what = f"Probability of {structure} as {PROTOCOLS[name].tool} labels it, by {GENERATOR}; not calibrated"
+            _write_sidecar(target.posterior(wanted), what, name, volume, warnings, provenance)
+        if compared.votes is not None:
+            nifti.write_labels(target.votes, compared.votes, volume, overwrite)
+            what = "Number of protocols that give the voxel the tissue (CSF, GM, WM or none) that most of them give it"
+            content = {"Description": f"{what}; 0 where none of them sees tissue", "Protocols": compared.voters}
+            _write_json(target.votes, content, provenance)
         _write(target.volumes, volume_table(maps, volume.affine))
+        _write(target.table("agreement"), _tsv(agreement.table(compared)))
+        if expected.predicted:
+            _write(target.table("quality"), _tsv(quality.table(expected)))
+        if report:
+            page = reports.Head(target.stem, volume, maps, compared, expected, tuple(warnings), provenance)
+            _write(target.report, reports.head_page(page))
     except OSError as error:
         raise NeuronetError(f"cannot write to {target.folder}: {error}; make room, or choose another --out") from error
-    agreement = "n/a" if np.isnan(score) else f"{score:.4f}"
-    return Row(target.source.name, target.stem, "done", warnings=",".join(warnings) or "n/a", agreement=agreement)
+    return Row(
+        target.source.name,
+        target.stem,
+        "done",
+        warnings=",".join(warnings) or "n/a",
+        agreement=_number(compared.consistency),
+        predicted_dice=_number(expected.score),
+        calibrated="n/a" if np.isnan(expected.score) else "yes" if calibration else "no",
+    )
 
 
-def write_summary(out: Path, rows: Sequence[Row]) -> None:
-    """summary.tsv: what became of every input, in the order given."""
+def _number(value: float) -> str:
+    return "n/a" if np.isnan(value) else f"{value:.4f}"
+
+
+def write_cohort(out: Path, rows: Sequence[Row], provenance: dict[str, Any], report: bool = True) -> None:
+    """OUT/volumes.tsv over all heads below `out`; with `report`, report.html, and each head of `rows` put among them.
+
+    Raises NeuronetError where writing fails.
+    """
+    table = volumes_of(out)
+    _write(out / "volumes.tsv", _tsv([["head", *table.columns], *table.rows()]))
+    if not report:
+        return
+    thumbnails, agreements = {}, {}
+    for target in (Target(Path(row.input), out, row.output) for row in rows if row.status == "done"):
+        if target.table("agreement").exists():
+            agreements[target.stem] = _read(target.table("agreement"))
+        if target.report.exists():
+            text = target.report.read_text(encoding="utf-8")
+            thumbnails[target.stem] = reports.thumbnail(text)
+            if (placed := reports.place_among(text, target.stem, table)) != text:
+                _write(target.report, placed)
+    _write(out / "report.html", reports.cohort_page(rows, table, agreements, thumbnails, provenance))
+
+
+def volumes_of(out: Path) -> reports.Volumes:
+    """mm³ of every structure of every head below `out`, from the heads' own tables, by head."""
+    heads: dict[str, dict[str, float]] = {}
+    for path in sorted({*out.glob("sub-*/anat/*_volumes.tsv"), *out.glob("sub-*/ses-*/anat/*_volumes.tsv")}):
+        heads[path.name.removesuffix("_volumes.tsv")] = {
+            f"{row['protocol']}.{row['name']}": float(row["volume_mm3"]) for row in _read(path) if row["index"] != "0"
+        }
+    columns = dict.fromkeys(column for volumes in heads.values() for column in volumes)
+    values = [[volumes.get(column, np.nan) for column in columns] for volumes in heads.values()]
+    return reports.Volumes(tuple(heads), tuple(columns), np.array(values, np.float64).reshape(len(heads), len(columns)))
+
+
+def _write_sidecar(
+    path: Path, what: str, protocol: str, volume: nifti.Volume, warnings: Sequence[str], provenance: dict[str, Any]
+) -> None:
+    members = provenance.get("ensemble", [provenance])
+    content = {
+        "Description": what,
+        "Manual": False,
+        "Protocol": protocol,
+        "LabelTableSHA256": PROTOCOLS[protocol].version,
+        "WeightsSHA256": [member.get("weights_sha256", "n/a") for member in members],
+        "Config": [member.get("config", "n/a") for member in members],
+        "Version": __version__,
+        "Warnings": list(warnings),
+        "Repairs": [text for code, text in REPAIRS.items() if code in volume.warnings],
+    }
+    _write_json(path, content, provenance)
+
+
+def _write_json(path: Path, content: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """The sidecar of an image, with what is said about the model, such as that it is a demonstration."""
+    if note := provenance.get("note"):
+        content["Note"] = note
+    _write(path.with_name(path.name.removesuffix(".nii.gz") + ".json"), json.dumps(content, indent=2) + "\n")
+
+
+def write_summary(path: Path, rows: Sequence[Row]) -> None:
+    """What became of every input, in the order given."""
     header = [field.name for field in fields(Row)]
-    _write(out / "summary.tsv", _tsv([header, *([" ".join(v.split()) for v in asdict(row).values()] for row in rows)]))
+    _write(path, _tsv([header, *([" ".join(v.split()) for v in asdict(row).values()] for row in rows)]))
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
 
 
 def _tsv(rows: Sequence[Sequence[str]]) -> str:

@@ -2,15 +2,21 @@
 `experiments.evaluate`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import nibabel as nib
 import numpy as np
 
-from neuronet_jax.inference import Model, predict
+from neuronet_jax.inference import Model, predict, segment_volume
 from neuronet_jax.intensity import whiten
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.metrics import DiceTable, dice_per_class
+from neuronet_jax.nifti import Volume
+from neuronet_jax.quality import Calibration, Sample, calibrate, expected_dice
+from neuronet_jax.space import place
 from neuronet_jax.store import Store, Subject
+from neuronet_jax.surfaces import SurfaceTable, surfaces_per_class
 
 
 def predict_subject(model: Model, store: Store, subject: Subject) -> dict[str, np.ndarray]:
@@ -22,10 +28,55 @@ def predict_subject(model: Model, store: Store, subject: Subject) -> dict[str, n
 
 def score(prediction: Mapping[str, np.ndarray], store: Store, subject: Subject) -> dict[str, DiceTable]:
     """The Dice table of every predicted protocol that the subject has a reference for."""
-    present = dict(zip(store.info.protocols, subject.present, strict=True))
-    names = [name for name in prediction if present.get(name)]
-    references = store.read_labels(subject.slot, names) if names else ()
     return {
         name: dice_per_class(reference, prediction[name], PROTOCOLS[name].num_classes)
-        for name, reference in zip(names, references, strict=True)
+        for name, reference in _references(prediction, store, subject)
     }
+
+
+def score_surfaces(
+    prediction: Mapping[str, np.ndarray], store: Store, subject: Subject, tolerance_mm: float
+) -> dict[str, SurfaceTable]:
+    """As `score`, the distances between surfaces. The store's grid has cubic voxels."""
+    spacing_mm = np.full(3, store.info.voxel_size_mm)
+    return {
+        name: surfaces_per_class(reference, prediction[name], PROTOCOLS[name].num_classes, spacing_mm, tolerance_mm)
+        for name, reference in _references(prediction, store, subject)
+    }
+
+
+def calibrate_on(
+    model: Model, store: Store, subjects: Sequence[Subject], progress: Callable[[], None] = lambda: None
+) -> Calibration:
+    """The calibration of the model's predicted Dice; `progress` is called after each subject."""
+    samples = []
+    for subject in subjects:
+        if any(subject.present):
+            samples.append(_sample(model, store, subject))
+        progress()
+    return calibrate(samples, model.provenance.get("step", 0))
+
+
+def _sample(model: Model, store: Store, subject: Subject) -> Sample:
+    """Expected and true Dice of one subject, by the very way that a user's image takes."""
+    outside = [-start for start in subject.origin]  # from the store's grid back to the conformed volume
+
+    def conformed(stored: np.ndarray) -> np.ndarray:
+        return place(stored, subject.conformed_shape, outside)
+
+    affine = np.array(subject.affine, np.float64)
+    affine[:3, 3] += affine[:3, :3] @ outside
+    volume = Volume(conformed(store.read_image(subject.slot)), affine, nib.Nifti1Header(), ())
+    result = segment_volume(model, volume)
+    found = {}
+    for name, reference in _references(result.confidence, store, subject):
+        classes = PROTOCOLS[name].to_classes(result.maps[name])
+        true = dice_per_class(conformed(reference), classes, PROTOCOLS[name].num_classes).dice
+        found[name] = (expected_dice(result.confidence[name]), true)
+    return found
+
+
+def _references(prediction: Mapping[str, Any], store: Store, subject: Subject) -> Iterator[tuple[str, np.ndarray]]:
+    present = dict(zip(store.info.protocols, subject.present, strict=True))
+    names = [name for name in prediction if present.get(name)]
+    yield from zip(names, store.read_labels(subject.slot, names) if names else (), strict=True)

@@ -109,23 +109,35 @@ def to_grid(labels: np.ndarray, affine: np.ndarray, target: Grid) -> np.ndarray:
 
     Exact where only flips, permutations, padding and cropping lie between the two.
     """
-    to_source = np.linalg.inv(affine) @ target.affine  # target voxel → voxel of `labels`
-    order, _ = orientation(to_source)
-    along = np.zeros((3, 3), bool)
-    along[range(3), order] = True
-    drift = np.abs(to_source[:3, :3][~along]).max() * max(target.shape)  # voxels by which rows of the grids diverge
-    if drift > 1e-2:
-        return _to_rotated_grid(labels, to_source, target.shape)
+    walk = walked(affine, target)
+    if walk is None:
+        return _to_rotated_grid(labels, np.linalg.inv(affine) @ target.affine, target.shape)
+    order, along = walk
     gathered, inside = [], []
-    for source, axis in enumerate(order):  # each axis of the source is walked by one axis of the target
-        positions = to_source[source, 3] + to_source[source, axis] * np.arange(target.shape[axis])
-        side = labels.shape[source]
+    for positions, side in zip(along, labels.shape, strict=True):
         inside.append((positions > -1) & (positions < side))
         gathered.append(np.clip(_nearest(positions), 0, side - 1))
     result = labels[np.ix_(*gathered)]
     for axis, mask in enumerate(inside):
         result[(slice(None),) * axis + (~mask,)] = 0
     return np.ascontiguousarray(result.transpose(np.argsort(order)))
+
+
+def walked(affine: np.ndarray, target: Grid) -> tuple[tuple[int, ...], list[np.ndarray]] | None:
+    """For each axis of a grid at `affine`: the axis of `target` that walks it, and where its voxels lie, float64 [n]
+    in voxels of the grid. None where the axes are not parallel.
+    """
+    to_source = np.linalg.inv(affine) @ target.affine  # target voxel → voxel of the grid
+    order, _ = orientation(to_source)
+    along = np.zeros((3, 3), bool)
+    along[range(3), order] = True
+    drift = np.abs(to_source[:3, :3][~along]).max() * max(target.shape)  # voxels by which rows of the grids diverge
+    if drift > 1e-2:
+        return None
+    return order, [
+        to_source[source, 3] + to_source[source, axis] * np.arange(target.shape[axis])
+        for source, axis in enumerate(order)
+    ]
 
 
 def _to_rotated_grid(labels: np.ndarray, to_source: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

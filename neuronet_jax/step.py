@@ -119,7 +119,7 @@ def make_train_step(
 
 def network_loss(network: Network, batch: Batch, config: Config, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a batch and its parts per protocol, in float32."""
-    sums = network.loss_sums(batch["image"], batch["labels"], train)
+    sums = network.loss_sums(batch["image"], batch["labels"], train, dice=config.loss.dice > 0)
     voxels = batch["image"][0].size
     return losses.combine(sums, batch["present"], voxels, network.classes, config.loss)
 

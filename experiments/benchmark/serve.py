@@ -26,6 +26,7 @@ CONTENDERS = {
     "jax-neuronet": "with_jax.JaxNeuronet",
     "torch-eager": "with_torch.Torch",
     "torch-compile": "with_torch.TorchCompile",
+    "tensorflow": "with_tensorflow.TensorFlow",
     "dipy": "with_dipy.Dipy",
 }
 

@@ -13,7 +13,8 @@ from typing import Any
 from unittest import mock
 
 GIB = 2**30
-# Family and devices that share a volume; the rest of the slice is data-parallel, one crop per replica.
+# Family and devices that share a volume; the rest of the slice is data-parallel, one crop per replica. The published
+# network trains as published, ours with the whole configuration: soft Dice, augmentation, averaged weights.
 LAYOUTS = (("reference", 1), ("reference", 2), ("neuronet", 1))
 
 
@@ -80,13 +81,15 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
     from flax import nnx
 
     from experiments import flags
+    from experiments.benchmark.work import PUBLISHED_TRAINING
     from neuronet_jax.mesh import batch_sharding, make_mesh, replicated
     from neuronet_jax.models import build
     from neuronet_jax.step import TrainState, make_optimizer, make_train_step
 
     batch = len(devices) // space
     fields = {"model.family": family, "model.compute_dtype": "bfloat16", "data.crop": side, "batch": batch}
-    overrides = [f"--config.{name}={value}" for name, value in (fields | {"mesh.space": space}).items()]
+    fields |= {"mesh.space": space} | (PUBLISHED_TRAINING if family == "reference" else {})
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     config = flags.load("all_targets", overrides)
     mesh = make_mesh(config, devices)
     network = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
@@ -95,7 +98,8 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
     def state(params: Any, moments: Any) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         optimizer = make_optimizer(config.optimizer, config.steps).init(params)
-        return TrainState(zero, zero, params, moments, optimizer, (params, moments))
+        average = (params, moments) if config.optimizer.ema_decay else None
+        return TrainState(zero, zero, params, moments, optimizer, average)
 
     def placed(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmark.contender import CHECK_SIDE, CHECK_STEPS, Contender, Job
-from experiments.benchmark.work import CLASSES, random_batch, random_variables, tile_by_tile, whitened_head
+from experiments.benchmark.work import (
+    CLASSES,
+    PUBLISHED_TRAINING,
+    random_batch,
+    random_variables,
+    tile_by_tile,
+    whitened_head,
+)
 
 
 class Jax(Contender):
@@ -21,6 +28,9 @@ class Jax(Contender):
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         import jax
 
+        from neuronet_jax import devices
+
+        devices.one_per_core()  # as all programs of the library do; without effect on a GPU
         self.jax = jax
 
     def config(self, side: int, batch: int, dtype: str) -> Any:
@@ -31,17 +41,21 @@ class Jax(Contender):
             "model.compute_dtype": dtype,
             "data.crop": side,
             "batch": batch,
-            "loss.dice": 0.0,
-            "optimizer.schedule": "constant",
-            "optimizer.learning_rate": 1e-3,
-            "optimizer.weight_decay": 0.0,
-            "optimizer.clip_norm": 0.0,
-            "optimizer.ema_decay": 0.0,
-            "augment.flip": "false",
-            "augment.intensity": 0.0,
-            "augment.spatial": 0.0,
+            "mesh.space": self.space(side, batch),
+            **PUBLISHED_TRAINING,
         }
         return flags.load("all_targets", [f"--config.{name}={value}" for name, value in fields.items()])
+
+    def split(self, batch: int) -> int:
+        """Devices among which the batch is split: on a CPU, what cores it fills; one GPU."""
+        local = self.jax.devices()
+        return max(n for n in range(1, len(local) + 1) if batch % n == 0) if local[0].platform == "cpu" else 1
+
+    def space(self, side: int, batch: int) -> int:
+        """Devices that share a crop: the cores that the batch leaves idle, where it can be cut."""
+        local = self.jax.devices()
+        free = len(local) // self.split(batch) if local[0].platform == "cpu" else 1
+        return free if side % (8 * free) == 0 else 1
 
     def network(self, config: Any) -> Any:
         """With the shared weights, where it is the published network."""
@@ -63,7 +77,7 @@ class Jax(Contender):
         from neuronet_jax.mesh import make_mesh, put_batch, replicated
         from neuronet_jax.step import TrainState, make_optimizer, make_train_step
 
-        mesh = make_mesh(config, self.jax.devices()[:1])
+        mesh = make_mesh(config, self.jax.devices()[: self.split(config.batch) * config.mesh.space])
         graphdef, params, moments = nnx.split(self.network(config), nnx.Param, nnx.BatchStat, graph=False)
         optimizer = make_optimizer(config.optimizer, config.steps).init(params)
         step, skipped = self.jax.numpy.zeros((2,), np.int32)

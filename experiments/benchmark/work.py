@@ -9,6 +9,18 @@ import numpy as np
 from neuronet_jax.labels import PROTOCOLS
 
 FILTERS = (16, 32, 64, 128)  # published
+# Fields of the config with which the published network trains: cross-entropy, Adam at a constant rate, nothing else.
+PUBLISHED_TRAINING = {
+    "loss.dice": 0.0,
+    "optimizer.schedule": "constant",
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.ema_decay": 0.0,
+    "augment.flip": "false",
+    "augment.intensity": 0.0,
+    "augment.spatial": 0.0,
+}
 CLASSES = tuple(protocol.num_classes for protocol in PROTOCOLS.values())
 
 

@@ -23,7 +23,7 @@ class Network(nnx.Module):
         family = FAMILIES[config.family]
         self.protocols = protocols
         self.classes = tuple(PROTOCOLS[name].num_classes for name in protocols)
-        self.stride = 2 ** (len(config.filters) - 1)
+        self.stride = config.stride
         self.compute_dtype = compute_dtype(config)
         self.encoder = family.Encoder(config.filters, rng)
         self.decoders = family.Decoders(config.filters, dict(zip(protocols, self.classes, strict=True)), rng)
@@ -38,10 +38,10 @@ class Network(nnx.Module):
         return features, self.decoders(features, train)
 
     def loss_sums(
-        self, image: Float[Array, "b x y z 1"], labels: Integer[Array, "b p x y z"], train: bool
+        self, image: Float[Array, "b x y z 1"], labels: Integer[Array, "b p x y z"], train: bool, dice: bool = True
     ) -> head.Sums:
         """The sums over space that `losses.py` combines; never all scores at full resolution."""
-        return head.loss_sums(*self.features(image, train), labels, self.classes)
+        return head.loss_sums(*self.features(image, train), labels, self.classes, dice)
 
     def labels(self, image: Float[Array, "b x y z 1"]) -> Integer[Array, "b p x y z"]:
         """The most likely class of every voxel for each protocol, uint8; never all scores at full resolution."""

@@ -9,6 +9,7 @@ The folded axis is x. A mesh therefore splits y (see `mesh.py`): a split fold ax
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -30,7 +31,7 @@ def conv3d(
         x,
         kernel,
         cpu=lambda x, kernel: folded_conv3d(x, kernel, stride),
-        tpu=lambda x, kernel: folded_conv3d(x, kernel, stride),
+        tpu=lambda x, kernel: folded_conv3d(x, kernel, stride, blocks=False),
         default=lambda x, kernel: native_conv3d(x, kernel, stride),
     )
 
@@ -43,21 +44,41 @@ def native_conv3d(x: Array, kernel: Array, stride: int = 1) -> Array:
     )
 
 
-def folded_conv3d(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """The same sums as one 2-D convolution, x folded into the batch and its taps into the channels."""
+def folded_conv3d(x: Array, kernel: Array, stride: int = 1, blocks: bool = True) -> Array:
+    """The same sums as one 2-D convolution, x folded into the batch and its taps into the channels.
+
+    With `blocks`, a strided one whose kernel is a multiple of the stride becomes an unstrided one over blocks of
+    stride³ voxels, whose gradients are ordinary convolutions too: on CPU the transposed strided one would multiply
+    mostly zeros. On TPU, where x lies in the lanes, gathering the blocks costs more than that.
+    """
+    padding = [same_padding(n, k, stride) for n, k in zip(x.shape[1:4], kernel.shape[:3], strict=True)]
+    if blocks and stride > 1 and all(size % stride == 0 for size in kernel.shape[:3]):
+        x = _blocks_to_channels(jnp.pad(x, ((0, 0), *padding, (0, 0))), stride, first=1)
+        kernel = _blocks_to_channels(kernel, stride, first=0)
+        padding, stride = [(0, 0)] * 3, 1
     b, n, _, _, c = x.shape
     taps = kernel.shape[0]
-    out = -(-n // stride)
-    padded = jnp.pad(x, ((0, 0), same_padding(n, taps, stride), (0, 0), (0, 0), (0, 0)))
+    out = (n + sum(padding[0]) - taps) // stride + 1
+    padded = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
     shifted = [jax.lax.slice_in_dim(padded, t, t + (out - 1) * stride + 1, stride, axis=1) for t in range(taps)]
     stacked = jnp.concatenate(shifted, axis=-1)  # b u y z (taps c)
     planes = stacked.reshape(b * out, *stacked.shape[2:])  # (b u) y z (taps c)
     flat_kernel = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], taps * c, -1)  # j k (taps c) f
-    padding = [same_padding(n, k, stride) for n, k in zip(x.shape[2:4], kernel.shape[1:3], strict=True)]
     y = jax.lax.conv_general_dilated(
-        planes, flat_kernel, (stride,) * 2, padding, dimension_numbers=("NYZC", "YZIO", "NYZC")
+        planes, flat_kernel, (stride,) * 2, padding[1:], dimension_numbers=("NYZC", "YZIO", "NYZC")
     )
     return y.reshape(b, out, *y.shape[1:])
+
+
+def _blocks_to_channels(x: Array, side: int, first: int) -> Array:
+    """Blocks of side³ of the three axes from `first` on, which are multiples of it, become part of the channels after
+    them: [… x y z c …] to [… x/s y/s z/s (s s s c) …].
+    """
+    i, j, k, c = x.shape[first : first + 4]
+    split = x.reshape(*x.shape[:first], i // side, side, j // side, side, k // side, side, c, *x.shape[first + 4 :])
+    order = [first + axis for axis in (0, 2, 4, 1, 3, 5)]
+    sorted_ = split.transpose(*range(first), *order, *range(first + 6, split.ndim))
+    return sorted_.reshape(*x.shape[:first], i // side, j // side, k // side, side**3 * c, *x.shape[first + 4 :])
 
 
 def max_pool(x: Float[Array, "b x y z c"]) -> Float[Array, "b u v w c"]:
@@ -97,6 +118,15 @@ def upsample_axis(x: Array, axis: int) -> Array:
     """×2 linear upsampling along one axis."""
     stacked = jnp.stack(upsample_parts(x, axis), axis=axis + 1)
     return stacked.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
+
+
+def upsampling_matrix(n: int) -> Float[np.ndarray, "2n n"]:
+    """`upsample_axis` of n voxels as a matrix."""
+    matrix = np.zeros((n, 2, n + 2), np.float32)
+    rows = np.arange(n)
+    matrix[rows, :, rows + 1] = 0.75
+    matrix[rows, 0, rows] = matrix[rows, 1, rows + 2] = 0.25
+    return matrix[:, :, 1:-1].reshape(2 * n, n)
 
 
 def upsample(x: Float[Array, "b x y z c"]) -> Float[Array, "b 2x 2y 2z c"]:

@@ -48,13 +48,17 @@ class BatchNorm(nnx.Module):
         self.variance = nnx.BatchStat(jnp.asarray(ones))
 
     def __call__(self, x: Float[Array, "b x y z c"], train: bool) -> Float[Array, "b x y z c"]:
+        scale, shift = self.coefficients(x, train)
+        return x * _broadcast(scale, x) + _broadcast(shift, x)
+
+    def coefficients(self, x: Float[Array, "b x y z c"], train: bool) -> tuple[Array, Array]:
+        """The scale and shift per channel that normalise x."""
         if train:
             mean, variance = channel_moments(x)
             self.update(mean, variance, x.size // x.shape[-1])
         else:
             mean, variance = self.mean[...], self.variance[...]
-        scale, shift = self.affine(mean, variance)
-        return x * _broadcast(scale, x) + _broadcast(shift, x)
+        return self.affine(mean, variance)
 
     def affine(self, mean: Float[Array, " c"], variance: Float[Array, " c"]) -> tuple[Array, Array]:
         """The scale and shift per channel that these moments give."""
@@ -88,6 +92,20 @@ def channel_covariance(x: Float[Array, "b x y z c"]) -> tuple[Float[Array, " c"]
     return mean, jnp.einsum("bxyzc,bxyzd->cd", centred, centred) / count
 
 
+def normalised_conv(norm: BatchNorm, layer: Conv, x: Array, train: bool) -> Array:
+    """Norm, relu6, convolution.
+
+    The backward pass computes what the convolution read again, from x: half a step's memory would hold it else.
+    """
+
+    @jax.checkpoint
+    def forward(x: Array, scale: Array, shift: Array, kernel: Array) -> Array:
+        y = jax.nn.relu6(x * _broadcast(scale, x) + _broadcast(shift, x))
+        return conv.conv3d(y, kernel.astype(y.dtype), layer.stride)
+
+    return forward(x, *norm.coefficients(x, train), layer.kernel[...])
+
+
 class ResidualUnit(nnx.Module):
     """Pre-activation unit: norm, relu6, convolution, twice, added to the identity.
 
@@ -106,7 +124,7 @@ class ResidualUnit(nnx.Module):
         self.conv1 = Conv(3, filters, filters, rng=rng)
 
     def __call__(self, x: Float[Array, "b x y z c"], train: bool) -> Float[Array, "b u v w f"]:
-        y = self.conv0(jax.nn.relu6(self.norm0(x, train)))
-        y = self.conv1(jax.nn.relu6(self.norm1(y, train)))
+        y = normalised_conv(self.norm0, self.conv0, x, train)
+        y = normalised_conv(self.norm1, self.conv1, y, train)
         identity = conv.max_pool(x) if self.stride == 2 else x
         return y + jnp.pad(identity, ((0, 0),) * 4 + (self.padding,))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from neuronet_jax.models import conv
 from neuronet_jax.models.head import Readout
-from neuronet_jax.models.layers import BatchNorm, Conv, ResidualUnit, fan_in_uniform
+from neuronet_jax.models.layers import BatchNorm, Conv, ResidualUnit, fan_in_uniform, normalised_conv
 
 MOMENTUM = (
     0.95  # moving moments settle within 60 steps, so that short runs validate honestly (the published .99 takes 300)
@@ -36,7 +36,7 @@ class UpUnit(nnx.Module):
 
     def __call__(self, coarse: Array, fine: Array, train: bool) -> Array:
         x = fine + conv.upsample(self.lateral(coarse))
-        return x + self.conv(jax.nn.relu6(self.norm(x, train)))
+        return x + normalised_conv(self.norm, self.conv, x, train)
 
 
 class Encoder(nnx.Module):

@@ -12,14 +12,16 @@ from flax import nnx
 
 from experiments import evaluate, report
 from experiments.flags import load
+from neuronet_jax import quality, scoring
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.inference import Model
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.models.head import Readout
 from neuronet_jax.store import Record, Store, StoreWriter, Subject, sample_foreground
 
 GRID = (36, 40, 33)
 NAMES = ("fsl_fast", "fsl_first", "spm_tissue")  # of the store; the model predicts the first two
-AFFINE = tuple(tuple(row) for row in np.eye(4).tolist())
+AFFINE = tuple(tuple(row) for row in np.diag([2.0, 2, 2, 1]).tolist())
 
 
 class Threshold(nnx.Module):
@@ -28,6 +30,12 @@ class Threshold(nnx.Module):
     def labels(self, image: jax.Array) -> jax.Array:
         bright = (image[..., 0] > 0).astype(jnp.uint8)
         return jnp.stack([bright, bright], axis=1)
+
+    def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
+        classes = [PROTOCOLS[name].num_classes for name in NAMES[:2]]
+        readout = jnp.concatenate([jnp.where(jnp.arange(k) == 1, 1.0, 0.0) for k in classes])[None]  # c k
+        bias = jnp.concatenate([jnp.where(jnp.arange(k) > 1, -1e3, 0.0) for k in classes])
+        return [image, image[:, ::2, ::2, ::2]], Readout([readout, 0 * readout], [bias, 0 * bias])
 
 
 def _record(slot: int, split: str, present: tuple[bool, ...]) -> Record:
@@ -74,7 +82,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_every_subject_of_the_split_is_scored_once(model, store, tmp_path):
-    summaries = evaluate.evaluate(model, store, "test", tmp_path / "out")
+    summaries = evaluate.evaluate(model, store, "test", tmp_path / "out").dice
     assert (summaries["fsl_fast"].mean, summaries["fsl_fast"].subjects) == (1.0, 3)
     first = summaries["fsl_first"]  # of the 15 structures, two are in the maps: Dice 2/3 and 0
     assert (first.mean, first.minimum, first.sd, first.subjects) == (pytest.approx(1 / 3), pytest.approx(1 / 3), 0, 2)
@@ -112,6 +120,47 @@ def test_pictures_show_the_first_subjects(model, store, tmp_path):
     evaluate.evaluate(model, store, "test", tmp_path / "out")
     pictures = sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir())
     assert pictures == ["head1.png", "head1_fsl_fast.png", "head1_fsl_first.png", "head2.png", "head2_fsl_fast.png"]
+
+
+def test_surfaces_add_two_columns_and_count_what_was_missed(model, store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "restore", lambda run: model)
+    monkeypatch.setenv("COLUMNS", "160")
+    out = tmp_path / "out"
+    assert evaluate.main(["--run=x", f"--store={store.dest}", f"--out={out}", "--surfaces"]) == 0
+    rows = _rows(out / "dice.tsv")
+    assert tuple(rows[0]) == (*evaluate.COLUMNS, *evaluate.SURFACE_COLUMNS)
+    mine = {row["name"]: row for row in rows if (row["protocol"], row["subject"]) == ("fsl_first", "person0")}
+    one, two, three = (mine[structure.name] for structure in PROTOCOLS["fsl_first"].structures[1:4])
+    assert float(one["hd95_mm"]) == 10.0  # the prediction goes on for five voxels of 2 mm beyond the reference
+    assert 0.5 < float(one["nsd"]) < 1
+    assert (two["hd95_mm"], two["nsd"]) == ("inf", "0.000000")  # never predicted
+    assert (three["hd95_mm"], three["nsd"]) == ("nan", "nan")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["surfaces"]["fsl_fast"] == {"hd95_mm": 0.0, "nsd": 1.0, "missed": 0, "subjects": 3}
+    assert summary["surfaces"]["fsl_first"]["missed"] == 2 and summary["nsd_tolerance_mm"] == 2.0
+    assert summary["surfaces"]["fsl_first"]["hd95_mm"] is None  # half of them infinite: so is the median
+    assert "missed structures" in capsys.readouterr().out
+    assert report.main([f"--run={tmp_path}", f"--eval={out}", f"--out={tmp_path / 'report.html'}"]) == 0
+    assert "surface Dice at 2.0 mm" in (tmp_path / "report.html").read_text()
+
+
+def test_calibrate_writes_what_the_validation_heads_say(model, store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "restore", lambda run: model)
+    command = [f"--run={tmp_path}", f"--store={store.dest}", "--calibrate"]
+    assert evaluate.main(command) == 1 and "no subject in its validation split" in capsys.readouterr().err
+    monkeypatch.setattr(Store, "split", lambda store, name: [store.subjects[0], store.subjects[2]])
+    assert evaluate.main(command) == 0
+    assert "calibrated on 2 validation heads, too few for a threshold" in capsys.readouterr().out
+    found = quality.load(str(tmp_path), 7)
+    assert found is not None and found.heads == 2 and set(found.lines) == {"fsl_fast", "fsl_first"}
+    # the only head with this reference: half of what is predicted is right, and a line fits that but for the prior
+    line = found.lines["fsl_first"]
+    (sample,) = [scoring._sample(model, store, store.subjects[n]) for n in (0,)]
+    expected, true = sample["fsl_first"]
+    assert true[1] == pytest.approx(2 / 3) and true[2] == 0
+    calibrated = quality._predict(line, expected)
+    assert abs(calibrated[1] - true[1]) < abs(expected[1] - true[1])
+    assert "person" not in (tmp_path / quality.FILE).read_text()
 
 
 def test_refusals_say_what_to_change(model, store, tmp_path):

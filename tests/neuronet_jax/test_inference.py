@@ -10,14 +10,16 @@ from flax import nnx
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 from experiments.flags import load
-from neuronet_jax import inference, mesh, step
+from neuronet_jax import mesh, step, tiling
 from neuronet_jax.checkpoint import Checkpoints
 from neuronet_jax.errors import NeuronetError, RejectError
-from neuronet_jax.inference import Model, predict, receptive_margin, restore, segment
+from neuronet_jax.inference import Model, predict, restore, segment
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.metrics import dice_per_class, mean_dice
 from neuronet_jax.models import build
+from neuronet_jax.models.head import Readout
 from neuronet_jax.schema import StoreInfo
+from neuronet_jax.tiling import receptive_margin
 
 FILTERS = (2, 4)
 PROTOCOL_NAMES = ("fsl_fast", "fsl_first")
@@ -109,6 +111,13 @@ class Shells(nnx.Module):
     def labels(self, image: jax.Array) -> jax.Array:
         return jnp.sum(image > self.thresholds[...].reshape(1, 1, 1, 1, 2), axis=-1)[:, None].astype(jnp.uint8)
 
+    def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
+        """The same as scores: 0, v − t₁, 2v − t₁ − t₂, of which the largest changes at the thresholds; never WM."""
+        low, high = self.thresholds[...]
+        slopes, biases = jnp.array([[0.0, 1, 2, 0]]), jnp.stack([0 * low, -low, -low - high, -1e3 + 0 * low])
+        coarse = image[:, ::2, ::2, ::2]
+        return [image, coarse], Readout([slopes, 0 * slopes], [biases, 0 * biases])
+
 
 def _shells() -> Model:
     config = load("fsl_fast:demo")
@@ -129,11 +138,16 @@ def _ball(spacing_mm: tuple[float, float, float], tilt: float) -> nib.Nifti1Imag
 
 
 @pytest.mark.parametrize(
-    ("spacing_mm", "tilt"),
-    [((0.7, 0.7, 0.7), 0.0), ((1.2, 2.0, 3.0), 0.0), ((2.0, 2.0, 2.0), 0.5)],
-    ids=["fine", "anisotropic", "oblique"],
+    ("spacing_mm", "tilt", "turns"),
+    [
+        ((0.7, 0.7, 0.7), 0.0, (5, 22, 47)),
+        ((1.2, 2.0, 3.0), 0.0, (5, 22, 47)),
+        ((2.0, 2.0, 2.0), 0.5, (5, 22, 47)),
+        ((1.5, 2.0, 3.0), 0.3, range(48)),
+    ],
+    ids=["fine", "anisotropic", "oblique", "anisotropic and oblique"],
 )
-def test_F01_any_voxel_size_gives_labels_on_its_own_grid(spacing_mm, tilt):
+def test_F01_any_voxel_size_gives_labels_on_its_own_grid(spacing_mm, tilt, turns):
     image = _ball(spacing_mm, tilt)
     result = segment(_shells(), image)["fsl_fast"]
     assert result.shape == image.shape
@@ -141,7 +155,7 @@ def test_F01_any_voxel_size_gives_labels_on_its_own_grid(spacing_mm, tilt):
     ids = np.asarray(result.dataobj)
     # the same classifier without any resampling: only the faces, half a 2 mm voxel thick, may differ
     assert mean_dice(dice_per_class(segment(_shells(), image.get_fdata())["fsl_fast"], ids, 4)) > 0.95
-    for turn in (5, 22, 47):
+    for turn in turns:
         orientation = ORIENTATIONS[turn]
         affine = image.affine @ inv_ornt_aff(orientation, image.shape)
         turned = segment(_shells(), nib.Nifti1Image(apply_orientation(image.get_fdata(), orientation), affine))[
@@ -178,12 +192,12 @@ def test_F05_tiles_give_the_labels_of_the_whole_volume():
 def test_F05_windows_cover_an_axis_once_and_keep_the_margin():
     for side, tile, margin in [(96, 96, 8), (160, 96, 24), (512, 192, 80), (224, 192, 80)]:
         believed = np.zeros(side, int)
-        for start, kept in inference._windows(side, tile, margin):
+        for start, kept in tiling.windows(side, tile, margin):
             assert 0 <= start <= side - tile and start % 8 == 0
             assert kept.start == 0 or kept.start >= start + margin
             assert kept.stop == side or kept.stop <= start + tile - margin
             believed[kept] += 1
-        assert believed.min() >= 1
+        assert believed.min() == believed.max() == 1
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 7), (33, 31, 32), (9, 70, 20)])
@@ -196,9 +210,9 @@ def test_F05_shapes_share_compiled_programs():
     traced = []
 
     class Traced(Shells):
-        def labels(self, image: jax.Array) -> jax.Array:
+        def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
             traced.append(image.shape)
-            return super().labels(image)
+            return super().features(image)
 
     rng = np.random.default_rng(0)
     for side in (33, 40, 50, 64, 64, 65):
@@ -287,6 +301,9 @@ def test_restore_gives_the_best_checkpoint_with_averaged_weights(tmp_path, avera
     model = restore(tmp_path)
     assert (model.voxel_size_mm, model.provenance["step"]) == (2.0, 2)
     assert model.provenance["note"] == "made for a test" and model.provenance["split_hash"] == "abc"
+    assert restore(tmp_path).provenance == model.provenance and len(model.provenance["weights_sha256"]) == 64
+    both = restore(tmp_path, tmp_path)
+    assert both.provenance == {"ensemble": [model.provenance] * 2, "note": "made for a test"} and len(both.members) == 2
     expected = nnx.state(nnx.merge(graphdef, state.params, state.moments))
     for restored, fresh in zip(jax.tree.leaves(nnx.state(model.network)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(restored, fresh + 2, rtol=1e-6)

@@ -1,5 +1,6 @@
 """Laws of the label tables, and the facts in which they are easily got wrong."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -169,3 +170,14 @@ def test_the_tables_import_without_jax():
     program = "import sys, neuronet_jax; n = len(neuronet_jax.PROTOCOLS); print(n, 'jax' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout == "5 False\n"
+
+
+def test_a_table_has_a_name_of_its_own():
+    """That changes with what a label means, not with its colour."""
+    first, *others = PROTOCOLS["fsl_fast"].structures
+    swapped = (first, dataclasses.replace(others[0], name="GM"), *others[1:])
+    painted = (first, dataclasses.replace(others[0], color=(1, 2, 3)), *others[1:])
+    version = PROTOCOLS["fsl_fast"].version
+    assert dataclasses.replace(PROTOCOLS["fsl_fast"], structures=swapped).version != version
+    assert dataclasses.replace(PROTOCOLS["fsl_fast"], structures=painted).version == version
+    assert len({protocol.version for protocol in PROTOCOLS.values()}) == 4  # FAST and SPM have one table

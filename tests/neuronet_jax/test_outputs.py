@@ -8,15 +8,18 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from neuronet_jax import nifti, outputs
+from neuronet_jax import __version__, nifti, outputs
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
+from neuronet_jax.scans import Scan
+from neuronet_jax.segmentation import Options, Segmentation
 
 NAMES = ("fsl_fast", "malp_em", "malp_em_tissue")
 OBLIQUE = np.array([[-1.3, 0.2, 0.1, 40], [0.3, 1.1, -0.4, -60], [0.1, 0.5, 1.9, -50], [0, 0, 0, 1]])
@@ -44,16 +47,24 @@ def _maps(shape=(70, 80, 60)) -> dict[str, np.ndarray]:
     return {"fsl_fast": np.minimum(tissue, 3), "malp_em": malp_em, "malp_em_tissue": tissue}
 
 
+def _scans(*paths: Path) -> list[Scan]:
+    return [Scan(path, path.name) for path in paths]
+
+
+def _result(maps: dict[str, np.ndarray]) -> Segmentation:
+    return Segmentation(maps, {}, {})
+
+
 @pytest.fixture
 def target(tmp_path) -> outputs.Target:
-    return outputs.plan([tmp_path / "sub-01_ses-2_T1w.nii.gz"], tmp_path / "out", NAMES, False)[0]
+    return outputs.plan(_scans(tmp_path / "sub-01_ses-2_T1w.nii.gz"), tmp_path / "out", NAMES)[0]
 
 
 @pytest.fixture
 def written(tmp_path, target) -> tuple[nifti.Volume, dict[str, np.ndarray], outputs.Row]:
     volume, maps = _volume(target.source), _maps()
     outputs.prepare(target.out, NAMES, {"config": "demo"}, False)
-    return volume, maps, outputs.write(target, volume, maps, False)
+    return volume, maps, outputs.write(target, volume, _result(maps), False, {})
 
 
 @pytest.mark.parametrize(
@@ -74,14 +85,14 @@ def test_names_keep_bids_entities_or_become_alphanumeric(name, stem):
 
 def test_A40_a_name_without_letters_and_digits_is_refused(tmp_path):
     with pytest.raises(NeuronetError, match="E_ID"):
-        outputs.plan([tmp_path / "--.nii.gz"], tmp_path, NAMES, False)
+        outputs.plan(_scans(tmp_path / "--.nii.gz"), tmp_path, NAMES)
 
 
 def test_same_names_in_several_folders_are_told_apart(tmp_path):
-    targets = outputs.plan([tmp_path / "1000" / "T1.nii.gz", tmp_path / "1001" / "T1.nii.gz"], tmp_path, NAMES, False)
+    targets = outputs.plan(_scans(tmp_path / "1000" / "T1.nii.gz", tmp_path / "1001" / "T1.nii.gz"), tmp_path, NAMES)
     assert [target.stem for target in targets] == ["sub-1000T1", "sub-1001T1"]
     with pytest.raises(NeuronetError, match="would both be sub-01"):
-        outputs.plan([tmp_path / "a" / "sub-01_T1w.nii", tmp_path / "b" / "sub-01_T1w.nii"], tmp_path, NAMES, False)
+        outputs.plan(_scans(tmp_path / "a" / "sub-01_T1w.nii", tmp_path / "b" / "sub-01_T1w.nii"), tmp_path, NAMES)
 
 
 def test_F02_header_of_a_label_map(target, written):
@@ -103,11 +114,13 @@ def test_F02_header_of_a_label_map(target, written):
 
 def test_F07_the_same_head_gives_the_same_bytes(tmp_path, target, written):
     volume, maps, row = written
-    again = outputs.plan([target.source], tmp_path / "again", NAMES, False)[0]
+    again = outputs.plan(_scans(target.source), tmp_path / "again", NAMES)[0]
     outputs.prepare(again.out, NAMES, {"config": "demo"}, False)
-    assert outputs.write(again, volume, maps, False) == row
+    assert outputs.write(again, volume, _result(maps), False, {}) == row
     files = sorted(path.relative_to(target.out) for path in target.out.rglob("*") if path.is_file())
-    assert len(files) == 1 + 1 + 3 + 2 * 3 + 1
+    assert (
+        len(files) == 1 + 1 + 2 * 3 + 1 + 2 * 4 + 3
+    )  # .bidsignore, description, look-up tables, maps, tables and page
     for file in files:
         assert (target.out / file).read_bytes() == (again.out / file).read_bytes()
 
@@ -125,7 +138,7 @@ def test_F08_gzip_is_deterministic_and_a_failed_write_leaves_no_file(target, wri
     fresh = outputs.Target(target.source, target.out, "sub-02")
     for place in (fresh, target):
         with pytest.raises(NeuronetError, match="No space left"):
-            outputs.write(place, volume, maps, overwrite=True)
+            outputs.write(place, volume, _result(maps), True, {})
     assert path.read_bytes() == before
     assert list(fresh.folder.glob("*.nii.gz*")) == []
 
@@ -148,18 +161,12 @@ def test_F08_a_killed_writer_leaves_whole_files_only(tmp_path):
     assert len({gzip.decompress(file.read_bytes()) for file in files}) == 1
 
 
-def test_F09_results_that_exist_are_kept_without_overwrite(target, written):
-    with pytest.raises(NeuronetError, match="give --overwrite"):
-        outputs.plan([target.source], target.out, NAMES, False)
-    assert outputs.plan([target.source], target.out, NAMES, True) == [target]
-
-
 def test_F09_an_input_is_never_overwritten(target, written):
     label_map = target.labels("malp_em")
     link = label_map.parent / "sub-01_ses-2_T1w.nii.gz"
     link.symlink_to(label_map)
     with pytest.raises(NeuronetError, match="is an input and would be overwritten"):
-        outputs.plan([link], target.out, NAMES, True)
+        outputs.plan(_scans(link), target.out, NAMES)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
@@ -230,23 +237,60 @@ def test_G06_look_up_tables_and_description(target, written):
     assert description["GeneratedBy"][0]["Name"] == "NeuroNet-JAX"
 
 
+def test_colours_for_viewers_are_those_of_the_label_tables(target, written):
+    lines = (target.out / "seg-malpem_lut.txt").read_text().splitlines()
+    rows = [line.split() for line in lines if not line.startswith("#")]
+    assert len(rows) == 139 and rows[0] == ["0", "Background", "0", "0", "0", "0"]
+    for (index, name, *color), s in zip(rows, PROTOCOLS["malp_em"].structures, strict=True):
+        assert (int(index), name, tuple(map(int, color))) == (s.id, s.name, (*s.color, 0))
+
+
+def test_posteriors_are_float32_on_the_grid_of_the_input(tmp_path, target):
+    wanted = ("malp_em:LeftHippocampus", "malp_em:CerebellarVermalLobulesI-V")
+    volume, maps = _volume(target.source), _maps()
+    values = np.random.default_rng(0).random(volume.data.shape, np.float32)
+    outputs.prepare(target.out, NAMES, {}, False)
+    outputs.write(target, volume, Segmentation(maps, {}, dict.fromkeys(wanted, values)), False, {})
+    names = sorted(path.name for path in target.folder.glob("*_probseg.*"))
+    stem = "sub-01_ses-2_seg-malpem_label"
+    assert names == [
+        f"{stem}-{label}_probseg{suffix}"
+        for label in ("CerebellarVermalLobulesIV", "LeftHippocampus")
+        for suffix in (".json", ".nii.gz")
+    ]
+    image = nib.Nifti1Image.from_filename(target.posterior(wanted[0]))
+    assert image.get_data_dtype() == np.float32 and image.header["cal_max"] == 1
+    np.testing.assert_array_equal(np.asarray(image.dataobj), values)
+    np.testing.assert_allclose(image.get_sform(), volume.affine, atol=1e-6)
+    assert target.posterior(wanted[0]).read_bytes()[4:8] == b"\0\0\0\0"  # mtime 0
+    link = target.folder / "sub-01_ses-2_T1w.nii.gz"
+    link.symlink_to(target.posterior(wanted[1]))
+    with pytest.raises(NeuronetError, match="is an input and would be overwritten"):
+        outputs.plan(_scans(link), target.out, (), wanted)
+
+
+def test_sidecars_say_what_made_the_map(tmp_path, target):
+    volume = replace(_volume(target.source), warnings=("W_NAN", "W_OBLIQUE"))
+    members = [{"config": "tissue", "weights_sha256": "aa"}, {"config": "tissue", "weights_sha256": "bb"}]
+    provenance = {"ensemble": members, "note": "synthetic", **Options(flip=True).changed()}
+    outputs.prepare(target.out, NAMES, provenance, False)
+    outputs.write(target, volume, _result(_maps()), False, provenance)
+    sidecar = json.loads(target.labels("malp_em").with_name("sub-01_ses-2_seg-malpem_dseg.json").read_text())
+    assert sidecar["WeightsSHA256"] == ["aa", "bb"] and sidecar["Note"] == "synthetic"
+    assert sidecar["Version"] == __version__ and sidecar["LabelTableSHA256"] == PROTOCOLS["malp_em"].version
+    assert sidecar["Repairs"] == ["voxels that were NaN or infinite were set to 0"]
+    description = json.loads((target.out / "dataset_description.json").read_text())["GeneratedBy"][0]["Description"]
+    assert json.loads(description)["flip"] is True
+    assert json.loads(description)["label_tables_sha256"]["fsl_fast"] == PROTOCOLS["fsl_fast"].version
+    with pytest.raises(NeuronetError, match="another model"):  # nor are results of other options mixed in
+        outputs.prepare(target.out, NAMES, {"ensemble": members, "note": "synthetic"}, False)
+
+
 def test_G06_the_tree_passes_the_bids_validator(target, written):
     validator = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent))
     if validator is None:
-        pytest.skip("needs bids-validator-deno (pip install bids-validator-deno)")
-    outputs.write_summary(target.out, [written[2]])
+        pytest.skip("needs bids-validator-deno, as the dev extra brings it")
+    outputs.write_summary(target.out / "summary.tsv", [written[2]])
     found = subprocess.run([validator, "--json", str(target.out)], capture_output=True, text=True, check=False)
     issues = json.loads(found.stdout)["issues"]["issues"]
     assert [issue for issue in issues if issue["severity"] == "error"] == []
-
-
-def test_F04_quality_flags_what_is_no_head():
-    brain = np.zeros((120, 120, 120), np.uint8)
-    brain[10:110, 10:110, 10:110] = 1
-    maps = {"malp_em": brain, "malp_em_tissue": MALP_EM_TO_TISSUE[brain], "fsl_fast": brain}
-    assert outputs.quality(maps, np.eye(4)) == (1.0, ())
-    wrong = np.where(brain > 0, 5, 0).astype(np.uint8)
-    score, warnings = outputs.quality({**maps, "malp_em_tissue": wrong}, np.eye(4))
-    assert score == 0 and warnings == ("W_AGREEMENT",)
-    assert outputs.quality({"fsl_fast": brain}, np.diag([0.5, 1, 1, 1]))[1] == ("W_BRAIN_VOLUME",)
-    assert outputs.quality({"fsl_first": brain}, np.diag([0.5, 1, 1, 1]))[1] == ()

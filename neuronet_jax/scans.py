@@ -1,0 +1,105 @@
+"""Which scans a command line means: files, folders, BIDS datasets and lists."""
+
+import csv
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from neuronet_jax.errors import NeuronetError
+
+IMAGES = (".nii.gz", ".nii", ".mgz")
+_NOT_SCANS = ("derivatives", "sourcedata")  # of a BIDS dataset: results, and what was there before its conversion
+
+
+class Scan(NamedTuple):
+    path: Path
+    name: str  # what its results are named after: its file name, or the id that a list gives it
+
+
+def find(inputs: Sequence[str]) -> list[Scan]:
+    """The scans that are meant, each once: files, folders, BIDS datasets and lists (`@FILE`), in the order given.
+
+    A file need not exist: it is one bad input among others. Raises NeuronetError for a folder or list without scans.
+    """
+    found: dict[str, Scan] = {}
+    for text in inputs:
+        path = Path(text)
+        if text.startswith("@"):
+            scans = _listed(Path(text[1:]))
+        elif path.is_dir():
+            scans = [Scan(file, file.name) for file in _in_folder(path)]
+        else:
+            scans = [Scan(path, path.name)]
+        for scan in scans:
+            found.setdefault(os.path.abspath(scan.path), scan)
+    return list(found.values())
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """The T1w images of a BIDS dataset or of a part of one; of any other folder also the images directly in it.
+
+    Of those, BIDS names of other kinds (`sub-01_T2w.nii.gz`) count only where there is nothing else.
+    """
+    is_bids = _is_raw_bids(folder)
+    scans = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in _NOT_SCANS and not name.startswith(".")]
+        if not is_bids or Path(place).name == "anat":
+            scans += [Path(place, name) for name in names if name.endswith(("_T1w.nii.gz", "_T1w.nii"))]
+    if not is_bids:
+        direct = [path for path in folder.iterdir() if path.name.lower().endswith(IMAGES)]
+        scans = [*scans, *(path for path in direct if not path.name.startswith("sub-"))] or direct
+    scans = sorted({path for path in scans if not path.name.startswith(".")})
+    if not scans:
+        raise NeuronetError(
+            f"{folder} holds no *_T1w.nii.gz at any depth, and no .nii.gz, .nii or .mgz itself: name the files, such "
+            f"as {folder}/*/T1.nii.gz (DICOM files: convert them with dcm2niix)"
+        )
+    return scans
+
+
+def _is_raw_bids(folder: Path) -> bool:
+    """Whether this is the root of a raw BIDS dataset. Raises NeuronetError for one of another type."""
+    description = folder / "dataset_description.json"
+    if not description.exists():
+        return False
+    try:
+        kind = json.loads(description.read_text(encoding="utf-8")).get("DatasetType", "raw")  # BIDS' own default
+    except (OSError, ValueError, AttributeError) as error:
+        raise NeuronetError(f"{description} cannot be read: {error}") from error
+    if kind != "raw":
+        raise NeuronetError(f"{folder} is a BIDS dataset of the type {kind!r}: give the raw one, or name its images")
+    return True
+
+
+def _listed(path: Path) -> list[Scan]:
+    """One path per line, or a table (.csv, .tsv) with the column `t1` and, to name the results by, `id`.
+
+    Paths are absolute or relative to the list, as in the manifest of `data_prep.build`, which is such a table.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # without the mark that spreadsheets put at the start
+    except (OSError, ValueError) as error:
+        raise NeuronetError(f"the list {path} cannot be read: {error}") from error
+    if path.suffix in (".csv", ".tsv"):
+        table = csv.DictReader(text.splitlines(), delimiter="," if path.suffix == ".csv" else "\t")
+        if "t1" not in (table.fieldnames or []):
+            raise NeuronetError(f"{path} has the columns {table.fieldnames}, but no 't1': name the column of the scans")
+        rows = [((row["t1"] or "").strip(), (row.get("id") or "").strip()) for row in table]
+    else:
+        rows = [(line.strip(), "") for line in text.splitlines() if not line.startswith("#")]
+    scans = [Scan(path.parent / file, _name(identity) or Path(file).name) for file, identity in rows if file]
+    if not scans:
+        raise NeuronetError(f"the list {path} names no scans")
+    return scans
+
+
+def _name(identity: str) -> str:
+    """As BIDS would name the scan of a subject; empty without an id."""
+    label = identity.removeprefix("sub-")
+    if identity and not re.fullmatch("[A-Za-z0-9]+", label):
+        raise NeuronetError(f"E_ID: an id is letters and digits (A-Z, a-z, 0-9), got {identity!r}")
+    return f"sub-{label}_T1w.nii.gz" if identity else ""

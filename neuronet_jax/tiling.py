@@ -1,0 +1,107 @@
+"""Volumes too large for the device, in tiles whose labels equal those of the whole volume."""
+
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import jax
+
+from neuronet_jax.devices import TURNS
+
+MEMORY_SHARE = 0.6  # of the device's memory that one volume may take
+# How XLA says so: at once; where a program was dispatched before its inputs; and where the CPU's library of kernels got
+# no room for its own temporaries, which it calls an error without more.
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "YNNPACK operation failed")
+Result = TypeVar("Result")
+Shape = tuple[int, ...]
+
+
+class Tile(NamedTuple):
+    """A box of voxels, and the part of it that is believed; both in voxels of the whole volume."""
+
+    inside: tuple[slice, ...]
+    kept: tuple[slice, ...]
+
+    @property
+    def starts(self) -> Shape:
+        return tuple(side.start for side in self.inside)
+
+    def within(self, box: tuple[slice, ...]) -> "Tile":
+        """Believed in no more than a box."""
+        pairs = zip(self.kept, box, strict=True)
+        return Tile(self.inside, tuple(slice(max(k.start, b.start), min(k.stop, b.stop)) for k, b in pairs))
+
+
+def tiles(shape: Shape, tile: Shape, margin: int) -> Iterator[Tile]:
+    """Tiles of one shape that cover the volume."""
+    for boxes in itertools.product(*(windows(n, t, margin) for n, t in zip(shape, tile, strict=True))):
+        starts, kept = zip(*boxes, strict=True)
+        yield Tile(tuple(slice(a, a + t) for a, t in zip(starts, tile, strict=True)), kept)
+
+
+def windows(side: int, tile: int, margin: int) -> Iterator[tuple[int, slice]]:
+    """Where the tiles of an axis start, and which part of the axis each of them is believed on: each voxel once.
+
+    A tile's labels differ from the whole volume's only within `margin` of its faces that cut through the volume.
+    """
+    if tile >= side:
+        yield 0, slice(0, side)
+        return
+    believed = 0
+    for start in [*range(0, side - tile, tile - 2 * margin), side - tile]:
+        end = start + tile - margin if start < side - tile else side
+        yield start, slice(believed, end)
+        believed = end
+
+
+def tile_shape(bucket: Shape, budget: int, step: int, margin: int) -> Shape:
+    """The bucket, its longest sides halved until it fits the budget of voxels or halos would leave nothing."""
+    least = 2 * margin + step
+    least = -(-least // step) * step
+    tile = list(bucket)
+    while math.prod(tile) > budget and max(tile) > least:
+        axis = tile.index(max(tile))
+        tile[axis] = max(least, -(-tile[axis] // 2 // step) * step)
+    return tuple(tile)
+
+
+def with_smaller_tiles(run: Callable[[Shape], Result], bucket: Shape, budget: int, step: int, margin: int) -> Result:
+    """`run(tile)` with tiles that should fit the device, halved again as often as its memory runs out."""
+    tile = tile_shape(bucket, budget, step, margin)
+    while True:
+        try:
+            with TURNS.take():
+                return run(tile)
+        except jax.errors.JaxRuntimeError as error:
+            smaller = tile_shape(tile, math.prod(tile) // 2, step, margin)
+            if not any(sign in str(error) for sign in _OUT_OF_MEMORY) or smaller == tile:
+                raise
+            warnings.warn(f"the device ran out of memory with tiles of {tile}; going on with {smaller}", stacklevel=2)
+            tile = smaller
+
+
+def receptive_margin(filters: tuple[int, ...]) -> int:
+    """Voxels beyond which the image cannot change a label, for both families, as a multiple of the coarsest stride.
+
+    Each scale s down adds 4·2ˢ (a strided kernel of 4 and three of 3), the way back up at most 3·2ˢ⁻¹ (one kernel of 3,
+    one linear interpolation), the first convolution 1, interpolation between a voxel and the next 1.
+    """
+    scales = range(1, len(filters))
+    reach = 2 + sum(4 * 2**s for s in scales) + sum(3 * 2 ** (s - 1) for s in scales)
+    stride = 2 ** (len(filters) - 1)
+    return -(-reach // stride) * stride
+
+
+def memory_bytes() -> int:
+    """What the first device can hold; on CPU, the machine's memory or what the container or job may use of it."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if limit := statistics.get("bytes_limit"):
+        return limit
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    granted = Path("/sys/fs/cgroup/memory.max")
+    text = granted.read_text().strip() if granted.exists() else "max"
+    return machine if text == "max" else min(machine, int(text))

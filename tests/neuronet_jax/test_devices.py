@@ -1,0 +1,114 @@
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.flags import load
+from neuronet_jax import devices
+from neuronet_jax.model import Model
+from neuronet_jax.models import build
+from neuronet_jax.tiling import with_smaller_tiles
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONWARNINGS": "default", "XLA_FLAGS": "", **environment}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_F06_an_accelerator_that_is_not_there_gives_way_to_the_cpu(platform):
+    if any(device.platform != "cpu" for device in jax.devices()):
+        pytest.skip("needs a machine without an accelerator")
+    code = (
+        "from neuronet_jax import devices; print(devices.start()); import jax; print(jax.device_get(jax.numpy.ones(1)))"
+    )
+    result = _python(code, JAX_PLATFORMS=platform)
+    assert result.returncode == 0, result.stderr
+    assert f"JAX_PLATFORMS={platform}: " in result.stderr and "going on with the CPU" in result.stderr
+    assert result.stdout == f"no GPU or TPU found, running on {devices.cores()} CPU cores\n[1.]\n"
+
+
+LIMITED = """
+import resource
+from dataclasses import replace
+import numpy as np
+from experiments.flags import load
+from neuronet_jax.inference import Model, segment
+from neuronet_jax.models import build
+
+config = load("all_targets:demo")
+names = ("fsl_fast", "fsl_first")
+config = replace(config, protocols=names, model=replace(config.model, filters=(8, 8), compute_dtype="float32"))
+model = Model(build(config.model, names, seed=3), config, 2.0)
+head = np.random.default_rng(0).normal(100, 10, (160, 160, 160)).astype(np.float32)
+expected = segment(replace(model, max_voxels=head.size // 2), head)  # and compiles the programs of tiles
+status = dict(line.split(":") for line in open("/proc/self/status"))
+# the whole volume needs 630 MiB at once, the next smaller tiles 250
+limit = (int(status["VmSize"].split()[0]) << 10) + (550 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+labels = segment(model, head)
+print([float(np.mean(labels[name] == expected[name])) for name in names])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_F06_memory_that_really_runs_out_goes_on_with_smaller_tiles():
+    result = _python(LIMITED)
+    assert result.returncode == 0, result.stderr
+    assert "the device ran out of memory with tiles of (160, 160, 160); going on with" in result.stderr
+    assert result.stdout == "[1.0, 1.0]\n"
+
+
+def test_F06_other_errors_of_the_device_are_raised():
+    def run(tile):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the cable is loose")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="cable"):
+        with_smaller_tiles(run, (64, 64, 64), 64**3, 8, 8)
+
+
+def test_threads_take_turns_on_the_device_and_their_time_is_counted():
+    at_work, most = [], []
+
+    def run(tile):
+        at_work.append(tile)
+        most.append(len(at_work))
+        time.sleep(0.02)
+        at_work.pop()
+
+    before_s = devices.TURNS.taken_s
+    threads = [threading.Thread(target=with_smaller_tiles, args=(run, (8,) * 3, 512, 8, 8)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 5
+    assert 0.1 <= devices.TURNS.taken_s - before_s < 1
+
+
+def test_a_head_takes_as_long_as_its_voxels_at_the_network_s_size():
+    expected_s = devices.expected_s((200, 200, 160), (1, 1, 1.25), 2.0)
+    assert expected_s == pytest.approx(devices.CPU_S_PER_MILLION / devices.cores())  # 100³ voxels of 2 mm
+
+
+def test_a_volume_is_split_over_the_cores_and_labelled_the_same(monkeypatch):
+    config = load("all_targets:demo")
+    config = replace(config, model=replace(config.model, filters=(4, 6), compute_dtype="float32"))
+    model = Model(build(config.model, config.protocols, seed=3), config, 2.0)
+    image = np.random.default_rng(0).normal(size=(1, 8, 24, 8, 1)).astype(np.float32)
+    monkeypatch.setattr(devices, "cores", lambda: 1)  # more devices than cores: somebody tests sharding
+    whole = model.labels(image)
+    assert isinstance(devices.over_cores(image, 2, 2), np.ndarray)
+    monkeypatch.setattr(devices, "cores", lambda: 8)
+    split = devices.over_cores(image, 2, 2)
+    assert split.sharding.num_devices == 6  # 24 is cut into six by multiples of 2; eight would cut a coarse voxel
+    np.testing.assert_array_equal(model.labels(image), whole)
