@@ -3,6 +3,7 @@
     python -m experiments.benchmark                         a training step and inference, against PyTorch
     python -m experiments.benchmark --size=128 --dtype=bfloat16 --against=torch-compile,torch-eager:float32    on a GPU
     python -m experiments.benchmark --what=head --against=jax-whole,torch-eager,dipy    a whole head, also classically
+    python -m experiments.benchmark --against=tensorflow@tf-2.15/bin/python    in an environment of its own
     python -m experiments.benchmark --input                 the input pipeline, alone and under a training step
     python -m experiments.benchmark --topology=v5e:2x4      a TPU slice, compiled for ahead of time (extra `tpu`)
 
@@ -18,13 +19,14 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.benchmark.contender import Job
-from experiments.benchmark.race import Failed, agreement, race, table
+from experiments.benchmark.race import Failed, Result, agreement, race, table
 from experiments.benchmark.serve import CONTENDERS
 
 
@@ -47,18 +49,28 @@ def template_head(path: Path) -> None:
 
 
 def contenders(arguments: argparse.Namespace, what: str, head: str) -> list[Job]:
-    """Ours first, then the others: NAME or NAME:DTYPE."""
+    """Ours first, then the others: NAME[:DTYPE][@PYTHON]."""
     jobs = []
     for entry in ["jax", *filter(None, arguments.against.split(","))]:
-        name, _, dtype = entry.partition(":")
+        contender, _, python = entry.partition("@")
+        name, _, dtype = contender.partition(":")
+        if python and not os.access(python, os.X_OK):
+            raise SystemExit(
+                f"--against={entry}: after @ comes the Python of another environment; {python} does not run"
+            )
         if name not in CONTENDERS:
             raise SystemExit(f"--against takes {', '.join(CONTENDERS)}, got {name!r}")
         if dtype not in ("", "float32", "bfloat16"):
             raise SystemExit(f"--against={entry}: the dtypes are float32 and bfloat16, got {dtype!r}")
         if (name == "dipy" and what != "head") or (name == "jax-whole" and what != "head"):
             continue  # these segment whole heads only
-        jobs.append(Job(name, dtype or arguments.dtype, what, arguments.size, arguments.batch, head))
+        jobs.append(Job(name, dtype or arguments.dtype, what, arguments.size, arguments.batch, head, python))
     return jobs
+
+
+def versions(results: Sequence[Result]) -> list[str]:
+    """A line for each contender: with which versions it ran."""
+    return [f"{r.job.label}: " + ", ".join(f"{k} {v}" for k, v in r.about.items()) + "." for r in results if r.about]
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -72,7 +84,7 @@ def compare(arguments: argparse.Namespace) -> None:
         if "head" in whats:
             template_head(head)
         jobs = {what: contenders(arguments, what, str(head)) for what in whats}
-        unique = {job.contender: job for job in jobs[whats[0]]}
+        unique = {job.label: job for job in jobs[whats[0]]}
         differences = agreement(list(unique.values()))
         lines = [f"# Benchmark\n\n{machine()}. Crop {arguments.size}³, batch {arguments.batch}, five protocols, "]
         lines[0] += f"medians of {arguments.repeats} alternating runs.\n"
@@ -85,8 +97,7 @@ def compare(arguments: argparse.Namespace) -> None:
             results = race(jobs[what], arguments.repeats)
             lines += ["", table(results)]
             everything[what] = [dataclasses.asdict(r) | {"median": r.median} for r in results]
-        versions = {k: v for r in results for k, v in r.about.items()}
-        lines += ["", ", ".join(f"{k} {v}" for k, v in versions.items()) + "."]
+        lines += ["", *versions(results)]
     text = "\n".join(lines) + "\n"
     print(text)
     (out / "benchmark.md").write_text(text)
@@ -101,7 +112,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--what", default="train,inference", help="of train, inference, head")
-    parser.add_argument("--against", default="torch-eager,torch-compile,jax-plain", help="NAME[:DTYPE], by commas")
+    parser.add_argument(
+        "--against", default="torch-eager,torch-compile,jax-plain", help="NAME[:DTYPE][@PYTHON], by commas"
+    )
     parser.add_argument("--out", default="runs/benchmark")
     parser.add_argument("--input", action="store_true", help="measure the input pipeline")
     parser.add_argument("--store", default="", help="with --input: whose (default: demo heads enlarged to 1 mm)")

@@ -26,6 +26,12 @@ class Job:
     side: int  # voxels of the cubic crop
     batch: int
     head: str  # .npy file of the whole head, raw intensities [x y z]
+    python: str = ""  # interpreter of another environment; empty: this one
+
+    @property
+    def label(self) -> str:
+        """How tables call it: the contender and, where it has an environment of its own, that one's folder."""
+        return f"{self.contender}@{Path(self.python).parent.parent.name}" if self.python else self.contender
 
 
 class Contender:

@@ -30,7 +30,12 @@ class Process:
 
     def __init__(self, job: Job):
         self.job = job
-        command = [sys.executable, "-m", "experiments.benchmark.serve", json.dumps(dataclasses.asdict(job))]
+        command = [
+            job.python or sys.executable,
+            "-m",
+            "experiments.benchmark.serve",
+            json.dumps(dataclasses.asdict(job)),
+        ]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -73,7 +78,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        return f"{self.job.contender}:{self.job.dtype}"
+        return f"{self.job.label}:{self.job.dtype}"
 
     @property
     def median(self) -> float:
@@ -97,17 +102,17 @@ def agreement(jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
     numbers: dict[str, dict[str, np.ndarray]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for job in jobs:
-            path = Path(folder) / f"{job.contender}.npz"
+            path = Path(folder) / f"{len(numbers)}.npz"
             with Process(job) as process:
                 try:
                     compared = process.ask(do="numbers", path=str(path))["compared"]
                 except Failed as failure:
                     if job is jobs[0]:
                         raise
-                    print(f"{job.contender} does not run: {failure}")
+                    print(f"{job.label} does not run: {failure}")
                     continue
             if compared:
-                numbers[job.contender] = dict(np.load(path))
+                numbers[job.label] = dict(np.load(path))
     names = list(numbers)
     return {name: _differences(name, numbers[name], names[0], numbers[names[0]]) for name in names[1:]}
 
@@ -169,18 +174,18 @@ def table(results: Sequence[Result]) -> str:
     The peak is the whole process's, compilation included; the running peak counts from the second piece of work on.
     """
     first = results[0]
-    ratio = f"÷ {first.job.contender}"
+    ratio = f"÷ {first.job.label}"
     lines = [
         f"| {first.job.what} | dtype | seconds | range | {ratio} | peak GiB | {ratio} | running GiB | {ratio} |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         if r.failure:
-            lines.append(f"| {r.job.contender} | {r.job.dtype} | {r.failure} | | | | | | |")
+            lines.append(f"| {r.job.label} | {r.job.dtype} | {r.failure} | | | | | | |")
             continue
         spread = f"{min(r.seconds):.3f} to {max(r.seconds):.3f}"
         lines.append(
-            f"| {r.job.contender} | {r.job.dtype} | {r.median:.3f} | {spread} | {r.median / first.median:.2f} "
+            f"| {r.job.label} | {r.job.dtype} | {r.median:.3f} | {spread} | {r.median / first.median:.2f} "
             f"| {r.peak:.2f} | {r.peak / first.peak:.2f} | {r.running:.2f} | {r.running / first.running:.2f} |"
         )
     return "\n".join(lines)

@@ -2,7 +2,8 @@
 
 That implementation itself needs TensorFlow 1; its graph is rebuilt here under `tf.function`: SAME convolutions, unfused
 batch normalisation, upsampling by a transposed convolution whose kernel mixes all channels, zeros off its diagonal.
-TensorFlow is no extra: `pip install tensorflow` in the environment of the benchmark.
+TensorFlow is no extra: `pip install tensorflow` in the environment of the benchmark or, for versions that do not fit
+beside it (numpy below 2), in one of its own: `--against=tensorflow@tf-2.15/bin/python`.
 """
 
 from collections.abc import Callable

@@ -7,6 +7,8 @@ in the channels, so that one 2-D convolution of k times the channels does the wo
 The folded axis is x. A mesh therefore splits y (see `mesh.py`): a split fold axis would have to be gathered.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,8 +56,7 @@ def folded_conv3d(x: Array, kernel: Array, stride: int = 1, blocks: bool = True)
     padding = [same_padding(n, k, stride) for n, k in zip(x.shape[1:4], kernel.shape[:3], strict=True)]
     if blocks and stride > 1 and all(size % stride == 0 for size in kernel.shape[:3]):
         x = _blocks_to_channels(jnp.pad(x, ((0, 0), *padding, (0, 0))), stride, first=1)
-        kernel = _blocks_to_channels(kernel, stride, first=0)
-        padding, stride = [(0, 0)] * 3, 1
+        return _sum_of_taps(x, _blocks_to_channels(kernel, stride, first=0))
     b, n, _, _, c = x.shape
     taps = kernel.shape[0]
     out = (n + sum(padding[0]) - taps) // stride + 1
@@ -68,6 +69,53 @@ def folded_conv3d(x: Array, kernel: Array, stride: int = 1, blocks: bool = True)
         planes, flat_kernel, (stride,) * 2, padding[1:], dimension_numbers=("NYZC", "YZIO", "NYZC")
     )
     return y.reshape(b, out, *y.shape[1:])
+
+
+@jax.custom_vjp
+def _sum_of_taps(x: Float[Array, "b x y z c"], kernel: Float[Array, "i j k c f"]) -> Float[Array, "b u v w f"]:
+    """Convolution without padding: one product for the taps of the kernel side by side, then the sum of its shifts.
+
+    For few taps of many channels: a matrix product runs near the CPU's peak, where XLA's convolution of 2² taps of 256
+    channels ran at a fifth of it. Its gradients are products of the same size.
+    """
+    columns = x @ _taps_side_by_side(kernel)
+    f = kernel.shape[-1]
+    parts = [
+        jax.lax.slice(columns, (0, *first, t * f), (x.shape[0], *end, (t + 1) * f))
+        for t, (first, end) in enumerate(_windows(x, kernel))
+    ]
+    return sum(parts[1:], parts[0])
+
+
+def _sum_of_taps_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _sum_of_taps(x, kernel), (x, kernel)
+
+
+def _sum_of_taps_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    shifted = [
+        jnp.pad(gradient, ((0, 0), *((a, n - b) for a, b, n in zip(first, end, x.shape[1:4], strict=True)), (0, 0)))
+        for first, end in _windows(x, kernel)
+    ]
+    columns = jnp.concatenate(shifted, axis=-1)  # b x y z (taps f)
+    by_kernel = jnp.einsum("bxyzc,bxyzf->cf", x, columns, preferred_element_type=jnp.float32).astype(kernel.dtype)
+    c, f = kernel.shape[3:]
+    by_kernel = jnp.moveaxis(by_kernel.reshape(c, *kernel.shape[:3], f), 0, 3)
+    return columns @ _taps_side_by_side(kernel).T, by_kernel
+
+
+_sum_of_taps.defvjp(_sum_of_taps_forward, _sum_of_taps_backward)
+
+
+def _taps_side_by_side(kernel: Float[Array, "i j k c f"]) -> Float[Array, "c taps*f"]:
+    return jnp.moveaxis(kernel, 3, 0).reshape(kernel.shape[3], -1)
+
+
+def _windows(x: Array, kernel: Array) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """First and end of the voxels that each tap meets."""
+    sides = [n - taps + 1 for n, taps in zip(x.shape[1:4], kernel.shape[:3], strict=True)]
+    firsts = itertools.product(*map(range, kernel.shape[:3]))
+    return [(first, tuple(a + n for a, n in zip(first, sides, strict=True))) for first in firsts]
 
 
 def _blocks_to_channels(x: Array, side: int, first: int) -> Array:

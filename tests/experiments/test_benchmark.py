@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import sys
+import venv
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -59,6 +61,18 @@ def test_ratios_are_to_the_first_and_failures_say_why():
     assert rows[3] == "| torch-eager | float32 | 7.000 | 6.000 to 8.000 | 3.50 | 5.00 | 2.50 | 4.00 | 4.00 |"
     assert "OutOfMemoryError: no room" in rows[4]
     assert len({row.count("|") for row in rows}) == 1
+
+
+def test_a_contender_runs_in_the_environment_it_names(tmp_path):
+    """Nothing is installed there but NumPy, which this one lends it: the contender says what it lacks."""
+    environment = tmp_path / "alone"
+    venv.create(environment, symlinks=True)
+    packages = next(environment.glob("lib/python*/site-packages"))
+    (packages / "numpy").symlink_to(Path(np.__file__).parent)
+    job = dataclasses.replace(JOB, contender="tensorflow", python=str(environment / "bin" / "python"))
+    assert job.label == "tensorflow@alone"
+    with race.Process(job) as process, pytest.raises(race.Failed, match="No module named 'tensorflow'"):
+        process.ask(do="numbers", path="")
 
 
 def test_device_memory_counts_before_that_of_the_process():
