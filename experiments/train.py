@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from data_prep.demo import ensure_demo_store
 from experiments import flags
-from neuronet_jax import devices, quality
+from neuronet_jax import devices, messages, quality
 from neuronet_jax.checkpoint import Checkpoints
 from neuronet_jax.compilation import keep_compiled
 from neuronet_jax.config import Config
@@ -242,8 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--strict", action="store_true", help="with --resume: refuse a damaged checkpoint")
     parser.add_argument("--reset_data", action="store_true", help="with --resume: start the data anew")
     options, overrides = parser.parse_known_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("__main__").setLevel(logging.INFO)
+    messages.plain()
+    log.setLevel(logging.INFO)
     try:
         config = flags.load(options.config, overrides)
         if not config.data.store and ":" not in options.config:

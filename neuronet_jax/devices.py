@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from neuronet_jax.errors import CodedWarning
+
 # Processor seconds of the network for a million voxels of its own grid, with five protocols and the numbers of channels
 # that the shipped configs have: 4 to 6 on current x86 servers.
 CPU_S_PER_MILLION = 5.0
@@ -46,7 +48,9 @@ def start() -> str:
     except (RuntimeError, AssertionError) as error:  # an assertion of JAX, where no plugin of that name is installed
         wanted = os.environ.get("JAX_PLATFORMS")
         reason = str(error).splitlines()[0] if str(error) else "not installed"
-        warnings.warn(f"JAX_PLATFORMS={wanted}: {reason}; going on with the CPU", stacklevel=2)
+        warnings.warn(
+            CodedWarning("W_DEVICE", f"JAX_PLATFORMS={wanted}: {reason}; going on with the CPU"), stacklevel=2
+        )
         jax.config.update("jax_platforms", "cpu")
         device = jax.devices()[0]
     if device.platform == "cpu":
