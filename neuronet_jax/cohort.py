@@ -17,7 +17,7 @@ from neuronet_jax import devices, nifti, outputs
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.inference import Model, segment_volume
 from neuronet_jax.outputs import Row, Target
-from neuronet_jax.quality import Calibration
+from neuronet_jax.quality import UNKNOWN, Calibration
 from neuronet_jax.records import Records, identify
 from neuronet_jax.segmentation import Options
 
@@ -47,7 +47,7 @@ class Cohort:
     options: Options
     limits: nifti.Limits
     records: Records
-    calibration: Calibration | None = None  # of the run, for predicted Dice
+    calibration: Calibration = UNKNOWN  # of the run, for predicted Dice
     report: bool = True  # a page for each head
     elapsed_s: float = field(default=0.0, init=False)  # of the last `run`, and how long its network was at work
     network_s: float = field(default=0.0, init=False)

@@ -21,7 +21,7 @@ from neuronet_jax.agreement import Agreement
 from neuronet_jax.labels import PROTOCOLS, REGIONS
 from neuronet_jax.nifti import Volume
 from neuronet_jax.pictures import Planes, colors_of, votes_colors
-from neuronet_jax.quality import Quality
+from neuronet_jax.quality import Calibration, Quality
 
 if TYPE_CHECKING:
     import jinja2
@@ -155,6 +155,7 @@ def cohort_page(
     volumes: Volumes,
     agreements: Mapping[str, Sequence[Mapping[str, str]]],
     thumbnails: Mapping[str, str],
+    calibration: Calibration,
     provenance: Mapping[str, Any],
 ) -> str:
     """The page of the heads of one command (`rows`), and of the volumes of all heads of its folder.
@@ -174,7 +175,7 @@ def cohort_page(
         done=sum(row.status == "done" for row in rows),
         note=provenance.get("note", ""),
         warned=[(code, WARNINGS.get(code, ""), codes.count(code)) for code in sorted(set(codes))],
-        calibrated=any(row.calibrated == "yes" for row in rows),
+        calibration=calibration.describe() if scored else "",
         lowest=[row.output for row in scored[:LOWEST]] if len(scored) > LOWEST else [],
         thumbnails=pictures[:MOST_THUMBNAILS],
         hidden=max(0, len(pictures) - MOST_THUMBNAILS),
