@@ -160,7 +160,9 @@ def open_store(config: Config) -> Store:
             "a run of several processes needs --config.data.store=…; the demo cohort is for a single one"
         )
     log.warning(
-        "NO STORE GIVEN: training on the DEMO COHORT of synthetic heads. Give your own with --config.data.store=…"
+        "NO STORE GIVEN: training on the DEMO COHORT of synthetic heads with the settings of %s. "
+        "Give your own with --config.data.store=…",
+        config.name,
     )
     return Store.open(str(ensure_demo_store()))
 
@@ -248,7 +250,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = flags.load(options.config, overrides)
         if not config.data.store and ":" not in options.config:
             # Settings for thousands of 1 mm heads on accelerators would not even fit beside sixteen synthetic ones.
-            log.warning("NO STORE GIVEN: the demo's settings are taken, as of --config=%s:demo", options.config)
             config = flags.load(f"{options.config}:demo", overrides)
         if options.resume and not options.workdir:
             raise NeuronetError("--resume needs the --workdir of the run to continue")
