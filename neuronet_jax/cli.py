@@ -171,7 +171,7 @@ def _names(text: str) -> tuple[str, ...]:
 def _segment(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from neuronet_jax import cohort, devices, nifti, outputs, quality, scans
+    from neuronet_jax import cohort, devices, nifti, outputs, quality, reports, scans
     from neuronet_jax.compilation import keep_compiled
     from neuronet_jax.inference import restore
     from neuronet_jax.records import Records
@@ -213,6 +213,8 @@ def _segment(args: argparse.Namespace) -> int:
         outputs.write_cohort(args.out, ordered, provenance, calibration, not args.no_report)
     done = sum(row.status == "done" for row in ordered)
     print(f"{done} of {len(targets)} heads segmented in {args.out}" + (f", {there} of them before" if there else ""))
+    for code, meaning, count in reports.explained(ordered):
+        print(f"{code} ({count} {'head' if count == 1 else 'heads'}): {meaning}")
     if todo:
         print(heads.timing(len(todo)))
     return DONE if done == len(targets) else REJECTED
