@@ -107,7 +107,7 @@ class Cohort:
         if expected is None:
             return ""
         least, most = (duration(seconds) for seconds in expected)
-        return f"a head like the first takes about {least} to {most}, the first of its shape more, to be compiled for"
+        return f"a head like the first takes about {least} to {most}, the first of its shape longer, to compile"
 
 
 def _row(target: Target, future: "Future[Row]", console: Console) -> Row:
