@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from data_prep.demo import ensure_demo_store
-from neuronet_jax import quality
+from neuronet_jax import messages, quality
 from neuronet_jax.compilation import keep_compiled
 from neuronet_jax.devices import one_per_core
 from neuronet_jax.errors import NeuronetError
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo.add_argument("--calibrate", action="store_true", help="write RUN/quality.json from the validation heads")
     parser.add_argument("--surfaces", action="store_true", help="HD95 and surface Dice too (about 20 s per 1 mm head)")
     args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    messages.plain()
     keep_compiled()
     one_per_core()
     try:

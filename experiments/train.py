@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from data_prep.demo import ensure_demo_store
 from experiments import flags
-from neuronet_jax import devices, quality
+from neuronet_jax import devices, messages, quality
 from neuronet_jax.checkpoint import Checkpoints
 from neuronet_jax.compilation import keep_compiled
 from neuronet_jax.config import Config
@@ -160,7 +160,9 @@ def open_store(config: Config) -> Store:
             "a run of several processes needs --config.data.store=…; the demo cohort is for a single one"
         )
     log.warning(
-        "NO STORE GIVEN: training on the DEMO COHORT of synthetic heads. Give your own with --config.data.store=…"
+        "NO STORE GIVEN: training on the DEMO COHORT of synthetic heads with the settings of %s. "
+        "Give your own with --config.data.store=…",
+        config.name,
     )
     return Store.open(str(ensure_demo_store()))
 
@@ -242,13 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--strict", action="store_true", help="with --resume: refuse a damaged checkpoint")
     parser.add_argument("--reset_data", action="store_true", help="with --resume: start the data anew")
     options, overrides = parser.parse_known_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("__main__").setLevel(logging.INFO)
+    messages.plain()
+    log.setLevel(logging.INFO)
     try:
         config = flags.load(options.config, overrides)
         if not config.data.store and ":" not in options.config:
             # Settings for thousands of 1 mm heads on accelerators would not even fit beside sixteen synthetic ones.
-            log.warning("NO STORE GIVEN: the demo's settings are taken, as of --config=%s:demo", options.config)
             config = flags.load(f"{options.config}:demo", overrides)
         if options.resume and not options.workdir:
             raise NeuronetError("--resume needs the --workdir of the run to continue")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neuronet_jax import __version__
+from neuronet_jax import __version__, messages
 from neuronet_jax.errors import NeuronetError
 
 DONE, FAILED, REJECTED = 0, 1, 3  # exit status; 2 is argparse's own
@@ -19,6 +19,7 @@ INTERRUPTED = 130  # as shells report Ctrl-C: 128 + SIGINT
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     args = _parser().parse_args(arguments)
+    messages.plain()
     try:
         return args.command(args)
     except NeuronetError as error:
@@ -170,7 +171,7 @@ def _names(text: str) -> tuple[str, ...]:
 def _segment(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from neuronet_jax import cohort, devices, nifti, outputs, quality, scans
+    from neuronet_jax import cohort, devices, nifti, outputs, quality, reports, scans
     from neuronet_jax.compilation import keep_compiled
     from neuronet_jax.inference import restore
     from neuronet_jax.records import Records
@@ -185,7 +186,11 @@ def _segment(args: argparse.Namespace) -> int:
     model = restore(*args.run)
     derived = ("malp_em_tissue",) if options.consistent_tissue else ()
     protocols = _choose(args.protocols, (*model.config.protocols, *derived))
-    provenance = {**model.provenance, **options.changed()}
+    if len(args.run) == 1:
+        calibration = quality.load(args.run[0], model.provenance.get("step", 0))
+    else:
+        calibration = quality.uncalibrated("an ensemble is another model than any of its runs")
+    provenance = {**model.provenance, **calibration.provenance(), **options.changed()}
     targets = outputs.plan(found, args.out, protocols, options.posteriors)
     summary = "summary.tsv"
     if args.shard is not None:
@@ -196,8 +201,6 @@ def _segment(args: argparse.Namespace) -> int:
     outputs.prepare(args.out, protocols, provenance, args.overwrite)
 
     there = len(rows)
-    # an ensemble is another model than any of its runs
-    calibration = quality.load(args.run[0], model.provenance.get("step", 0)) if len(args.run) == 1 else None
     limits = nifti.Limits(assume_ras=args.assume_ras)
     heads = cohort.Cohort(model, protocols, options, limits, records, calibration, not args.no_report)
     try:
@@ -207,9 +210,11 @@ def _segment(args: argparse.Namespace) -> int:
         ordered = [rows[target.stem] for target in targets if target.stem in rows]
         outputs.write_summary(args.out / summary, ordered)
     if args.shard is None:  # a shard does not know the others; the command without --shard writes what is of all
-        outputs.write_cohort(args.out, ordered, provenance, not args.no_report)
+        outputs.write_cohort(args.out, ordered, provenance, calibration, not args.no_report)
     done = sum(row.status == "done" for row in ordered)
     print(f"{done} of {len(targets)} heads segmented in {args.out}" + (f", {there} of them before" if there else ""))
+    for code, meaning, count in reports.explained(ordered):
+        print(f"{code} ({count} {'head' if count == 1 else 'heads'}): {meaning}")
     if todo:
         print(heads.timing(len(todo)))
     return DONE if done == len(targets) else REJECTED
@@ -288,6 +293,7 @@ results:
   release/segment.jax_export    StableHLO for CPU, CUDA and TPU: whitening, network, tool ids
   release/weights.safetensors   its first argument
   release/release.json          config, protocols, label tables, voxel size, provenance, checksums
+  release/quality.json          how to predict Dice, where the run knows it
   release/manifest.sha256       for sha256sum -c
 """,
     )
@@ -312,9 +318,13 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from neuronet_jax import quality
     from neuronet_jax.export import export
     from neuronet_jax.inference import restore
 
-    export(restore(args.run), args.out, args.shape)
+    model = restore(args.run)
+    calibration = quality.load(args.run, model.provenance.get("step", 0))
+    export(model, args.out, args.shape, calibration)
     print(f"{args.out} holds the program, its weights and what they mean; sha256sum -c manifest.sha256 checks them")
+    print(f"predicted Dice of `segment --run={args.out}`: {calibration.describe()}")
     return DONE

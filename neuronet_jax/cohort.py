@@ -17,7 +17,7 @@ from neuronet_jax import devices, nifti, outputs
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.inference import Model, segment_volume
 from neuronet_jax.outputs import Row, Target
-from neuronet_jax.quality import Calibration
+from neuronet_jax.quality import UNKNOWN, Calibration
 from neuronet_jax.records import Records, identify
 from neuronet_jax.segmentation import Options
 
@@ -47,7 +47,7 @@ class Cohort:
     options: Options
     limits: nifti.Limits
     records: Records
-    calibration: Calibration | None = None  # of the run, for predicted Dice
+    calibration: Calibration = UNKNOWN  # of the run, for predicted Dice
     report: bool = True  # a page for each head
     elapsed_s: float = field(default=0.0, init=False)  # of the last `run`, and how long its network was at work
     network_s: float = field(default=0.0, init=False)
@@ -85,27 +85,29 @@ class Cohort:
                 self.network_s = devices.TURNS.taken_s - network_start_s
                 progress.advance(bar)
                 left_s = self.elapsed_s / number * (len(targets) - number)
-                _report(row, console, f"[{number}/{len(targets)}]", f"{duration(left_s)} left")
+                left = f"; about {duration(left_s)} left" if number < len(targets) else ""
+                _report(row, console, f"[{number}/{len(targets)}]", left)
                 yield row
 
     def timing(self, heads: int) -> str:
         """How long the last `run` took, and which part of that the network was at work."""
-        total, each = duration(self.elapsed_s), duration(self.elapsed_s / heads)
         share = f"the network was at work {self.network_s / self.elapsed_s:.0%} of the time"
-        return f"{heads} {'head' if heads == 1 else 'heads'} in {total}, {each} each; {share}"
+        each = f"{heads} heads in {duration(self.elapsed_s)}, " if heads > 1 else "one head: "
+        return f"{each}{duration(self.elapsed_s / heads)}{' each' if heads > 1 else ''}; {share}"
 
     def _expected(self, targets: Sequence[Target]) -> str:
         """How long the first head will take, by its header; nothing where that cannot be read, or hardly counts."""
+        passes = len(self.model.members) * self.options.crops * (2 if self.options.flip else 1)
         try:
             header: Any = nib.load(targets[0].source).header  # type: ignore[attr-defined]
             shape, spacing_mm = header.get_data_shape()[:3], header.get_zooms()[:3]
-            seconds = devices.expected_s(shape, spacing_mm, self.model.voxel_size_mm)
+            expected = devices.expected_s(shape, spacing_mm, self.model.voxel_size_mm, passes)
         except Exception:  # reading the head will say what is wrong with it
             return ""
-        if seconds is None:
+        if expected is None:
             return ""
-        seconds *= len(self.model.members) * self.options.crops * (2 if self.options.flip else 1)
-        return f"a head like the first takes about {duration(seconds)}, and the first of its shape some more to compile"
+        least, most = (duration(seconds) for seconds in expected)
+        return f"a head like the first takes about {least} to {most}, the first of its shape longer, to compile"
 
 
 def _row(target: Target, future: "Future[Row]", console: Console) -> Row:
@@ -123,11 +125,14 @@ def _row(target: Target, future: "Future[Row]", console: Console) -> Row:
 
 def _report(row: Row, console: Console, number: str, left: str) -> None:
     """A line for each head; beside a progress bar only for those with something to say."""
-    problem = f"{row.code}: {row.reason}" if row.status == "rejected" else row.warnings.replace("n/a", "")
-    text = f"{row.output} ({row.input}): {problem or 'done'}"
+    if row.status == "rejected":
+        text = f"{row.output} ({row.input}): rejected, {row.code}: {row.reason}"
+    else:
+        warned = f", with {row.warnings.replace(',', ', ')}" if row.warnings != "n/a" else ""
+        text = f"{row.output} ({row.input}): done{warned}"
     if not console.is_terminal:
-        console.print(number, text + ",", left, **_PLAIN)
-    elif problem:
+        console.print(f"{number} {text}{left}", **_PLAIN)
+    elif row.status == "rejected" or row.warnings != "n/a":
         console.print(text, style="red" if row.status == "rejected" else "yellow", **_PLAIN)
 
 
@@ -161,9 +166,11 @@ def _wait(item: Item, future: "Future[Result]") -> "tuple[Item, Future[Result]]"
 
 
 def duration(seconds: float) -> str:
-    """As h:mm:ss, below a minute as seconds."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
+    """For people: 6.4 s, 42 s, 2 min 3 s, 1 h 5 min."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"

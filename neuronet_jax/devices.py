@@ -13,9 +13,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-# Processor seconds of the network for a million voxels of its own grid, with five protocols and the numbers of channels
-# that the shipped configs have: 4 to 6 on current x86 servers.
-CPU_S_PER_MILLION = 5.0
+from neuronet_jax.errors import CodedWarning
+
+# Processor seconds for a million voxels, with five protocols and the numbers of channels that the shipped configs have:
+# of the network's own grid for the features and for reading labels and doubt from them, of another grid for the scores
+# that are interpolated there. Of four heads on an x86 server, whose share of brain differs, these miss by up to 40 %.
+FEATURES_CPU_S, READING_CPU_S, INTERPOLATION_CPU_S = 3.0, 3.0, 1.2
+# How long that takes on the clock: much of the network runs on one core however many there are, and others may be busy.
+ON_THE_CLOCK = (0.5, 1.2)
 
 
 class Turns:
@@ -46,7 +51,9 @@ def start() -> str:
     except (RuntimeError, AssertionError) as error:  # an assertion of JAX, where no plugin of that name is installed
         wanted = os.environ.get("JAX_PLATFORMS")
         reason = str(error).splitlines()[0] if str(error) else "not installed"
-        warnings.warn(f"JAX_PLATFORMS={wanted}: {reason}; going on with the CPU", stacklevel=2)
+        warnings.warn(
+            CodedWarning("W_DEVICE", f"JAX_PLATFORMS={wanted}: {reason}; going on with the CPU"), stacklevel=2
+        )
         jax.config.update("jax_platforms", "cpu")
         device = jax.devices()[0]
     if device.platform == "cpu":
@@ -82,9 +89,18 @@ def over_cores(image: np.ndarray, axis: int, stride: int) -> Any:
     return jax.device_put(image, NamedSharding(mesh, PartitionSpec(*[None] * axis, "space")))
 
 
-def expected_s(shape: Sequence[int], spacing_mm: Sequence[float], voxel_size_mm: float) -> float | None:
-    """Seconds of the network for a head of so many voxels of that size; None on accelerators, where they are few."""
+def expected_s(
+    shape: Sequence[int], spacing_mm: Sequence[float], voxel_size_mm: float, passes: int = 1
+) -> tuple[float, float] | None:
+    """Least and most seconds that a head of so many voxels of that size will probably take, once compiled.
+
+    `passes` is how often the network runs over it, for an average. None on accelerators, where seconds are few.
+    """
     if jax.default_backend() != "cpu":
         return None
-    voxels = math.prod(np.multiply(shape, spacing_mm) / voxel_size_mm)
-    return voxels / 1e6 * CPU_S_PER_MILLION / cores()
+    millions = math.prod(shape) / 1e6
+    own = millions * math.prod(side / voxel_size_mm for side in spacing_mm)
+    cpu_s = own * (FEATURES_CPU_S * passes + READING_CPU_S)
+    if any(abs(side - voxel_size_mm) > 1e-3 for side in spacing_mm):
+        cpu_s += millions * INTERPOLATION_CPU_S
+    return cpu_s * (ON_THE_CLOCK[0] if cores() > 1 else 1.0), cpu_s * ON_THE_CLOCK[1]

@@ -1,4 +1,4 @@
-"""The two ways in which things go wrong: a bad input, and a bad use of the library.
+"""The ways in which things go wrong: a bad input, a bad use of the library, and what can be gone on from.
 
 Messages say the rule, the offending value and the fix.
 """
@@ -22,3 +22,15 @@ class CodedError(NeuronetError):
 
 class RejectError(CodedError):
     """One input is unusable; a cohort goes on without it."""
+
+
+class CodedWarning(UserWarning):
+    """Something is not as it was asked for, and the program goes on. Codes as those of CodedError, `W_…`."""
+
+    def __init__(self, code: str, reason: str):
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+    def __reduce__(self):
+        return type(self), (self.code, self.reason)

@@ -40,13 +40,19 @@ from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.model import Model
 from neuronet_jax.models import build
 from neuronet_jax.native import BUCKET
+from neuronet_jax.quality import UNKNOWN, Calibration
 from neuronet_jax.releases import Program, release, weight_name
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export(model: Model, folder: str | os.PathLike[str], shapes: Sequence[tuple[int, int, int]] = ()) -> None:
-    """Writes the model as a release into `folder` (local or gs://), with its program.
+def export(
+    model: Model,
+    folder: str | os.PathLike[str],
+    shapes: Sequence[tuple[int, int, int]] = (),
+    calibration: Calibration = UNKNOWN,
+) -> None:
+    """Writes the model as a release into `folder` (local or gs://), with its program and its run's calibration.
 
     With no `shapes`, one program takes all sides that are multiples of 32; else there is one program for each of the
     `shapes`, whose sides are such multiples. Raises NeuronetError for other shapes, where the network cannot be traced
@@ -67,7 +73,7 @@ def export(model: Model, folder: str | os.PathLike[str], shapes: Sequence[tuple[
             raise NeuronetError("this network is traced for one shape at a time: give one by --shape=X,Y,Z") from error
         name = f"segment{''.join(f'-{side}' for side in shape or ())}.jax_export"
         programs.append(Program(name, shape, step, PLATFORMS, bytes(exported.serialize())))
-    release(model, folder, programs)
+    release(model, folder, programs, calibration)
 
 
 def _traceable(model: Model) -> tuple[Callable[..., dict[str, Array]], dict[str, jax.ShapeDtypeStruct]]:

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from neuronet_jax.checkpoint import Checkpoints
 from neuronet_jax.config import Config
 from neuronet_jax.devices import over_cores
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.errors import CodedWarning, NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.models import build
 from neuronet_jax.schema import StoreInfo
@@ -114,7 +114,9 @@ def _restore(run: str) -> Model:
         try:
             state, step = checkpoints.restore_params(target, step)
         except NeuronetError as error:
-            warnings.warn(f"{error}; taking the latest sound checkpoint instead", stacklevel=3)
+            warnings.warn(
+                CodedWarning("W_CHECKPOINT", f"{error}; taking the latest sound checkpoint instead"), stacklevel=3
+            )
             state, step = checkpoints.restore_params(target)
     finally:
         checkpoints.close()

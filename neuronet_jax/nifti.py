@@ -170,8 +170,9 @@ def _result_header(volume: np.ndarray, like: Volume, dtype: type, description: b
     header = nib.Nifti1Header(endianness="<")
     header.set_data_shape(volume.shape)
     header.set_data_dtype(dtype)
-    for field in ("pixdim", "xyzt_units", *_TRANSFORM_FIELDS):
+    for field in ("pixdim", *_TRANSFORM_FIELDS):
         header[field] = like.header[field]
+    header.set_xyzt_units("mm")  # as the image was read, which may say nothing of it
     header["pixdim"][4:] = 0  # a squeezed time axis has no step
     header.set_slope_inter(1, 0)
     header["descrip"] = description

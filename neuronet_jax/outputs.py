@@ -251,7 +251,7 @@ def write(
     result: Segmentation,
     overwrite: bool,
     provenance: dict[str, Any],
-    calibration: quality.Calibration | None = None,
+    calibration: quality.Calibration = quality.UNKNOWN,
     report: bool = True,
 ) -> Row:
     """Writes one head's results, each file under its final name only when complete.
@@ -295,7 +295,7 @@ def write(
         warnings=",".join(warnings) or "n/a",
         agreement=_number(compared.consistency),
         predicted_dice=_number(expected.score),
-        calibrated="n/a" if np.isnan(expected.score) else "yes" if calibration else "no",
+        calibrated="n/a" if np.isnan(expected.score) else "yes" if calibration.heads else "no",
     )
 
 
@@ -303,10 +303,16 @@ def _number(value: float) -> str:
     return "n/a" if np.isnan(value) else f"{value:.4f}"
 
 
-def write_cohort(out: Path, rows: Sequence[Row], provenance: dict[str, Any], report: bool = True) -> None:
+def write_cohort(
+    out: Path,
+    rows: Sequence[Row],
+    provenance: dict[str, Any],
+    calibration: quality.Calibration = quality.UNKNOWN,
+    report: bool = True,
+) -> None:
     """OUT/volumes.tsv over all heads below `out`; with `report`, report.html, and each head of `rows` put among them.
 
-    Raises NeuronetError where writing fails.
+    Arguments are as those of `write`. Raises NeuronetError where writing fails.
     """
     table = volumes_of(out)
     _write(out / "volumes.tsv", _tsv([["head", *table.columns], *table.rows()]))
@@ -321,7 +327,7 @@ def write_cohort(out: Path, rows: Sequence[Row], provenance: dict[str, Any], rep
             thumbnails[target.stem] = reports.thumbnail(text)
             if (placed := reports.place_among(text, target.stem, table)) != text:
                 _write(target.report, placed)
-    _write(out / "report.html", reports.cohort_page(rows, table, agreements, thumbnails, provenance))
+    _write(out / "report.html", reports.cohort_page(rows, table, agreements, thumbnails, calibration, provenance))
 
 
 def volumes_of(out: Path) -> reports.Volumes:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.errors import CodedWarning, NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.segmentation import Confidence
@@ -56,12 +56,19 @@ class Calibration:
     """What the validation heads of a run say. Holds no subject ids."""
 
     step: int  # of the checkpoint
-    heads: int
+    heads: int  # 0: uncalibrated
     lines: dict[str, Line]
     threshold: Threshold | None  # None with fewer than three heads
+    why_not: str = ""  # why there are no heads
+
+    def provenance(self) -> dict[str, str]:
+        """What predictions of Dice come from: with another calibration they are others."""
+        return {"calibration_sha256": _digest(asdict(self))} if self.heads else {}
 
     def describe(self) -> str:
         """One sentence for reports."""
+        if not self.heads:
+            return f"uncalibrated: {self.why_not}"
         heads = f"calibrated on {self.heads} validation head{'s' * (self.heads != 1)}"
         if self.threshold is None:
             return f"{heads}, too few for a threshold (it takes {LEAST_HEADS})"
@@ -79,7 +86,7 @@ class Quality:
     entropy: dict[str, np.ndarray]  # per protocol float64 [k]: mean nats per voxel of the class, NaN where it has none
     predicted: dict[str, np.ndarray]  # per protocol float64 [k]: Dice, NaN where there is nothing to compare
     score: float  # mean over protocols of the mean over structures; NaN without confidences
-    calibration: str  # "uncalibrated", or what the calibration rests on
+    calibration: str  # what it rests on, or why it is uncalibrated
     warnings: tuple[str, ...]  # W_QUALITY: the score is below the threshold
 
 
@@ -97,19 +104,26 @@ def mean_entropy(confidence: Confidence) -> Float[np.ndarray, "k"]:
     return np.where(confidence.voxels > 0, confidence.entropy / np.maximum(confidence.voxels, 1), np.nan)
 
 
-def assess(confidence: Mapping[str, Confidence], calibration: Calibration | None) -> Quality:
+def uncalibrated(why: str) -> Calibration:
+    """No calibration: the network's own expectation is taken as it is."""
+    return Calibration(0, 0, {}, None, why)
+
+
+UNKNOWN = uncalibrated("nothing is known of the run")
+
+
+def assess(confidence: Mapping[str, Confidence], calibration: Calibration = UNKNOWN) -> Quality:
     """What to expect of one head."""
-    lines = calibration.lines if calibration else {}
+    lines, threshold = calibration.lines, calibration.threshold
     expected = {name: expected_dice(values) for name, values in confidence.items()}
     predicted = {name: _predict(lines.get(name), values) for name, values in expected.items()}
     value = score(predicted)
-    threshold = calibration.threshold if calibration else None
     flagged = threshold is not None and set(lines) == set(predicted) and value < threshold.score
     return Quality(
         {name: mean_entropy(values) for name, values in confidence.items()},
         predicted,
         value,
-        calibration.describe() if calibration else "uncalibrated",
+        calibration.describe(),
         ("W_QUALITY",) if flagged else (),
     )
 
@@ -150,18 +164,23 @@ def calibrate(samples: Sequence[Sample], step: int) -> Calibration:
 
 
 def save(run: str, calibration: Calibration) -> None:
-    """Writes RUN/quality.json, which carries its own checksum."""
+    """Writes RUN/quality.json."""
+    Files(run).write(FILE, to_json(calibration))
+
+
+def to_json(calibration: Calibration) -> bytes:
+    """The content of quality.json, which carries its own checksum."""
     content = {"schema_version": SCHEMA_VERSION, **asdict(calibration)}
+    content.pop("why_not")
     content["sha256"] = _digest(content)
-    Files(run).write(FILE, (json.dumps(content, indent=1) + "\n").encode())
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def load(run: str, step: int) -> Calibration | None:
-    """The calibration of the run's checkpoint; None, with a Python warning where it is not for want of a file."""
+def load(run: str, step: int) -> Calibration:
+    """The calibration of the run's checkpoint or release; uncalibrated, with a Python warning where there is a file."""
     data = Files(run).read(FILE)
     if data is None:
-        return None
-    again = "going on uncalibrated; write it again with `python -m experiments.evaluate --calibrate`"
+        return uncalibrated(f"the run has no {FILE}")
     try:
         content = json.loads(data)
         if content.pop("sha256") != _digest(content):
@@ -169,13 +188,14 @@ def load(run: str, step: int) -> Calibration | None:
         if content.pop("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"it has another schema version than {SCHEMA_VERSION}")
         calibration = _from_json(content)
+        if calibration.step == step:
+            return calibration
+        why = f"the run's {FILE} is of step {calibration.step}, its weights are of step {step}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"{FILE} of the run cannot be used ({error}): {again}", stacklevel=2)
-        return None
-    if calibration.step != step:
-        warnings.warn(f"{FILE} is of step {calibration.step}, the weights of step {step}: {again}", stacklevel=2)
-        return None
-    return calibration
+        why = f"the run's {FILE} cannot be used ({error})"
+    again = f"write it again with `python -m experiments.evaluate --run={run} --calibrate`"
+    warnings.warn(CodedWarning("W_UNCALIBRATED", f"{why}: predicted Dice is uncalibrated; {again}"), stacklevel=2)
+    return uncalibrated(why)
 
 
 def table(quality: Quality) -> list[list[str]]:

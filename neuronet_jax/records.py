@@ -18,6 +18,7 @@ from neuronet_jax.files import Files
 from neuronet_jax.outputs import GENERATOR, Row, Target
 
 PROGRAM = f"{GENERATOR} {__version__}"
+CALIBRATION = {"calibration_sha256": None}  # what of the provenance changes nothing but predicted Dice
 LISTED = 3  # heads that an error names: enough to see what is the matter
 
 
@@ -75,7 +76,10 @@ class Records:
             return None, f"{there[0]} exists and nothing says where it comes from" if there else ""
         except (OSError, ValueError, KeyError, TypeError) as error:
             return None, f"{target.record.name} cannot be read ({error})"
-        if (program, model) != (PROGRAM, json.loads(json.dumps(self.provenance))):
+        wanted = json.loads(json.dumps(self.provenance))
+        if (program, model) != (PROGRAM, wanted):
+            if program == PROGRAM and {**model, **CALIBRATION} == {**wanted, **CALIBRATION}:
+                return None, "its predicted Dice is of another calibration of the run, or of none"
             return None, "its results are of another model, of other options or of another release"
         if not _is_input(target.source, source):
             return None, "its results are of another input file"

@@ -2,6 +2,7 @@
 
     DIR/weights.safetensors    every parameter and moment by its path (`encoder/stem/kernel`), float32
         release.json           config, protocols and their label tables, voxel size, provenance, version, checksums
+        quality.json           calibration of predicted Dice, where the run had one (see `quality.py`)
         *.jax_export           programs, where they were exported (see `export.py`)
         manifest.sha256        checksum of every file above; `sha256sum -c` reads it
 
@@ -22,7 +23,7 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from neuronet_jax import __version__
+from neuronet_jax import __version__, quality
 from neuronet_jax.checksums import MANIFEST
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
@@ -47,10 +48,16 @@ class Program(NamedTuple):
     content: bytes
 
 
-def release(model: Model, folder: str | os.PathLike[str], programs: Sequence[Program] = ()) -> None:
+def release(
+    model: Model,
+    folder: str | os.PathLike[str],
+    programs: Sequence[Program] = (),
+    calibration: quality.Calibration = quality.UNKNOWN,
+) -> None:
     """Writes the model's weights and all that `restore` needs into `folder` (local or gs://).
 
-    Raises NeuronetError where the folder holds a release already or cannot be written.
+    `calibration` is what `quality.load` finds in the run. Raises NeuronetError where the folder holds a release already
+    or cannot be written.
     """
     files = Files(os.fspath(folder))
     if files.read(MANIFEST) is not None or files.read(RELEASE) is not None:
@@ -58,6 +65,8 @@ def release(model: Model, folder: str | os.PathLike[str], programs: Sequence[Pro
     variables = nnx.to_flat_state(nnx.state(model.network, graph=False))
     weights = {weight_name(path): np.asarray(variable[...]) for path, variable in variables}
     contents = {WEIGHTS: save(weights), **{program.file: program.content for program in programs}}
+    if calibration.heads:
+        contents[quality.FILE] = quality.to_json(calibration)
     config = dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, store=""))  # a place of ours
     description = {
         "schema": SCHEMA,

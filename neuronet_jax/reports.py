@@ -7,7 +7,7 @@ and is then put between two markers of the page.
 import base64
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,7 @@ from neuronet_jax.agreement import Agreement
 from neuronet_jax.labels import PROTOCOLS, REGIONS
 from neuronet_jax.nifti import Volume
 from neuronet_jax.pictures import Planes, colors_of, votes_colors
-from neuronet_jax.quality import Quality
+from neuronet_jax.quality import Calibration, Quality
 
 if TYPE_CHECKING:
     import jinja2
@@ -155,6 +155,7 @@ def cohort_page(
     volumes: Volumes,
     agreements: Mapping[str, Sequence[Mapping[str, str]]],
     thumbnails: Mapping[str, str],
+    calibration: Calibration,
     provenance: Mapping[str, Any],
 ) -> str:
     """The page of the heads of one command (`rows`), and of the volumes of all heads of its folder.
@@ -166,15 +167,14 @@ def cohort_page(
          "link": _link(row.output) if row.output in thumbnails else ""}
         for row in rows
     ]  # fmt: skip
-    codes = [code for row in rows for code in row.warnings.split(",") if code != "n/a"]
     scored = sorted((row for row in rows if row.predicted_dice != "n/a"), key=lambda row: float(row.predicted_dice))
     pictures = [{"name": name, "link": _link(name), "source": source} for name, source in thumbnails.items() if source]
     return environment().get_template("cohort.html").render(
         rows=shown,
         done=sum(row.status == "done" for row in rows),
         note=provenance.get("note", ""),
-        warned=[(code, WARNINGS.get(code, ""), codes.count(code)) for code in sorted(set(codes))],
-        calibrated=any(row.calibrated == "yes" for row in rows),
+        warned=explained(rows),
+        calibration=calibration.describe() if scored else "",
         lowest=[row.output for row in scored[:LOWEST]] if len(scored) > LOWEST else [],
         thumbnails=pictures[:MOST_THUMBNAILS],
         hidden=max(0, len(pictures) - MOST_THUMBNAILS),
@@ -185,6 +185,12 @@ def cohort_page(
         far=FAR,
         provenance=_facts(provenance),
     )  # fmt: skip
+
+
+def explained(rows: Sequence["Row"]) -> list[tuple[str, str, int]]:
+    """Every warning of the heads, what it means, and how many of them have it."""
+    counts = Counter(code for row in rows for code in row.warnings.split(",") if code != "n/a")
+    return [(code, WARNINGS.get(code, ""), count) for code, count in sorted(counts.items())]
 
 
 def _facts(provenance: Mapping[str, Any]) -> dict[str, Any]:

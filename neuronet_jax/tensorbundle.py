@@ -182,6 +182,6 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise NeuronetError(
-            f"{path.name} cannot be read ({error.strerror}); a SavedModel holds variables/variables.index and "
-            "variables/variables.data-00000-of-00001"
+            f"{path} cannot be read ({error.strerror}); give the folder of the SavedModel, which holds "
+            "variables/variables.index and variables/variables.data-00000-of-00001"
         ) from error

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import jax
 
 from neuronet_jax.devices import TURNS
+from neuronet_jax.errors import CodedWarning
 
 MEMORY_SHARE = 0.6  # of the device's memory that one volume may take
 # How XLA says so: at once; where a program was dispatched before its inputs; and where the CPU's library of kernels got
@@ -80,7 +81,13 @@ def with_smaller_tiles(run: Callable[[Shape], Result], bucket: Shape, budget: in
             smaller = tile_shape(tile, math.prod(tile) // 2, step, margin)
             if not any(sign in str(error) for sign in _OUT_OF_MEMORY) or smaller == tile:
                 raise
-            warnings.warn(f"the device ran out of memory with tiles of {tile}; going on with {smaller}", stacklevel=2)
+            sizes = " × ".join(map(str, tile)), " × ".join(map(str, smaller))
+            warnings.warn(
+                CodedWarning(
+                    "W_MEMORY", "the device ran out of memory with tiles of {}; going on with {}".format(*sizes)
+                ),
+                stacklevel=2,
+            )
             tile = smaller
 
 

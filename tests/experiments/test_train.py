@@ -100,7 +100,9 @@ def test_D03_sigterm_saves_and_the_run_goes_on(store: Path, tmp_path: Path) -> N
     process = start(store, run)
     wait_for_step(run, 1, process)
     process.send_signal(signal.SIGTERM)
-    assert "continue with --resume" in finish(process)
+    said = finish(process).splitlines()
+    assert any(line.startswith("stopped as asked") and line.endswith("continue with --resume") for line in said)
+    assert any(line.startswith("training tissue:demo from step 0") for line in said)
     with Checkpoints(run, read_only=True) as checkpoints:
         stopped = checkpoints.latest()
     assert stopped is not None and 1 <= stopped < STEPS
@@ -146,6 +148,18 @@ def test_D13_a_used_folder_is_refused_unless_it_is_the_same_run(store: Path, tmp
     other = load("tissue:demo", [*(a for a in arguments(store, run)[2:]), "--config.seed=7", "--config.log_every=3"])
     with pytest.raises(NeuronetError, match=r"seed was 0, is 7$"):
         train.claim_workdir(str(run), other, opened, resume=True, latest=None)
+
+
+def test_without_a_store_it_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop() -> Path:
+        raise NeuronetError("that is enough")
+
+    monkeypatch.setattr(train, "ensure_demo_store", stop)
+    assert train.main(["--config=tissue", f"--workdir={tmp_path}"]) == 1
+    (said,) = (message for message in caplog.messages if "NO STORE" in message)
+    assert "DEMO COHORT of synthetic heads with the settings of tissue:demo" in said
 
 
 def test_what_cannot_train_says_so_in_one_line(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -149,7 +150,10 @@ def test_F07_one_device_equals_eight(tiny_run, noisy_heads, whole, tmp_path):
     assert process.returncode == 0, errors
     assert _tree(tmp_path) == whole  # label maps and tables byte by byte
     assert "8 of 8 heads segmented" in output and "the network was at work" in output
-    assert "[8/8] sub-head7 (head7.nii.gz): W_CONTRAST,W_CUT, 0.0 s left" in errors  # lines, for this is no terminal
+    assert re.search(r"^W_CUT \(\d heads\): The brain ends at the border of the image", output, re.MULTILINE)
+    lines = errors.splitlines()  # for this is no terminal
+    assert "[8/8] sub-head7 (head7.nii.gz): done, with W_CONTRAST, W_CUT" in lines
+    assert any(re.fullmatch(r"\[7/8\] .*; about [\d.]+ s left", line) for line in lines)
     assert "running on" in errors and "a head like the first takes about" in errors
 
 
@@ -250,7 +254,9 @@ def test_what_has_not_begun_never_does_when_the_caller_stops():
 
 
 def test_duration():
-    assert [cohort.duration(s) for s in (0.04, 59.94, 59.96, 3599.6)] == ["0.0 s", "59.9 s", "0:01:00", "1:00:00"]
+    seconds = (0.04, 9.94, 9.96, 59.4, 59.6, 3599.4, 3599.6, 90000)
+    said = ["0.0 s", "9.9 s", "10 s", "59 s", "1 min 0 s", "59 min 59 s", "1 h 0 min", "25 h 0 min"]
+    assert [cohort.duration(s) for s in seconds] == said
 
 
 def test_A41_a_record_says_nothing_of_folders(tiny_run, noisy_heads, tmp_path, whole):

@@ -64,7 +64,7 @@ print([float(np.mean(labels[name] == expected[name])) for name in names])
 def test_F06_memory_that_really_runs_out_goes_on_with_smaller_tiles():
     result = _python(LIMITED)
     assert result.returncode == 0, result.stderr
-    assert "the device ran out of memory with tiles of (160, 160, 160); going on with" in result.stderr
+    assert "the device ran out of memory with tiles of 160 × 160 × 160; going on with" in result.stderr
     assert result.stdout == "[1.0, 1.0]\n"
 
 
@@ -95,9 +95,16 @@ def test_threads_take_turns_on_the_device_and_their_time_is_counted():
     assert 0.1 <= devices.TURNS.taken_s - before_s < 1
 
 
-def test_a_head_takes_as_long_as_its_voxels_at_the_network_s_size():
-    expected_s = devices.expected_s((200, 200, 160), (1, 1, 1.25), 2.0)
-    assert expected_s == pytest.approx(devices.CPU_S_PER_MILLION / devices.cores())  # 100³ voxels of 2 mm
+def test_the_expected_time_is_that_of_the_voxels_of_both_grids(monkeypatch):
+    monkeypatch.setattr(devices, "cores", lambda: 8)
+    own_s = devices.FEATURES_CPU_S + devices.READING_CPU_S
+    assert devices.expected_s((100, 100, 100), (2.0, 2.0, 2.0), 2.0) == pytest.approx((own_s / 2, own_s * 1.2))
+    finer_s = own_s + 6.4 * devices.INTERPOLATION_CPU_S  # 100³ voxels of 2 mm, and what is interpolated from them
+    assert devices.expected_s((200, 200, 160), (1, 1, 1.25), 2.0) == pytest.approx((finer_s / 2, finer_s * 1.2))
+    twice_s = finer_s + devices.FEATURES_CPU_S  # scores are read and interpolated of the mean alone
+    assert devices.expected_s((200, 200, 160), (1, 1, 1.25), 2.0, 2) == pytest.approx((twice_s / 2, twice_s * 1.2))
+    monkeypatch.setattr(devices, "cores", lambda: 1)
+    assert devices.expected_s((100, 100, 100), (2.0, 2.0, 2.0), 2.0) == pytest.approx((own_s, own_s * 1.2))
 
 
 def test_a_volume_is_split_over_the_cores_and_labelled_the_same(monkeypatch):

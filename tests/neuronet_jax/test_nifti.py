@@ -399,6 +399,12 @@ def test_written_labels_are_deterministic_and_complete(tmp_path):
     np.testing.assert_array_equal(read_labels(tmp_path / "a.nii.gz").data, VOXELS % 4)
 
 
+def test_results_say_mm_where_the_image_says_no_unit(tmp_path):
+    like = read_image(save(tmp_path, image_bytes(xyzt_units=0)))
+    write_labels(tmp_path / "labels.nii.gz", VOXELS % 4, like)
+    assert nib.Nifti1Image.from_filename(tmp_path / "labels.nii.gz").header.get_xyzt_units()[0] == "mm"
+
+
 def test_write_labels_refuses(tmp_path):
     like = read_image(save(tmp_path, image_bytes()))
     with pytest.raises(NeuronetError, match="do not fit"):

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from neuronet_jax import quality
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.errors import CodedWarning, NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.segmentation import Confidence
 
@@ -35,11 +35,11 @@ def test_hand_derived_expectation_and_entropy():
 def test_certain_labels_expect_perfection_and_the_background_is_no_structure():
     voxels = np.array([1e6, 10, 20, 30.0])
     certain = Confidence(voxels, voxels, voxels, 0 * voxels)
-    found = quality.assess({"fsl_fast": certain}, None)
-    assert found.score == 1 and found.calibration == "uncalibrated" and found.warnings == ()
+    found = quality.assess({"fsl_fast": certain})
+    assert found.score == 1 and found.calibration.startswith("uncalibrated") and found.warnings == ()
     worse = Confidence(voxels, voxels * [0.1, 1, 1, 1], voxels, 0 * voxels)
-    assert quality.assess({"fsl_fast": worse}, None).score == 1
-    assert np.isnan(quality.assess({}, None).score)  # the fast mode has no confidences
+    assert quality.assess({"fsl_fast": worse}).score == 1
+    assert np.isnan(quality.assess({}).score)  # the fast mode has no confidences
 
 
 def test_the_score_is_the_mean_over_protocols_of_means_over_structures():
@@ -131,12 +131,15 @@ def test_a_head_below_the_threshold_is_flagged(tmp_path):
 
 def test_the_file_round_trips_and_damage_is_said(tmp_path):
     run = str(tmp_path)
-    assert quality.load(run, 3) is None  # silently: a run need not be calibrated
+    assert quality.load(run, 3).describe() == "uncalibrated: the run has no quality.json"  # not said: it need not have
     calibration = quality.calibrate(_samples(4), 3)
     quality.save(run, calibration)
     assert quality.load(run, 3) == calibration
-    with pytest.warns(UserWarning, match=r"of step 3, the weights of step 4: going on uncalibrated"):
-        assert quality.load(run, 4) is None
+    with pytest.warns(
+        CodedWarning, match=rf"^W_UNCALIBRATED: .* of step 3, its weights .* 4: .* --run={run} --calibrate"
+    ):
+        stale = quality.load(run, 4)
+    assert stale.describe() == "uncalibrated: the run's quality.json is of step 3, its weights are of step 4"
     path = tmp_path / quality.FILE
     text = path.read_text()
     for damaged, message in (
@@ -146,10 +149,10 @@ def test_the_file_round_trips_and_damage_is_said(tmp_path):
         ("{}", "sha256"),
     ):
         path.write_text(damaged)
-        with pytest.warns(UserWarning, match=message):
-            assert quality.load(run, 3) is None
+        with pytest.warns(CodedWarning, match=message):
+            assert quality.load(run, 3).heads == 0
     newer = json.loads(text) | {"schema_version": 2}
     newer.pop("sha256")
     path.write_text(json.dumps({**newer, "sha256": quality._digest(newer)}))
-    with pytest.warns(UserWarning, match="schema version"):
-        assert quality.load(run, 3) is None
+    with pytest.warns(CodedWarning, match="schema version"):
+        assert quality.load(run, 3).heads == 0

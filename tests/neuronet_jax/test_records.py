@@ -79,6 +79,17 @@ def test_F09_another_model_or_other_options(head, row, changes):
     assert "of another model, of other options or of another release" in _reason(other, head)
 
 
+@pytest.mark.parametrize(("before", "now"), [(None, "b"), ("a", "b"), ("a", None)])
+def test_F09_another_calibration_is_said_to_be_one(head, row, before, now):
+    def calibrated(by: str | None) -> Records:
+        return Records({**RECORDS.provenance, **({"calibration_sha256": by} if by else {})}, NAMES)
+
+    calibrated(before).begin(head, identify(head.source))
+    calibrated(before).complete(head, row)
+    assert calibrated(before).unfinished([head], False) == ([], {"sub-a": row})
+    assert "sub-a: its predicted Dice is of another calibration of the run" in _reason(calibrated(now), head)
+
+
 def test_F09_another_release(head, row, monkeypatch):
     monkeypatch.setattr(records, "PROGRAM", "NeuroNet-JAX 99")
     assert "of another release" in _reason(RECORDS, head)

@@ -50,7 +50,7 @@ def test_G05_nothing_that_a_name_or_a_model_says_becomes_markup(tmp_path):
     for page in (cohort, head):
         assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     compared = agreement.compare(_result().maps, AFFINE)
-    strange = reports.Head(ATTACK, _volume(), _result().maps, compared, quality.assess({}, None), (ATTACK,), {})
+    strange = reports.Head(ATTACK, _volume(), _result().maps, compared, quality.assess({}), (ATTACK,), {})
     assert "<script" not in reports.head_page(strange)
     assert "sub-01&lt;script&gt;" in cohort  # the input's name, as the user gave it
 

@@ -174,7 +174,7 @@ def test_damaged_data_names_the_variable(prefix, name):
 
 
 def test_missing_files_are_named(prefix):
-    with pytest.raises(NeuronetError, match=r"variables\.index cannot be read .*a SavedModel holds"):
+    with pytest.raises(NeuronetError, match=r"variables\.index cannot be read .*give the folder of the SavedModel"):
         tensorbundle.read(prefix)
     write_bundle(prefix, VARIABLES, shards=2)
     prefix.with_name("variables.data-00001-of-00002").unlink()
