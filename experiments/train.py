@@ -226,7 +226,7 @@ def spread_over_cores(config: Config) -> None:
 
     Measured on 2 cores: two devices train a batch of two in the time that one device takes for a batch of one.
     """
-    devices.one_per_core(max(n for n in range(1, devices.cores() + 1) if config.batch % n == 0))
+    devices.one_per_core(devices.sharers(config.batch, devices.cores()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

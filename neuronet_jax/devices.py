@@ -77,6 +77,11 @@ def one_per_core(most: int | None = None) -> None:
     jax.config.update("jax_num_cpu_devices", min(cores(), most or cores()))
 
 
+def sharers(units: int, most: int) -> int:
+    """Of `most` devices, the largest number that can share so many units evenly."""
+    return max(n for n in range(1, most + 1) if units % n == 0)
+
+
 def over_cores(image: np.ndarray, axis: int, stride: int) -> Any:
     """The image for a program to run on: on a CPU with one XLA device per core, split over them along `axis`, as a mesh
     splits y (see `mesh.py`), in multiples of `stride`; elsewhere as it is.
@@ -84,7 +89,7 @@ def over_cores(image: np.ndarray, axis: int, stride: int) -> Any:
     devices = jax.local_devices()
     if devices[0].platform != "cpu" or not 1 < len(devices) <= cores():  # more are a test of sharding
         return image
-    count = max(n for n in range(1, len(devices) + 1) if image.shape[axis] % (n * stride) == 0)
+    count = sharers(image.shape[axis] // stride, len(devices))
     mesh = jax.make_mesh((count,), ("space",), axis_types=(AxisType.Auto,), devices=devices[:count])
     return jax.device_put(image, NamedSharding(mesh, PartitionSpec(*[None] * axis, "space")))
 

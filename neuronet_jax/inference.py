@@ -23,8 +23,8 @@ from neuronet_jax import intensity, nifti, space
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
 from neuronet_jax.model import Model, ensemble, restore
-from neuronet_jax.models.head import spans
 from neuronet_jax.models.onto_grid import Reading
+from neuronet_jax.models.readout import spans
 from neuronet_jax.native import BUCKET, Result, read_volume
 from neuronet_jax.segmentation import Confidence, Options, Segmentation, posterior
 from neuronet_jax.tiling import Shape, receptive_margin, tiles, with_smaller_tiles
@@ -183,7 +183,7 @@ def predict(model: Model, image: Float[np.ndarray, "x y z"], background: float =
     bucket = tuple(-(-side // step) * step for side in sides)
     padding = [(0, whole - side) for side, whole in zip(sides, bucket, strict=True)]
     padded = np.pad(image.astype(np.float32, copy=False), padding, constant_values=background)
-    margin = receptive_margin(model.config.model.filters)
+    margin = receptive_margin(model.config.model)
 
     def run(tile: Shape) -> np.ndarray:
         classes = np.empty((len(model.config.protocols), *bucket), np.uint8)

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from neuronet_jax.config import LossConfig
-from neuronet_jax.models.head import Sums, spans
+from neuronet_jax.models.head import Sums
+from neuronet_jax.models.readout import spans
 
 
 def combine(

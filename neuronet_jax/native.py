@@ -19,8 +19,8 @@ from jaxtyping import Float
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.model import Model
-from neuronet_jax.models.head import Readout, spans
 from neuronet_jax.models.onto_grid import Fields, Reading, aligned, average, axes, fields, read
+from neuronet_jax.models.readout import Readout, spans
 from neuronet_jax.segmentation import Options
 from neuronet_jax.tiling import Shape, Tile, receptive_margin, tiles, with_smaller_tiles
 
@@ -55,7 +55,7 @@ def read_volume(
     shifts = _shifts(options.crops, min(member.config.model.stride for member in model.members))
     strides = [member.config.model.stride for member in model.members]
     step = math.lcm(BUCKET, *strides)
-    margin = max(receptive_margin(member.config.model.filters) for member in model.members)
+    margin = max(receptive_margin(member.config.model) for member in model.members)
     margin = -(-(margin + max(shifts)) // max(strides)) * max(strides)
     # Room for the shifts. Centred along x where heads are mirrored, so that a mirrored head (of even width) is the
     # mirrored volume.

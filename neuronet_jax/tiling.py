@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 
+from neuronet_jax.config import ModelConfig
 from neuronet_jax.devices import TURNS
 from neuronet_jax.errors import CodedWarning
 
@@ -91,16 +92,15 @@ def with_smaller_tiles(run: Callable[[Shape], Result], bucket: Shape, budget: in
             tile = smaller
 
 
-def receptive_margin(filters: tuple[int, ...]) -> int:
+def receptive_margin(model: ModelConfig) -> int:
     """Voxels beyond which the image cannot change a label, for both families, as a multiple of the coarsest stride.
 
     Each scale s down adds 4·2ˢ (a strided kernel of 4 and three of 3), the way back up at most 3·2ˢ⁻¹ (one kernel of 3,
     one linear interpolation), the first convolution 1, interpolation between a voxel and the next 1.
     """
-    scales = range(1, len(filters))
+    scales = range(1, len(model.filters))
     reach = 2 + sum(4 * 2**s for s in scales) + sum(3 * 2 ** (s - 1) for s in scales)
-    stride = 2 ** (len(filters) - 1)
-    return -(-reach // stride) * stride
+    return -(-reach // model.stride) * model.stride
 
 
 def memory_bytes() -> int:

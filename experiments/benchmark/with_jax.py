@@ -31,7 +31,7 @@ class Jax(Contender):
         from neuronet_jax import devices
 
         devices.one_per_core()  # as all programs of the library do; without effect on a GPU
-        self.jax = jax
+        self.jax, self.devices = jax, devices
 
     def config(self, side: int, batch: int, dtype: str) -> Any:
         from experiments import flags
@@ -49,7 +49,7 @@ class Jax(Contender):
     def split(self, batch: int) -> int:
         """Devices among which the batch is split: on a CPU, what cores it fills; one GPU."""
         local = self.jax.devices()
-        return max(n for n in range(1, len(local) + 1) if batch % n == 0) if local[0].platform == "cpu" else 1
+        return self.devices.sharers(batch, len(local)) if local[0].platform == "cpu" else 1
 
     def space(self, side: int, batch: int) -> int:
         """Devices that share a crop: the cores that the batch leaves idle, where it can be cut."""

@@ -12,6 +12,7 @@ from neuronet_jax.config import ModelConfig
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models import head, neuronet, reference
+from neuronet_jax.models.readout import Readout, scores, spans
 
 FAMILIES: dict[str, Any] = {"reference": reference, "neuronet": neuronet}
 
@@ -28,7 +29,7 @@ class Network(nnx.Module):
         self.encoder = family.Encoder(config.filters, rng)
         self.decoders = family.Decoders(config.filters, dict(zip(protocols, self.classes, strict=True)), rng)
 
-    def features(self, image: Float[Array, "b x y z 1"], train: bool = False) -> tuple[list[Array], head.Readout]:
+    def features(self, image: Float[Array, "b x y z 1"], train: bool = False) -> tuple[list[Array], Readout]:
         """Features per scale, finest first, and the readout of all protocols. In training the moving moments move."""
         if any(side % self.stride for side in image.shape[1:4]):
             raise NeuronetError(
@@ -49,8 +50,8 @@ class Network(nnx.Module):
 
     def logits(self, image: Float[Array, "b x y z 1"], train: bool = False) -> dict[str, Float[Array, "b x y z k"]]:
         """Class scores of each protocol, in float32. All at full resolution: for small inputs."""
-        scores = head.scores(*self.features(image, train)).astype(jnp.float32)
-        return {name: scores[..., a:b] for name, (a, b) in zip(self.protocols, head.spans(self.classes), strict=True)}
+        every = scores(*self.features(image, train)).astype(jnp.float32)
+        return {name: every[..., a:b] for name, (a, b) in zip(self.protocols, spans(self.classes), strict=True)}
 
 
 def build(config: ModelConfig, protocols: tuple[str, ...], seed: int) -> Network:

@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from neuronet_jax.models import conv
-from neuronet_jax.models.head import Readout
 from neuronet_jax.models.layers import BatchNorm, Conv, ResidualUnit, fan_in_uniform, normalised_conv
+from neuronet_jax.models.readout import Readout
 
 MOMENTUM = (
     0.95  # moving moments settle within 60 steps, so that short runs validate honestly (the published .99 takes 300)

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from neuronet_jax.models.head import Readout
 from neuronet_jax.models.layers import BatchNorm, Conv, ResidualUnit, channel_covariance, fan_in_uniform
+from neuronet_jax.models.readout import Readout
 
 
 class Encoder(nnx.Module):

@@ -16,7 +16,7 @@ from neuronet_jax import quality, scoring
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.inference import Model
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.models.head import Readout
+from neuronet_jax.models.readout import Readout
 from neuronet_jax.store import Record, Store, StoreWriter, Subject, sample_foreground
 
 GRID = (36, 40, 33)

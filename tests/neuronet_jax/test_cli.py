@@ -27,7 +27,7 @@ from neuronet_jax.segmentation import Options
 
 ROOT = Path(__file__).resolve().parents[2]
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.models.head import Readout
+from neuronet_jax.models.readout import Readout
 
 
 class Threshold(nnx.Module):
@@ -118,7 +118,7 @@ def test_F09_the_same_command_again_touches_nothing(run, heads, tmp_path, capsys
     for again in (command, [*command, "--overwrite"]):  # what would come out the same is kept
         assert main(again) == 3  # b is tried again: it might have been repaired
         assert _state(out) == before and _summary(out) == summary
-        assert "1 of 2 heads segmented" in capsys.readouterr().out.splitlines()[-2]
+        assert f"1 of 2 heads segmented in {out}, 1 of them before" in capsys.readouterr().out
 
 
 def test_F09_results_of_another_input_are_kept_unless_told(run, heads, tmp_path, capsys):

@@ -7,13 +7,14 @@ import pytest
 
 from neuronet_jax import losses
 from neuronet_jax.config import LossConfig
-from neuronet_jax.models import head
+from neuronet_jax.models import blocks, head
+from neuronet_jax.models.readout import Readout, scores, spans
 
 CLASSES = (4, 16, 7)
 WEIGHTS = LossConfig(1.0, 1.0)
 
 
-def draw(shape: tuple[int, int, int], b: int = 2, seed: int = 0) -> tuple[list[jax.Array], head.Readout, jax.Array]:
+def draw(shape: tuple[int, int, int], b: int = 2, seed: int = 0) -> tuple[list[jax.Array], Readout, jax.Array]:
     random = np.random.default_rng(seed)
 
     def normal(*shape: int) -> jax.Array:
@@ -21,26 +22,26 @@ def draw(shape: tuple[int, int, int], b: int = 2, seed: int = 0) -> tuple[list[j
 
     channels, k = (3, 5, 6), sum(CLASSES)
     features = [normal(b, *(n // 2**s for n in shape), c) for s, c in enumerate(channels)]
-    readout = head.Readout([normal(c, k) for c in channels], [normal(k) for _ in channels])
+    readout = Readout([normal(c, k) for c in channels], [normal(k) for _ in channels])
     labels = np.stack([random.integers(0, c, (b, *shape)) for c in CLASSES], axis=1)
     return features, readout, jnp.asarray(labels, jnp.uint8)
 
 
-def plain_loss(features: list[jax.Array], readout: head.Readout, labels: jax.Array, present: jax.Array) -> jax.Array:
-    sums = head.voxel_sums(head.scores(features, readout), jnp.moveaxis(labels, 1, -1), CLASSES)
+def plain_loss(features: list[jax.Array], readout: Readout, labels: jax.Array, present: jax.Array) -> jax.Array:
+    sums = head.voxel_sums(scores(features, readout), jnp.moveaxis(labels, 1, -1), CLASSES)
     return losses.combine(sums, present, labels[0, 0].size, CLASSES, WEIGHTS)[0]
 
 
-def fused_loss(features: list[jax.Array], readout: head.Readout, labels: jax.Array, present: jax.Array) -> jax.Array:
+def fused_loss(features: list[jax.Array], readout: Readout, labels: jax.Array, present: jax.Array) -> jax.Array:
     sums = head.loss_sums(features, readout, labels, CLASSES)
     return losses.combine(sums, present, labels[0, 0].size, CLASSES, WEIGHTS)[0]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 40_000, 2**30], ids=["least", "some", "whole"])
-@pytest.mark.parametrize("platform", head.FORMS)
+@pytest.mark.parametrize("platform", blocks.FORMS)
 def test_fused_equals_plain(platform: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # every platform's form computes the same wherever it runs
-    monkeypatch.setitem(head.FORMS, "cpu", head.FORMS[platform]._replace(block_bytes=block_bytes))
+    monkeypatch.setitem(blocks.FORMS, "cpu", blocks.FORMS[platform]._replace(block_bytes=block_bytes))
     features, readout, labels = draw((12, 4, 8))
     present = jnp.asarray([[True, True, False], [True, False, False]])
 
@@ -51,14 +52,14 @@ def test_fused_equals_plain(platform: str, block_bytes: int, monkeypatch: pytest
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
     for a, e in zip(jax.tree.leaves(actual_gradients), jax.tree.leaves(expected_gradients), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4 * float(jnp.abs(e).max()))
-    scores = head.scores(features, readout)
+    every = scores(features, readout)
     classes = head.labels(features, readout, CLASSES)
-    for p, (a, b) in enumerate(head.spans(CLASSES)):
-        np.testing.assert_array_equal(classes[:, p], jnp.argmax(scores[..., a:b], axis=-1))
+    for p, (a, b) in enumerate(spans(CLASSES)):
+        np.testing.assert_array_equal(classes[:, p], jnp.argmax(every[..., a:b], axis=-1))
 
 
 def test_no_tensor_of_all_classes_at_full_resolution_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(head.FORMS, "cpu", head.FORMS["cpu"]._replace(block_bytes=1))
+    monkeypatch.setitem(blocks.FORMS, "cpu", blocks.FORMS["cpu"]._replace(block_bytes=1))
     features, readout, labels = draw((32, 32, 32), b=1)
     whole = 4 * labels[0, 0].size * sum(CLASSES)
     for function in (jax.grad(fused_loss, (0, 1)), lambda f, r, y, _: head.labels(f, r, CLASSES)):

@@ -17,7 +17,7 @@ from neuronet_jax.inference import Model, predict, restore, segment
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.metrics import dice_per_class, mean_dice
 from neuronet_jax.models import build
-from neuronet_jax.models.head import Readout
+from neuronet_jax.models.readout import Readout
 from neuronet_jax.schema import StoreInfo
 from neuronet_jax.tiling import receptive_margin
 
@@ -167,9 +167,8 @@ def test_F01_any_voxel_size_gives_labels_on_its_own_grid(spacing_mm, tilt, turns
 
 @pytest.mark.parametrize("family", ["reference", "neuronet"])
 def test_F05_the_margin_holds_the_receptive_field(family):
-    filters = (2, 4, 4)
-    network = _model(family, filters).network
-    margin = receptive_margin(filters)
+    model = _model(family, (2, 4, 4))
+    network, margin = model.network, receptive_margin(model.config.model)
     scores = jax.jit(lambda image: network.logits(image)["fsl_fast"][0, :, 4, 4])  # type: ignore[attr-defined]
     image = np.random.default_rng(0).normal(size=(1, 2 * margin + 16, 8, 8, 1)).astype(np.float32)
     before, furthest = scores(image), 0

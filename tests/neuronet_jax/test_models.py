@@ -13,7 +13,8 @@ from neuronet_jax import dltk, losses
 from neuronet_jax.config import LossConfig, ModelConfig
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.models import Network, build, head
+from neuronet_jax.models import Network, build
+from neuronet_jax.models.readout import scores, spans
 
 REFERENCE = ModelConfig("reference", (16, 32, 64, 128), "float32")
 ALL = tuple(PROTOCOLS)
@@ -53,12 +54,12 @@ def test_the_published_network_has_its_parameters() -> None:
 def test_inference_equals_the_published(published: Network, evaluation: dict[str, np.ndarray]) -> None:
     image = jnp.asarray(evaluation["x"])
     features, readout = jax.jit(lambda network, x: network.features(x))(published, image)
-    scores = head.scores(features, readout)
+    every = scores(features, readout)
     expected = evaluation["out/encoder_out"]
     np.testing.assert_allclose(features[-1], expected, rtol=0, atol=1e-4 * expected.std())
-    for name, (a, b) in zip(ALL, head.spans(published.classes), strict=True):
+    for name, (a, b) in zip(ALL, spans(published.classes), strict=True):
         expected = evaluation[f"out/logits_{name}"]
-        np.testing.assert_allclose(scores[..., a:b], expected, rtol=0, atol=1e-4 * expected.std(), err_msg=name)
+        np.testing.assert_allclose(every[..., a:b], expected, rtol=0, atol=1e-4 * expected.std(), err_msg=name)
     labels = published.labels(image)
     for p, name in enumerate(ALL):
         np.testing.assert_array_equal(labels[:, p], evaluation[f"out/logits_{name}"].argmax(-1), err_msg=name)
