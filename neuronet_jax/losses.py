@@ -18,16 +18,21 @@ def combine(
     nothing about its overlap, and cross-entropy already punishes predicting it. Protocols weigh equally; one that no
     sample has weighs nothing.
     """
-    has = present.astype(jnp.float32)  # b p
-    samples = jnp.maximum(has.sum(axis=0), 1.0)
-    cross_entropy = (has * sums.cross_entropy).sum(axis=0) / (samples * voxels)
-    weight = present.any(axis=0).astype(jnp.float32)
-    weight = weight / jnp.maximum(weight.sum(), 1.0)
+    of_sample, weight = entropy_weights(present, voxels)
+    cross_entropy = (of_sample * sums.cross_entropy).sum(axis=0)
     loss, parts = weights.cross_entropy * jnp.sum(weight * cross_entropy), {"cross_entropy": cross_entropy}
     if weights.dice > 0:
+        has = present.astype(jnp.float32)  # b p
         dice = jnp.stack([_soft_dice(sums, has[:, p], span) for p, span in enumerate(spans(classes))])
         loss, parts = loss + weights.dice * jnp.sum(weight * (1.0 - dice)), parts | {"dice": dice}
     return loss, parts
+
+
+def entropy_weights(present: Bool[Array, "b p"], voxels: int) -> tuple[Float[Array, "b p"], Float[Array, " p"]]:
+    """What each sample's sum of cross-entropy weighs in its protocol's mean, and what each protocol in the loss."""
+    has = present.astype(jnp.float32)
+    weight = present.any(axis=0).astype(jnp.float32)
+    return has / (jnp.maximum(has.sum(axis=0, keepdims=True), 1.0) * voxels), weight / jnp.maximum(weight.sum(), 1.0)
 
 
 def _soft_dice(sums: Sums, has: Float[Array, " b"], span: tuple[int, int]) -> Float[Array, ""]:

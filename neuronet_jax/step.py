@@ -119,9 +119,15 @@ def make_train_step(
 
 def network_loss(network: Network, batch: Batch, config: Config, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a batch and its parts per protocol, in float32."""
-    sums = network.loss_sums(batch["image"], batch["labels"], train, dice=config.loss.dice > 0)
-    voxels = batch["image"][0].size
-    return losses.combine(sums, batch["present"], voxels, network.classes, config.loss)
+    image, labels, present = batch["image"], batch["labels"], batch["present"]
+    voxels = image[0].size
+    if config.loss.dice > 0:
+        sums = network.loss_sums(image, labels, train)
+        return losses.combine(sums, present, voxels, network.classes, config.loss)
+    of_sample, of_protocol = losses.entropy_weights(present, voxels)  # known beforehand, which saves a pass
+    weights = config.loss.cross_entropy * of_protocol[None] * of_sample
+    loss, sums = network.weighted_entropy(image, labels, weights, train)
+    return loss, {"cross_entropy": (of_sample * sums).sum(axis=0)}
 
 
 def evaluation_network(graphdef: nnx.GraphDef[Network], state: TrainState) -> Network:

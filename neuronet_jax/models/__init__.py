@@ -44,6 +44,16 @@ class Network(nnx.Module):
         """The sums over space that `losses.py` combines; never all scores at full resolution."""
         return head.loss_sums(*self.features(image, train), labels, self.classes, dice)
 
+    def weighted_entropy(
+        self,
+        image: Float[Array, "b x y z 1"],
+        labels: Integer[Array, "b p x y z"],
+        weights: Float[Array, "b p"],
+        train: bool,
+    ) -> tuple[Float[Array, ""], Float[Array, "b p"]]:
+        """The weighted sum of cross-entropies, and each of them without gradient (see `head.py`)."""
+        return head.weighted_entropy(*self.features(image, train), labels, self.classes, weights)
+
     def labels(self, image: Float[Array, "b x y z 1"]) -> Integer[Array, "b p x y z"]:
         """The most likely class of every voxel for each protocol, uint8; never all scores at full resolution."""
         return head.labels(*self.features(image), self.classes)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from neuronet_jax.models import conv
 from neuronet_jax.models.readout import Readout, half_scores, membership, spans
@@ -192,6 +192,12 @@ class Protocols:
         top = self._each(scores, jnp.max)
         exponential = jnp.exp(scores - self.spread(top))
         return top, exponential, self.sums(exponential)
+
+    def entropy(
+        self, scores: Float[Array, "*k"], truth: Bool[Array, "*k"], top: Float[Array, "*p"], norm: Float[Array, "*p"]
+    ) -> Float[Array, "*p"]:
+        """Cross-entropy of the true classes; `top` and `norm` are those of `softmax`."""
+        return jnp.log(norm) + top - self.sums(jnp.where(truth, scores, 0.0))
 
     def truth(self, labels: Integer[Array, "*p"]) -> Array:
         """Whether a class is the labelled one, bool [*k]."""

@@ -62,6 +62,20 @@ def loss_sums(
     return _full_sums(classes, dice, features, readout, labels)
 
 
+def weighted_entropy(
+    features: list[Array],
+    readout: Readout,
+    labels: Integer[Array, "b p x y z"],
+    classes: tuple[int, ...],
+    weights: Float[Array, "b p"],
+) -> tuple[Float[Array, ""], Float[Array, "b p"]]:
+    """The weighted sum of all cross-entropies, and each of them, per sample and summed over space, without gradient.
+
+    As the weights are known beforehand, one pass computes the sum and its gradient, where `loss_sums` takes two.
+    """
+    return _weighted(classes, features, readout, labels, weights)
+
+
 def labels(features: list[Array], readout: Readout, classes: tuple[int, ...]) -> Integer[Array, "b p x y z"]:
     """The class of the highest score for every protocol, as uint8; the lower class on a tie."""
     return on_platform(partial(_labels, classes), features, readout)
@@ -80,11 +94,35 @@ def _full_sums_forward(classes: tuple[int, ...], dice: bool, *arguments: Any) ->
 
 
 def _full_sums_backward(classes: tuple[int, ...], dice: bool, arguments: Any, sensitivity: Sums) -> Any:
-    gradients = on_platform(partial(_pull_blocks, classes, dice), sensitivity, *arguments)
+    _, gradients = on_platform(partial(_pull_blocks, classes, dice, False), sensitivity, *arguments)
     return (*gradients, None)
 
 
 _full_sums.defvjp(_full_sums_forward, _full_sums_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(classes: tuple[int, ...], features: list[Array], readout: Readout, labels: Array, weights: Array) -> Any:
+    sums = loss_sums(features, readout, labels, classes, dice=False).cross_entropy
+    return jnp.sum(weights * sums), sums
+
+
+def _weighted_forward(
+    classes: tuple[int, ...], features: list[Array], readout: Readout, labels: Array, weights: Array
+) -> tuple[Any, Any]:
+    nothing = jnp.zeros((weights.shape[0], sum(classes)))
+    sensitivity = Sums(weights, nothing, nothing, nothing)
+    one_pass = partial(_pull_blocks, classes, False, True)
+    sums, gradients = on_platform(one_pass, sensitivity, features, readout, labels)
+    return (jnp.sum(weights * sums), sums), gradients
+
+
+def _weighted_backward(classes: tuple[int, ...], gradients: Any, sensitivity: tuple[Array, Array]) -> Any:
+    scaled = jax.tree.map(lambda gradient: sensitivity[0].astype(gradient.dtype) * gradient, gradients)
+    return (*scaled, None, None)
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 def _sum_blocks(
@@ -100,8 +138,7 @@ def _sum_blocks(
         scores = blocks.scores(index, fine, halves, matrix, bias)
         here = protocols.truth(blocks.cut(index, truth))
         top, exponential, norm = protocols.softmax(scores)
-        chosen = protocols.sums(jnp.where(here, scores, 0.0))
-        cross_entropy = blocks.per_sample(jnp.log(norm) + top - chosen)
+        cross_entropy = blocks.per_sample(protocols.entropy(scores, here, top, norm))
         if not dice:
             return total._replace(cross_entropy=total.cross_entropy + cross_entropy), None
         probability = exponential * protocols.spread(1.0 / norm)
@@ -117,13 +154,15 @@ def _sum_blocks(
 def _pull_blocks(
     classes: tuple[int, ...],
     dice: bool,
+    entropy: bool,
     form: Form,
     sensitivity: Sums,
     features: list[Array],
     readout: Readout,
     labels: Array,
-) -> tuple[list[Array], Readout]:
-    """Gradients by features and readout from those by the sums.
+) -> tuple[Float[Array, "b p"], tuple[list[Array], Readout]]:
+    """Gradients by features and readout from those by the sums, after the sums of cross-entropy if `entropy` asks for
+    them, else zeros.
 
     With probabilities q and truth t, cross-entropy gives a score the gradient q − t, and a sum Σ vq of weighted
     probabilities gives it q (v − Σ vq).
@@ -138,10 +177,12 @@ def _pull_blocks(
     of_overlap, of_predicted = blocks.per_class(sensitivity.intersection), blocks.per_class(sensitivity.predicted)
 
     def step(total: tuple[Array, ...], index: Array) -> tuple[tuple[Array, ...], None]:
-        fine_gradient, half_gradient, matrix_gradient, bias_gradient = total
+        cross_entropy, fine_gradient, half_gradient, matrix_gradient, bias_gradient = total
         scores = blocks.scores(index, fine, halves, matrix, bias)
         here = protocols.truth(blocks.cut(index, truth))
-        _, exponential, norm = protocols.softmax(scores)
+        top, exponential, norm = protocols.softmax(scores)
+        if entropy:
+            cross_entropy += blocks.per_sample(protocols.entropy(scores, here, top, norm))
         probability = exponential * protocols.spread(1.0 / norm)
         gradient = of_entropy * (probability - here.astype(jnp.float32))
         if dice:
@@ -149,17 +190,19 @@ def _pull_blocks(
             gradient += probability * (value - protocols.spread(protocols.sums(probability * value)))
         by_fine, by_matrix, by_bias = blocks.unmix(gradient.astype(fine.dtype), blocks.cut(index, fine), matrix)
         return (
+            cross_entropy,
             blocks.put(index, fine_gradient, by_fine),
             blocks.add_halves(index, half_gradient, gradient),
             matrix_gradient + by_matrix,
             bias_gradient + by_bias,
         ), None
 
-    zeros = jnp.zeros_like(fine), jnp.zeros_like(halves), jnp.zeros(matrix.shape), jnp.zeros(bias.shape)
-    by_fine, by_halves, by_matrix, by_bias = jax.lax.scan(step, zeros, jnp.arange(blocks.count))[0]
+    sums = jnp.zeros_like(sensitivity.cross_entropy)
+    zeros = sums, jnp.zeros_like(fine), jnp.zeros_like(halves), jnp.zeros(matrix.shape), jnp.zeros(bias.shape)
+    sums, by_fine, by_halves, by_matrix, by_bias = jax.lax.scan(step, zeros, jnp.arange(blocks.count))[0]
     by_coarse, by_readout = pull_halves(by_halves)
     by_readout.matrices[0], by_readout.biases[0] = by_matrix, by_bias  # which `halves` does not read
-    return [blocks.volume_back(by_fine), *by_coarse], by_readout
+    return sums, ([blocks.volume_back(by_fine), *by_coarse], by_readout)
 
 
 def _labels(

@@ -58,6 +58,30 @@ def test_fused_equals_plain(platform: str, block_bytes: int, monkeypatch: pytest
         np.testing.assert_array_equal(classes[:, p], jnp.argmax(every[..., a:b], axis=-1))
 
 
+@pytest.mark.parametrize("platform", blocks.FORMS)
+def test_entropy_in_one_pass_equals_plain(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(blocks.FORMS, "cpu", blocks.FORMS[platform]._replace(block_bytes=40_000))
+    features, every, labels = draw((12, 4, 8))
+    weights = jnp.asarray([[0.5, 0.0, 2.0], [1.0, 0.3, 0.1]])
+
+    def plain(features: list[jax.Array], readout: Readout) -> tuple[jax.Array, jax.Array]:
+        sums = head.voxel_sums(scores(features, readout), jnp.moveaxis(labels, 1, -1), CLASSES).cross_entropy
+        return 3.0 * jnp.sum(weights * sums), sums
+
+    def one_pass(features: list[jax.Array], readout: Readout) -> tuple[jax.Array, jax.Array]:
+        loss, sums = head.weighted_entropy(features, readout, labels, CLASSES, weights)
+        return 3.0 * loss, sums
+
+    expected, actual = (
+        jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(features, every) for loss in (plain, one_pass)
+    )
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * float(jnp.abs(e).max()))
+    without_gradient = jax.jit(one_pass)(features, every)
+    np.testing.assert_allclose(without_gradient[0], expected[0][0], rtol=1e-6)
+    np.testing.assert_allclose(without_gradient[1], expected[0][1], rtol=1e-5)
+
+
 def test_no_tensor_of_all_classes_at_full_resolution_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(blocks.FORMS, "cpu", blocks.FORMS["cpu"]._replace(block_bytes=1))
     features, readout, labels = draw((32, 32, 32), b=1)

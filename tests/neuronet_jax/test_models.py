@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from neuronet_jax import dltk, losses
-from neuronet_jax.config import LossConfig, ModelConfig
+from neuronet_jax import dltk
+from neuronet_jax.config import ModelConfig
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models import Network, build
@@ -74,9 +74,8 @@ def test_a_training_step_equals_the_published(
 
     def loss_fn(params):
         network = nnx.merge(graphdef, params, moments, copy=True)
-        sums = network.loss_sums(image, labels.astype(jnp.uint8), train=True)
-        present = jnp.ones((1, len(ALL)), bool)
-        loss, _ = losses.combine(sums, present, image[0].size, network.classes, LossConfig(1.0, 0.0))
+        weights = jnp.full((1, len(ALL)), 1 / (len(ALL) * image[0].size))
+        loss, _ = network.weighted_entropy(image, labels.astype(jnp.uint8), weights, train=True)
         return loss, nnx.state(network, nnx.BatchStat, graph=False)
 
     (loss, moved), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
