@@ -56,7 +56,8 @@ def folded_conv3d(x: Array, kernel: Array, stride: int = 1, blocks: bool = True)
     padding = [same_padding(n, k, stride) for n, k in zip(x.shape[1:4], kernel.shape[:3], strict=True)]
     if blocks and stride > 1 and all(size % stride == 0 for size in kernel.shape[:3]):
         x = _blocks_to_channels(jnp.pad(x, ((0, 0), *padding, (0, 0))), stride, first=1)
-        return _sum_of_taps(x, _blocks_to_channels(kernel, stride, first=0))
+        kernel = _blocks_to_channels(kernel, stride, first=0)
+        return _sum_of_taps(*_taps_in_channels(x, kernel))
     b, n, _, _, c = x.shape
     taps = kernel.shape[0]
     out = (n + sum(padding[0]) - taps) // stride + 1
@@ -69,6 +70,15 @@ def folded_conv3d(x: Array, kernel: Array, stride: int = 1, blocks: bool = True)
         planes, flat_kernel, (stride,) * 2, padding[1:], dimension_numbers=("NYZC", "YZIO", "NYZC")
     )
     return y.reshape(b, out, *y.shape[1:])
+
+
+def _taps_in_channels(x: Array, kernel: Array) -> tuple[Array, Array]:
+    """The taps along y stacked in the channels: where a mesh splits y, the few channels of x are exchanged at the seams
+    and not the products of all taps, which took twice the memory.
+    """
+    i, taps, k, c, f = kernel.shape
+    shifted = [jax.lax.slice_in_dim(x, t, t + x.shape[2] - taps + 1, axis=2) for t in range(taps)]
+    return jnp.concatenate(shifted, axis=-1), jnp.moveaxis(kernel, 1, 2).reshape(i, 1, k, taps * c, f)
 
 
 @jax.custom_vjp
