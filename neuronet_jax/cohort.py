@@ -97,7 +97,7 @@ class Cohort:
 
     def _expected(self, targets: Sequence[Target]) -> str:
         """How long the first head will take, by its header; nothing where that cannot be read, or hardly counts."""
-        passes = len(self.model.members) * self.options.crops * (2 if self.options.flip else 1)
+        passes = len(self.model.members) * self.options.passes
         try:
             header: Any = nib.load(targets[0].source).header  # type: ignore[attr-defined]
             shape, spacing_mm = header.get_data_shape()[:3], header.get_zooms()[:3]

@@ -27,7 +27,7 @@ from neuronet_jax.models.onto_grid import Reading
 from neuronet_jax.models.readout import spans
 from neuronet_jax.native import BUCKET, Result, read_volume
 from neuronet_jax.segmentation import Confidence, Options, Segmentation, posterior
-from neuronet_jax.tiling import Shape, receptive_margin, tiles, with_smaller_tiles
+from neuronet_jax.tiling import Shape, receptive_margin, rounded_up, tiles, with_smaller_tiles
 
 __all__ = ["Model", "ensemble", "predict", "restore", "segment", "segment_volume"]
 
@@ -180,7 +180,7 @@ def predict(model: Model, image: Float[np.ndarray, "x y z"], background: float =
         return read_volume(model, image, background, names, reading, DEFAULT).classes
     sides = image.shape
     step = math.lcm(BUCKET, model.config.model.stride)
-    bucket = tuple(-(-side // step) * step for side in sides)
+    bucket = tuple(rounded_up(side, step) for side in sides)
     padding = [(0, whole - side) for side, whole in zip(sides, bucket, strict=True)]
     padded = np.pad(image.astype(np.float32, copy=False), padding, constant_values=background)
     margin = receptive_margin(model.config.model)

@@ -22,7 +22,7 @@ from neuronet_jax.model import Model
 from neuronet_jax.models.onto_grid import Fields, Reading, aligned, average, axes, fields, read
 from neuronet_jax.models.readout import Readout, spans
 from neuronet_jax.segmentation import Options
-from neuronet_jax.tiling import Shape, Tile, receptive_margin, tiles, with_smaller_tiles
+from neuronet_jax.tiling import Shape, Tile, receptive_margin, rounded_up, tiles, with_smaller_tiles
 
 BUCKET = 32  # sides are padded to multiples of it: heads come in few shapes, so programs are compiled rarely
 # Of a further member's finest features, of a whole network's 850 bytes per voxel: 16 channels in float32.
@@ -52,15 +52,15 @@ def read_volume(
     `positions` [u], [v], [w] are the wanted grid's, in voxels of the volume; zeros beyond its field of view. Without
     them it is the volume's own grid. The sums are over the volume's own voxels in any case.
     """
-    shifts = _shifts(options.crops, min(member.config.model.stride for member in model.members))
     strides = [member.config.model.stride for member in model.members]
+    shifts = _shifts(options.crops, min(strides))
     step = math.lcm(BUCKET, *strides)
     margin = max(receptive_margin(member.config.model) for member in model.members)
-    margin = -(-(margin + max(shifts)) // max(strides)) * max(strides)
+    margin = rounded_up(margin + max(shifts), max(strides))
     # Room for the shifts. Centred along x where heads are mirrored, so that a mirrored head (of even width) is the
     # mirrored volume.
     room = (max(shifts) * (2 if options.flip else 1), max(shifts), max(shifts))
-    bucket = tuple(-(-(side + more) // step) * step for side, more in zip(image.shape, room, strict=True))
+    bucket = tuple(rounded_up(side + more, step) for side, more in zip(image.shape, room, strict=True))
     low = ((bucket[0] - image.shape[0]) // 2 if options.flip else 0, 0, 0)
     after = [whole - side - a for whole, side, a in zip(bucket, image.shape, low, strict=True)]
     padding = list(zip(low, after, strict=True))
@@ -68,7 +68,7 @@ def read_volume(
     if positions is not None:
         positions = [np.round(p, 6) + a for p, a in zip(positions, low, strict=True)]  # inverted affines are not exact
     volume = tuple(slice(a, a + side) for a, side in zip(low, image.shape, strict=True))
-    count = len(model.members) * len(shifts) * (2 if options.flip else 1)
+    count = len(model.members) * options.passes
     budget = int(model.voxel_budget / (1 + MEMBER_SHARE * (count - 1)))
 
     def run(tile: Shape) -> Result:

@@ -29,6 +29,11 @@ class Options:
         for text in self.posteriors:
             posterior(text)
 
+    @property
+    def passes(self) -> int:
+        """How often a network runs over a head."""
+        return self.crops * (2 if self.flip else 1)
+
     def changed(self) -> dict[str, Any]:
         """The options that are not at their default, as JSON: part of a result's provenance."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}

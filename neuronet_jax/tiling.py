@@ -62,8 +62,7 @@ def windows(side: int, tile: int, margin: int) -> Iterator[tuple[int, slice]]:
 
 def tile_shape(bucket: Shape, budget: int, step: int, margin: int) -> Shape:
     """The bucket, its longest sides halved until it fits the budget of voxels or halos would leave nothing."""
-    least = 2 * margin + step
-    least = -(-least // step) * step
+    least = rounded_up(2 * margin + step, step)
     tile = list(bucket)
     while math.prod(tile) > budget and max(tile) > least:
         axis = tile.index(max(tile))
@@ -82,14 +81,15 @@ def with_smaller_tiles(run: Callable[[Shape], Result], bucket: Shape, budget: in
             smaller = tile_shape(tile, math.prod(tile) // 2, step, margin)
             if not any(sign in str(error) for sign in _OUT_OF_MEMORY) or smaller == tile:
                 raise
-            sizes = " × ".join(map(str, tile)), " × ".join(map(str, smaller))
-            warnings.warn(
-                CodedWarning(
-                    "W_MEMORY", "the device ran out of memory with tiles of {}; going on with {}".format(*sizes)
-                ),
-                stacklevel=2,
-            )
+            before, after = (" × ".join(map(str, sides)) for sides in (tile, smaller))
+            reason = f"the device ran out of memory with tiles of {before}; going on with {after}"
+            warnings.warn(CodedWarning("W_MEMORY", reason), stacklevel=2)
             tile = smaller
+
+
+def rounded_up(count: int, step: int) -> int:
+    """To the next multiple of the step."""
+    return -(-count // step) * step
 
 
 def receptive_margin(model: ModelConfig) -> int:
@@ -100,7 +100,7 @@ def receptive_margin(model: ModelConfig) -> int:
     """
     scales = range(1, len(model.filters))
     reach = 2 + sum(4 * 2**s for s in scales) + sum(3 * 2 ** (s - 1) for s in scales)
-    return -(-reach // model.stride) * model.stride
+    return rounded_up(reach, model.stride)
 
 
 def memory_bytes() -> int:

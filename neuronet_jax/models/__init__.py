@@ -39,10 +39,10 @@ class Network(nnx.Module):
         return features, self.decoders(features, train)
 
     def loss_sums(
-        self, image: Float[Array, "b x y z 1"], labels: Integer[Array, "b p x y z"], train: bool, dice: bool = True
+        self, image: Float[Array, "b x y z 1"], labels: Integer[Array, "b p x y z"], train: bool
     ) -> head.Sums:
         """The sums over space that `losses.py` combines; never all scores at full resolution."""
-        return head.loss_sums(*self.features(image, train), labels, self.classes, dice)
+        return head.loss_sums(*self.features(image, train), labels, self.classes)
 
     def weighted_entropy(
         self,

@@ -54,12 +54,11 @@ def loss_sums(
     readout: Readout,
     labels: Integer[Array, "b p x y z"],
     classes: tuple[int, ...],
-    dice: bool = True,
 ) -> Sums:
     """The sums of cross-entropy and soft Dice per sample, in float32. `classes` per protocol, in the order of
-    `labels`. Without `dice` its three sums are zeros and cost nothing.
+    `labels`.
     """
-    return _full_sums(classes, dice, features, readout, labels)
+    return _full_sums(classes, features, readout, labels)
 
 
 def weighted_entropy(
@@ -84,17 +83,17 @@ def labels(features: list[Array], readout: Readout, classes: tuple[int, ...]) ->
 # The loss: the sums forward; backward, their closed-form gradient by score, carried on to features and readout.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _full_sums(classes: tuple[int, ...], dice: bool, features: list[Array], readout: Readout, labels: Array) -> Sums:
-    return on_platform(partial(_sum_blocks, classes, dice), features, readout, labels)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _full_sums(classes: tuple[int, ...], features: list[Array], readout: Readout, labels: Array) -> Sums:
+    return on_platform(partial(_sum_blocks, classes, True), features, readout, labels)
 
 
-def _full_sums_forward(classes: tuple[int, ...], dice: bool, *arguments: Any) -> tuple[Sums, Any]:
-    return _full_sums(classes, dice, *arguments), arguments
+def _full_sums_forward(classes: tuple[int, ...], *arguments: Any) -> tuple[Sums, Any]:
+    return _full_sums(classes, *arguments), arguments
 
 
-def _full_sums_backward(classes: tuple[int, ...], dice: bool, arguments: Any, sensitivity: Sums) -> Any:
-    _, gradients = on_platform(partial(_pull_blocks, classes, dice, False), sensitivity, *arguments)
+def _full_sums_backward(classes: tuple[int, ...], arguments: Any, sensitivity: Sums) -> Any:
+    _, gradients = on_platform(partial(_pull_blocks, classes, True), sensitivity, *arguments)
     return (*gradients, None)
 
 
@@ -103,7 +102,7 @@ _full_sums.defvjp(_full_sums_forward, _full_sums_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted(classes: tuple[int, ...], features: list[Array], readout: Readout, labels: Array, weights: Array) -> Any:
-    sums = loss_sums(features, readout, labels, classes, dice=False).cross_entropy
+    sums = on_platform(partial(_sum_blocks, classes, False), features, readout, labels).cross_entropy
     return jnp.sum(weights * sums), sums
 
 
@@ -112,8 +111,7 @@ def _weighted_forward(
 ) -> tuple[Any, Any]:
     nothing = jnp.zeros((weights.shape[0], sum(classes)))
     sensitivity = Sums(weights, nothing, nothing, nothing)
-    one_pass = partial(_pull_blocks, classes, False, True)
-    sums, gradients = on_platform(one_pass, sensitivity, features, readout, labels)
+    sums, gradients = on_platform(partial(_pull_blocks, classes, False), sensitivity, features, readout, labels)
     return (jnp.sum(weights * sums), sums), gradients
 
 
@@ -154,15 +152,14 @@ def _sum_blocks(
 def _pull_blocks(
     classes: tuple[int, ...],
     dice: bool,
-    entropy: bool,
     form: Form,
     sensitivity: Sums,
     features: list[Array],
     readout: Readout,
     labels: Array,
 ) -> tuple[Float[Array, "b p"], tuple[list[Array], Readout]]:
-    """Gradients by features and readout from those by the sums, after the sums of cross-entropy if `entropy` asks for
-    them, else zeros.
+    """Gradients by features and readout from those by the sums; before them, without `dice`, the sums of cross-entropy
+    themselves.
 
     With probabilities q and truth t, cross-entropy gives a score the gradient q − t, and a sum Σ vq of weighted
     probabilities gives it q (v − Σ vq).
@@ -181,13 +178,13 @@ def _pull_blocks(
         scores = blocks.scores(index, fine, halves, matrix, bias)
         here = protocols.truth(blocks.cut(index, truth))
         top, exponential, norm = protocols.softmax(scores)
-        if entropy:
-            cross_entropy += blocks.per_sample(protocols.entropy(scores, here, top, norm))
         probability = exponential * protocols.spread(1.0 / norm)
         gradient = of_entropy * (probability - here.astype(jnp.float32))
         if dice:
             value = of_predicted + jnp.where(here, of_overlap, 0.0)
             gradient += probability * (value - protocols.spread(protocols.sums(probability * value)))
+        else:
+            cross_entropy += blocks.per_sample(protocols.entropy(scores, here, top, norm))
         by_fine, by_matrix, by_bias = blocks.unmix(gradient.astype(fine.dtype), blocks.cut(index, fine), matrix)
         return (
             cross_entropy,

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from neuronet_jax.labels import MALP_EM_TO_TISSUE
 from neuronet_jax.models import conv
 from neuronet_jax.models.readout import Readout, membership, spans
+from neuronet_jax.tiling import rounded_up
 
 # Windows of y and z grow in steps of this many voxels, so that heads of one scanner share a program: brains differ by
 # some 30 mm, and most fit 192 mm of a grid of 1 mm.
@@ -133,7 +134,7 @@ def axes(
     counted = [np.ones(len(p)) for p in positions] if counted is None else counted
     fine = [_linear(p, side) for p, side in zip(positions, shape, strict=True)]
     x, y, z = ((matrix, matrix @ conv.upsampling_matrix(matrix.shape[1] // 2)) for matrix in fine)
-    planes = _rounded(planes, ROWS)
+    planes = rounded_up(planes, ROWS)
     first = np.floor(positions[0]).astype(int)
     x_fine, x_half = (
         _taps(matrix, np.clip(start, 0, matrix.shape[1] - taps), taps, planes)
@@ -142,10 +143,10 @@ def axes(
     starts, windows, rows = [], [], [planes]
     for matrices, p, side in ((y, positions[1], shape[1]), (z, positions[2], shape[2])):
         low = max(0, int(p.min()) // 2 * 2 - 2)  # a half-resolution neighbour more on either side
-        length = min(side, _rounded(min(side, int(p.max()) + 4) - low, WINDOW))
+        length = min(side, rounded_up(min(side, int(p.max()) + 4) - low, WINDOW))
         low = min(low, side - length)
         spacing = float(np.abs(np.diff(p)).max(initial=0)) or length  # those held at the volume's edge repeat
-        count = _rounded(max(len(p), int((length - 1) / spacing) + 1), ROWS)
+        count = rounded_up(max(len(p), int((length - 1) / spacing) + 1), ROWS)
         window = matrices[0][:, low : low + length], matrices[1][:, low // 2 : (low + length) // 2]
         windows.append(tuple(_padded(matrix, count) for matrix in window))
         starts.append(low)
@@ -295,7 +296,3 @@ def _taps(matrix: np.ndarray, starts: np.ndarray, taps: int, count: int) -> tupl
 
 def _padded(rows: np.ndarray, count: int) -> np.ndarray:
     return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1)).astype(np.float32)
-
-
-def _rounded(count: int, step: int) -> int:
-    return -(-count // step) * step
