@@ -17,11 +17,11 @@ import numpy as np
 from rich.console import Console
 
 from data_prep.build import read_rejects
-from data_prep.manifest import ids_hash, read_ids
+from data_prep.sources.manifest import ids_hash, read_ids
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
-from neuronet_jax.schema import Record, StoreInfo, Subject, subjects_from_tsv
-from neuronet_jax.store import Store, StoreWriter
+from neuronet_jax.store.schema import Record, StoreInfo, Subject, subjects_from_tsv
+from neuronet_jax.store.reader import Store, StoreWriter
 
 
 def purge(store: str, excluded: Collection[str]) -> int:

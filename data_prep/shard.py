@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.lease import lease
-from data_prep.manifest import Source
+from data_prep.sources.manifest import Source
 from data_prep.subject import Settings, prepare
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.files import Files
-from neuronet_jax.schema import Record, Reject, Subject, subjects_from_tsv, subjects_to_tsv
-from neuronet_jax.store import StoreWriter
+from neuronet_jax.store.schema import Record, Reject, Subject, subjects_from_tsv, subjects_to_tsv
+from neuronet_jax.store.reader import StoreWriter
 
 _RETRY_AFTER_S = (1, 5, 25)  # a network file system that hiccups is back within half a minute or needs a person
 

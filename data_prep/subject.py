@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.manifest import Source
-from neuronet_jax import intensity, nifti, space
+from data_prep.sources.manifest import Source
+from neuronet_jax.images import intensity, nifti, space
 from neuronet_jax.errors import RejectError
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, MALP_EM_VOLUMES_MM3, PROTOCOLS, Protocol
-from neuronet_jax.schema import Record, Subject, sample_foreground
+from neuronet_jax.store.schema import Record, Subject, sample_foreground
 
 _GEOMETRY_TOLERANCE_MM = 0.1  # tools rewrite affines in float32; a tenth of a millimetre moves no label
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data_prep.demo import demo_manifest, ensure_demo_store
+from data_prep.demo.cohort import demo_manifest, ensure_demo_store
 
 
 def held_out_head(store: Path) -> Path:

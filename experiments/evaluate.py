@@ -25,19 +25,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data_prep.demo import ensure_demo_store
-from neuronet_jax import messages, quality
+from data_prep.demo.cohort import ensure_demo_store
+from neuronet_jax import messages
+from neuronet_jax.evaluation import quality
 from neuronet_jax.compilation import keep_compiled
 from neuronet_jax.devices import one_per_core
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
-from neuronet_jax.inference import Model, restore
+from neuronet_jax.inference.segment import Model, restore
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.metrics import DiceTable, Summary, mean_dice, summarise
-from neuronet_jax.pictures import save_comparison, save_strip
-from neuronet_jax.scoring import calibrate_on, predict_subject, score, score_surfaces
-from neuronet_jax.store import Store, Subject
-from neuronet_jax.surfaces import SurfaceSummary, SurfaceTable, summarise_surfaces
+from neuronet_jax.evaluation.metrics import DiceTable, Summary, mean_dice, summarise
+from neuronet_jax.results.pictures import save_comparison, save_strip
+from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score, score_surfaces
+from neuronet_jax.store.reader import Store, Subject
+from neuronet_jax.evaluation.surfaces import SurfaceSummary, SurfaceTable, summarise_surfaces
 
 COLUMNS = ("subject", "protocol", "index", "name", "dice", "reference_voxels", "predicted_voxels")
 SURFACE_COLUMNS = ("hd95_mm", "nsd")

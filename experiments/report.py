@@ -19,8 +19,8 @@ import jinja2
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.pictures import save_curves
-from neuronet_jax.reports import embed, environment
+from neuronet_jax.results.pictures import save_curves
+from neuronet_jax.results.reports import embed, environment
 
 LOWEST = 10  # structures listed: what to look at first
 

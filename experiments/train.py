@@ -22,24 +22,25 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from data_prep.demo import ensure_demo_store
+from data_prep.demo.cohort import ensure_demo_store
 from experiments import flags
-from neuronet_jax import devices, messages, quality
-from neuronet_jax.checkpoint import Checkpoints
+from neuronet_jax import devices, messages
+from neuronet_jax.evaluation import quality
+from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.compilation import keep_compiled
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
-from neuronet_jax.inference import Model, restore
+from neuronet_jax.inference.segment import Model, restore
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.lifecycle import StopRequest, Watchdog
-from neuronet_jax.mesh import make_mesh, put_batch
-from neuronet_jax.metrics import mean_dice
-from neuronet_jax.monitor import Monitor, label_picture
-from neuronet_jax.pipeline import training_iterator, validation_subjects
-from neuronet_jax.scoring import calibrate_on, predict_subject, score
-from neuronet_jax.step import TrainState, evaluation_network, init_state, make_train_step
-from neuronet_jax.store import Store
+from neuronet_jax.training.signals import StopRequest, Watchdog
+from neuronet_jax.training.mesh import make_mesh, put_batch
+from neuronet_jax.evaluation.metrics import mean_dice
+from neuronet_jax.training.monitor import Monitor, label_picture
+from neuronet_jax.training.pipeline import training_iterator, validation_subjects
+from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score
+from neuronet_jax.training.step import TrainState, evaluation_network, init_state, make_train_step
+from neuronet_jax.store.reader import Store
 
 EXIT_NOT_FINITE, EXIT_MEMORY = 4, 5
 MOST_SKIPPED = 10  # updates refused in a row before the run gives up: a bad batch passes, a broken run does not

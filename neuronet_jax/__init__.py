@@ -10,20 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neuronet_jax.inference import Model, restore, segment
+    from neuronet_jax.inference.segment import Model, restore, segment
     from neuronet_jax.labels import PROTOCOLS
-    from neuronet_jax.releases import release
-    from neuronet_jax.segmentation import Options
+    from neuronet_jax.runs.release import release
+    from neuronet_jax.inference.segmentation import Options
 
 __version__ = "0.1.0"
 __all__ = ["PROTOCOLS", "Model", "Options", "release", "restore", "segment"]
 
 _HOMES = {
-    "restore": "inference",
-    "segment": "inference",
-    "Model": "inference",
-    "Options": "segmentation",
-    "release": "releases",
+    "restore": "runs.restore",
+    "segment": "inference.segment",
+    "Model": "runs.model",
+    "Options": "inference.segmentation",
+    "release": "runs.release",
     "PROTOCOLS": "labels",
 }
 

@@ -171,11 +171,14 @@ def _names(text: str) -> tuple[str, ...]:
 def _segment(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from neuronet_jax import cohort, devices, nifti, outputs, quality, reports, scans
+    from neuronet_jax.results import cohort, write as outputs, reports, inputs as scans
+    from neuronet_jax import devices
+    from neuronet_jax.images import nifti
+    from neuronet_jax.evaluation import quality
     from neuronet_jax.compilation import keep_compiled
-    from neuronet_jax.inference import restore
-    from neuronet_jax.records import Records
-    from neuronet_jax.segmentation import Options
+    from neuronet_jax.inference.segment import restore
+    from neuronet_jax.results.resume import Records
+    from neuronet_jax.inference.segmentation import Options
 
     options = Options(args.flip, args.crops, args.fast, args.posteriors, args.consistent_tissue)
     found = scans.find(args.inputs)
@@ -318,9 +321,9 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from neuronet_jax import quality
+    from neuronet_jax.evaluation import quality
     from neuronet_jax.export import export
-    from neuronet_jax.inference import restore
+    from neuronet_jax.inference.segment import restore
 
     model = restore(args.run)
     calibration = quality.load(args.run, model.provenance.get("step", 0))

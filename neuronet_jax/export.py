@@ -37,11 +37,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.model import Model
-from neuronet_jax.models import build
-from neuronet_jax.native import BUCKET
-from neuronet_jax.quality import UNKNOWN, Calibration
-from neuronet_jax.releases import Program, release, weight_name
+from neuronet_jax.runs.model import Model
+from neuronet_jax.models.network import build
+from neuronet_jax.inference.volume import BUCKET
+from neuronet_jax.evaluation.quality import UNKNOWN, Calibration
+from neuronet_jax.runs.release import Program, release, weight_name
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from neuronet_jax.store import Record, Reject, Store, StoreWriter, Subject, sample_foreground
+from neuronet_jax.store.reader import Record, Reject, Store, StoreWriter, Subject, sample_foreground
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

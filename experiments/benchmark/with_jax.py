@@ -62,7 +62,7 @@ class Jax(Contender):
         from flax import nnx
 
         from neuronet_jax import dltk
-        from neuronet_jax.models import build
+        from neuronet_jax.models.network import build
 
         if self.family != "reference":
             return build(config.model, config.protocols, config.seed)
@@ -74,8 +74,8 @@ class Jax(Contender):
         """The compiled step, the state and the batch on one device."""
         from flax import nnx
 
-        from neuronet_jax.mesh import make_mesh, put_batch, replicated
-        from neuronet_jax.step import TrainState, make_optimizer, make_train_step
+        from neuronet_jax.training.mesh import make_mesh, put_batch, replicated
+        from neuronet_jax.training.step import TrainState, make_optimizer, make_train_step
 
         mesh = make_mesh(config, self.jax.devices()[: self.split(config.batch) * config.mesh.space])
         graphdef, params, moments = nnx.split(self.network(config), nnx.Param, nnx.BatchStat, graph=False)
@@ -106,7 +106,7 @@ class Jax(Contender):
                 self.jax.block_until_ready((state, metrics))
 
             return train
-        from neuronet_jax.inference import Model
+        from neuronet_jax.inference.segment import Model
 
         model = Model(self.network(config), config, voxel_size_mm=1.0)
         if job.what == "inference":
@@ -149,7 +149,7 @@ class JaxWhole(Jax):
     """A whole head as `neuronet_jax.segment` does it: in one piece where it fits."""
 
     def segment_head(self, model: Any, head: np.ndarray) -> Callable[[], Any]:
-        from neuronet_jax.inference import predict
+        from neuronet_jax.inference.segment import predict
 
         return lambda: predict(model, head)
 
@@ -162,7 +162,8 @@ class JaxPlain(Jax):
         import jax.numpy as jnp
         import optax
 
-        from neuronet_jax import models, step
+        from neuronet_jax.models import network as models
+        from neuronet_jax.training import step
         from neuronet_jax.models import conv
 
         def loss(network: Any, batch: Any, config: Any, train: bool) -> Any:

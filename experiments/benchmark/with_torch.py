@@ -21,7 +21,7 @@ class Torch(Contender):
         super().__init__(job)
         import torch  # pyright: ignore[reportMissingImports]
 
-        from experiments import torch_reference
+        from experiments.benchmark import torch_reference
 
         self.torch, self.reference = torch, torch_reference
         on_gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from neuronet_jax.models.blocks import Blocks, Form, Protocols, on_platform
+from neuronet_jax.models.head_blocks import Blocks, Form, Protocols, on_platform
 from neuronet_jax.models.readout import Readout, spans
 
 

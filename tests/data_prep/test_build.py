@@ -12,7 +12,7 @@ from data_prep.build import build as build_store
 from data_prep.build import default_grid, main, summary
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.store import Store, StoreError
+from neuronet_jax.store.reader import Store, StoreError
 
 GRID = (48, 56, 48)
 

@@ -6,7 +6,7 @@ import pytest
 from data_prep import purge as purge_module
 from data_prep import verify
 from data_prep.purge import purge
-from neuronet_jax.store import Store, StoreError
+from neuronet_jax.store.reader import Store, StoreError
 
 GRID = (48, 56, 48)
 

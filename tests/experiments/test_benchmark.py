@@ -16,7 +16,7 @@ from experiments.benchmark import contender, race, topology, work
 from experiments.benchmark.contender import Job
 from experiments.benchmark.input import _split_voxels
 from neuronet_jax import dltk
-from neuronet_jax.models import build
+from neuronet_jax.models.network import build
 
 JOB = Job("jax", "float32", "inference", 16, 1, "")
 

@@ -12,12 +12,12 @@ from flax import nnx
 
 from experiments import evaluate, report
 from experiments.flags import load
-from neuronet_jax import quality, scoring
+from neuronet_jax.evaluation import quality, scoring
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.inference import Model
+from neuronet_jax.inference.segment import Model
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.readout import Readout
-from neuronet_jax.store import Record, Store, StoreWriter, Subject, sample_foreground
+from neuronet_jax.store.reader import Record, Store, StoreWriter, Subject, sample_foreground
 
 GRID = (36, 40, 33)
 NAMES = ("fsl_fast", "fsl_first", "spm_tissue")  # of the store; the model predicts the first two

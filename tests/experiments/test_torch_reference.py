@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the benchmark's contender needs the extra `benchmark`")
 
-from experiments import torch_reference as reference
+from experiments.benchmark import torch_reference as reference
 from neuronet_jax.labels import PROTOCOLS
 
 CLASSES = tuple(protocol.num_classes for protocol in PROTOCOLS.values())

@@ -12,9 +12,9 @@ import pytest
 
 from experiments.flags import load
 from neuronet_jax import devices
-from neuronet_jax.model import Model
-from neuronet_jax.models import build
-from neuronet_jax.tiling import with_smaller_tiles
+from neuronet_jax.runs.model import Model
+from neuronet_jax.models.network import build
+from neuronet_jax.inference.tiling import with_smaller_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,8 +42,8 @@ import resource
 from dataclasses import replace
 import numpy as np
 from experiments.flags import load
-from neuronet_jax.inference import Model, segment
-from neuronet_jax.models import build
+from neuronet_jax.inference.segment import Model, segment
+from neuronet_jax.models.network import build
 
 config = load("all_targets:demo")
 names = ("fsl_fast", "fsl_first")

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from neuronet_jax import quality
+from neuronet_jax.evaluation import quality
 
 ROOT = Path(__file__).resolve().parents[2]
 

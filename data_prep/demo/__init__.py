@@ -1,0 +1,1 @@
+"""The demo cohort: synthetic heads made from templates."""

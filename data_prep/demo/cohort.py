@@ -1,0 +1,192 @@
+"""The demo cohort: synthetic heads with all five label maps, as files that look like a real archive.
+
+    python -m data_prep.demo --out=demo
+
+writes `demo/manifest.csv` and one folder per subject, ready for `python -m data_prep.build`. Nothing is downloaded: the
+anatomy is that of the MNI152 templates inside the nilearn package. It is a demonstration: Dice on it says nothing about
+real brains.
+"""
+
+import argparse
+import csv
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from rich.console import Console
+from rich.progress import track
+
+import neuronet_jax
+from data_prep import cluster
+from data_prep.demo.atlas import load_atlas
+from data_prep.build import HEAD_MM, build
+from data_prep.demo.phantom import Head, Lattice, draw_head
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.files import user_cache
+from neuronet_jax.labels import PROTOCOLS
+
+NOTE = "demonstration: synthetic heads, not for research"
+
+# How the scans differ, one after the other: voxel axes, spacing relative to the cohort's, and the angle in degrees at
+# which the field of view is tilted. Most are plain, as in a study of one protocol.
+_SCANS = (
+    ("RAS", (1.0, 1.0, 1.0), 0),
+    ("LAS", (1.0, 1.0, 1.0), 0),
+    ("RAS", (1.0, 1.0, 1.0), 0),
+    ("LPS", (1.0, 1.0, 1.0), 6),
+    ("RAS", (1.0, 1.0, 1.0), 0),
+    ("PSR", (1.0, 0.9, 0.9), 0),
+)
+
+
+def make_demo_cohort(
+    folder: Path,
+    *,
+    train: int = 12,
+    validation: int = 2,
+    test: int = 2,
+    seed: int = 0,
+    voxel_size_mm: float = 2.0,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Path:
+    """Writes the cohort into `folder` and returns its manifest. The same seed gives the same bytes.
+
+    `workers` processes draw the heads, a few seconds each; by default one per core, at most 4, and 0 is this process.
+    """
+    folder = Path(folder)
+    splits = ["train"] * train + ["validation"] * validation + ["test"] * test
+    if not splits or min(train, validation, test) < 0:
+        raise NeuronetError(f"a cohort needs at least one subject, got {train=}, {validation=}, {test=}")
+    if not 0.5 <= voxel_size_mm <= 4:  # finer than any template, or so coarse that small structures vanish
+        raise NeuronetError(f"the demo cohort is drawn with voxels of 0.5 to 4 mm, got {voxel_size_mm}")
+    ids = [f"demo{number:03d}" for number in range(1, len(splits) + 1)]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.txt").write_text(f"NeuroNet-JAX {neuronet_jax.__version__}, {NOTE}. {__doc__}", encoding="utf-8")
+
+    tasks = {f"draw-{id_}": (folder / id_, number, seed, voxel_size_mm) for number, id_ in enumerate(ids)}
+    count = min(4, os.cpu_count() or 1) if workers is None else workers
+    drawn = cluster.run(write_subject, tasks, count)
+    for _ in track(drawn, "drawing heads", len(ids), console=Console(stderr=True), disable=not progress):
+        pass
+
+    manifest = folder / "manifest.csv"
+    with manifest.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["id", "t1", *PROTOCOLS, "split"])
+        for id_, split in zip(ids, splits, strict=True):
+            names = ("T1.nii.gz", *(protocol.filename for protocol in PROTOCOLS.values()))
+            rows.writerow([id_, *(f"{id_}/{name}" for name in names), split])
+    return manifest
+
+
+def write_subject(folder: Path, number: int, seed: int, voxel_size_mm: float) -> None:
+    """Draws subject `number` of the cohort and writes its six images. Depends on nothing but the arguments."""
+    rng = np.random.default_rng((seed, number))
+    axes, factors, tilt_degrees = _SCANS[number % len(_SCANS)]
+    spacing_mm = voxel_size_mm * np.array(factors)
+    lattice = _field_of_view(rng, spacing_mm)
+    head = draw_head(rng, load_atlas(voxel_size_mm), lattice)
+    affine = np.diag([*spacing_mm, 1.0])
+    affine[:3, 3] = lattice.origin_mm
+    tilt = np.eye(4)
+    tilt[1:3, 1:3] = _turn(np.radians(tilt_degrees))  # about the left-right axis, as technicians tilt it
+    write_head(folder, head, tilt @ affine, axes)
+
+
+def write_head(folder: Path, head: Head, affine: np.ndarray, axes: str) -> None:
+    """Writes the image and the label maps, given in RAS+ order, with their voxels in the order `axes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    maps = {PROTOCOLS[name].filename: labels for name, labels in head.labels.items()}
+    for name, array in {"T1.nii.gz": head.image, **maps}.items():
+        image = nib.Nifti1Image(array, affine)
+        image.header["descrip"] = NOTE.encode()
+        image.header.set_xyzt_units("mm", "sec")
+        image.set_sform(affine, code="scanner")
+        image.set_qform(affine, code="scanner")
+        order: Any = ornt_transform(io_orientation(affine), axcodes2ornt(tuple(axes)))
+        nib.save(image.as_reoriented(order), folder / name)
+
+
+def _field_of_view(rng: np.random.Generator, spacing_mm: np.ndarray) -> Lattice:
+    """A field of view that holds the head, placed by hand as a technician does."""
+    shape = np.round(np.array(HEAD_MM) / spacing_mm).astype(int)
+    center_mm = np.array([0.0, -15.0, -1.0]) + rng.uniform(-1.5, 1.5, 3)  # of the head, in the template's coordinates
+    return Lattice(tuple(shape.tolist()), spacing_mm, center_mm - spacing_mm * (shape - 1) / 2)
+
+
+def _turn(angle: float) -> np.ndarray:
+    return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+
+def ensure_demo_store(cache_dir: Path | None = None) -> Path:
+    """The finished store of the demo cohort, built on first use and kept below the user's cache folder.
+
+    Its images and manifest stay beside it (`demo_manifest`). Another version of the code makes another store.
+    """
+    cache = Path(cache_dir) if cache_dir else user_cache()
+    final = cache / f"demo-{neuronet_jax.__version__}-{_code_hash()}"
+    if (final / "store" / "COMPLETE").exists():
+        return final / "store"
+    Console(stderr=True).print(f"Making the demo cohort ({NOTE}) in {final}: about a minute, once.", soft_wrap=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".demo-", dir=cache) as temporary:  # whole, or not at all
+        work = Path(temporary) / "demo"
+        manifest = make_demo_cohort(work / "cohort", progress=True)
+        workers = min(4, os.cpu_count() or 1)
+        build(manifest, str(work / "store"), voxel_size_mm=2.0, workers=workers, progress=True, note=NOTE)
+        if final.exists() and not (final / "store" / "COMPLETE").exists():
+            shutil.rmtree(final)  # somebody emptied it
+        try:
+            work.rename(final)
+        except OSError:  # another process was faster: its store is the same
+            if not (final / "store" / "COMPLETE").exists():
+                raise
+    return final / "store"
+
+
+def demo_manifest(store: Path) -> Path:
+    """The manifest from which `ensure_demo_store` built this store."""
+    return Path(store).parent / "cohort" / "manifest.csv"
+
+
+def _code_hash() -> str:
+    """Of the code and tables that decide what the store holds."""
+    here, library = Path(__file__).parent, Path(neuronet_jax.__file__).parent
+    paths = [here / f"{name}.py" for name in ("atlas", "build", "demo", "phantom", "subject")]
+    paths += [library / f"{name}.py" for name in ("intensity", "labels", "nifti", "schema", "space", "store")]
+    digest = hashlib.sha256()
+    for path in (*paths, library / "data" / "malp_em.tsv"):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the cohort")
+    for split, count in (("train", 12), ("validation", 2), ("test", 2)):
+        parser.add_argument(f"--{split}", type=int, default=count, help="number of subjects (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--voxel_size_mm", type=float, default=2.0, help="default: %(default)s")
+    options = vars(parser.parse_args(arguments))
+    try:
+        manifest = make_demo_cohort(options.pop("out"), progress=True, **options)
+    except NeuronetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{manifest} ({NOTE})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Sources: where subjects come from."""

@@ -1,0 +1,150 @@
+"""Where the tools agree: Dice between every two protocols for all that both label, and a map of the votes.
+
+What corresponds to what is `labels.REGIONS`: CSF, GM and WM of the protocols that label whole brains, and the
+structures that FIRST and MALP-EM share. MALP-EM's tissue map is, besides, a merge of its structures, so that these two
+protocols can be checked against each other class by class.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+
+from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS, REGIONS, TISSUES
+from neuronet_jax.evaluation.metrics import DiceTable, dice_per_class
+
+COLUMNS = ("kind", "region", "first", "second", "dice", "first_mm3", "second_mm3")
+_BITS = 2  # background, CSF, GM and WM of one protocol
+VOTERS = tuple(REGIONS[0].ids)  # the protocols with tissues: four, whose votes fit one byte
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How well two protocols agree on one region."""
+
+    kind: str  # "tissue", "structure", or "merge": a class of MALP-EM's tissue map against its structures, merged
+    region: str
+    first: str
+    second: str
+    dice: float  # NaN where neither has it
+    first_mm3: float
+    second_mm3: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the label maps of one head agree.
+
+    A voxel of `votes` is the number of `voters` that give it the label that most of them give it, among CSF, GM, WM
+    and none of them; it is 0 where no voter sees tissue. So a voxel that one tool alone calls tissue counts as
+    contested, which a vote among tissues only would hide. With all four, 4 is unanimity and 2 the common discord;
+    MALP-EM then has two votes, which differ only as far as its two maps contradict each other.
+    """
+
+    pairs: tuple[Pair, ...]
+    voters: tuple[str, ...]
+    votes: UInt8[np.ndarray, "x y z"] | None  # None with fewer than two voters
+
+    @property
+    def consistency(self) -> float:
+        """Mean Dice of MALP-EM's tissue map and its structures merged into the same tissues; NaN without both."""
+        return self.mean("merge")
+
+    def mean(self, kind: str) -> float:
+        """Mean Dice over the pairs of a kind to which it applies; NaN where there is none."""
+        values = [pair.dice for pair in self.pairs if pair.kind == kind and not np.isnan(pair.dice)]
+        return float(np.mean(values)) if values else float("nan")
+
+    def unanimous(self) -> float:
+        """Share of the voxels with any vote for tissue in which all voters agree; NaN where there is none."""
+        if self.votes is None:
+            return float("nan")
+        counts = np.bincount(self.votes.ravel(), minlength=len(self.voters) + 1)
+        return float(counts[-1] / counts[1:].sum()) if counts[1:].any() else float("nan")
+
+
+def compare(maps: Mapping[str, UInt8[np.ndarray, "x y z"]], affine: np.ndarray) -> Agreement:
+    """The agreement of one head's label maps, which hold the tools' ids on one grid."""
+    voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
+    voters = tuple(name for name in maps if name in VOTERS)
+    codes = _codes(maps, voters) if voters else None
+    pairs = [*_tissues(codes, voters)] if codes is not None else []
+    for one, other in itertools.combinations(maps, 2):
+        pairs += _structures(one, maps[one], other, maps[other])
+    pairs += _merge(maps)
+    scaled = (Pair(p.kind, p.region, p.first, p.second, p.dice, p.first_mm3 * voxel_mm3, p.second_mm3 * voxel_mm3)
+              for p in pairs)  # fmt: skip
+    return Agreement(tuple(scaled), voters, _votes(len(voters))[codes] if len(voters) > 1 else None)
+
+
+def table(agreement: Agreement) -> list[list[str]]:
+    """The rows of `sub-…_agreement.tsv`, its header first; Dice is `n/a` where neither protocol has the region."""
+    rows: list[list[str]] = [list(COLUMNS)]
+    for p in agreement.pairs:
+        dice = "n/a" if np.isnan(p.dice) else f"{p.dice:.6f}"
+        rows.append([p.kind, p.region, p.first, p.second, dice, f"{p.first_mm3:.10g}", f"{p.second_mm3:.10g}"])
+    return rows
+
+
+def _codes(maps: Mapping[str, np.ndarray], voters: tuple[str, ...]) -> np.ndarray:
+    """uint8 [x y z]: the tissue (0 none, then CSF, GM, WM) of every voter, two bits each, the first one lowest."""
+    codes = np.zeros(maps[voters[0]].shape, np.uint8)
+    for number, name in enumerate(voters):
+        tissue = np.zeros(256, np.uint8)  # of every id
+        for index, region in enumerate(REGIONS[: len(TISSUES)], start=1):
+            tissue[list(region.ids[name])] = index
+        codes |= (tissue << (_BITS * number)).astype(np.uint8)[maps[name]]
+    return codes
+
+
+def _answers(voters: int) -> np.ndarray:
+    """uint8 [code voter]: which tissue each voter says, for every code."""
+    return np.arange(4**voters)[:, None] >> (_BITS * np.arange(voters)) & 3
+
+
+def _votes(voters: int) -> np.ndarray:
+    """uint8 [code]: how many voters give the most frequent answer; 0 for code 0, where all say background."""
+    answers = _answers(voters)
+    counts = np.stack([(answers == tissue).sum(axis=1) for tissue in range(4)])  # [tissue code]
+    votes = counts.max(axis=0).astype(np.uint8)
+    votes[0] = 0
+    return votes
+
+
+def _tissues(codes: np.ndarray, voters: tuple[str, ...]) -> Iterator[Pair]:
+    counts = np.sum([np.bincount(plane.ravel(), minlength=256) for plane in codes], axis=0)[: 4 ** len(voters)]
+    answers = _answers(len(voters))
+    for (i, one), (j, other) in itertools.combinations(enumerate(voters), 2):
+        for index, tissue in enumerate(TISSUES, start=1):
+            first, second = answers[:, i] == index, answers[:, j] == index
+            a, b, both = (int(counts[mask].sum()) for mask in (first, second, first & second))
+            yield Pair("tissue", tissue, one, other, 2 * both / (a + b) if a + b else float("nan"), a, b)
+
+
+def _structures(one: str, first: np.ndarray, other: str, second: np.ndarray) -> Iterator[Pair]:
+    shared = [r for r in REGIONS if r.kind == "structure" and one in r.ids and other in r.ids]
+    if not shared:
+        return
+    numbered = []
+    for name, ids in ((one, first), (other, second)):
+        numbers = np.zeros(256, np.uint8)  # of every id: which of the shared structures it is
+        for number, region in enumerate(shared, start=1):
+            numbers[list(region.ids[name])] = number
+        numbered.append(numbers[ids])
+    table = dice_per_class(numbered[0], numbered[1], len(shared) + 1)
+    yield from _pairs("structure", [region.name for region in shared], one, other, table)
+
+
+def _merge(maps: Mapping[str, np.ndarray]) -> Iterator[Pair]:
+    if {"malp_em", "malp_em_tissue"} <= maps.keys():
+        tissues = PROTOCOLS["malp_em_tissue"]
+        table = dice_per_class(MALP_EM_TO_TISSUE[maps["malp_em"]], maps["malp_em_tissue"], tissues.num_classes)
+        yield from _pairs("merge", [s.name for s in tissues.structures[1:]], "malp_em", "malp_em_tissue", table)
+
+
+def _pairs(kind: str, names: list[str], one: str, other: str, table: DiceTable) -> Iterator[Pair]:
+    rows = zip(names, table.dice[1:], table.reference_voxels[1:], table.predicted_voxels[1:], strict=True)
+    for name, dice, a, b in rows:
+        yield Pair(kind, name, one, other, float(dice), float(a), float(b))

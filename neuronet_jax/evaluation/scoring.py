@@ -1,0 +1,82 @@
+"""Scores of a model on a store's subjects, on whole volumes and the store's grid: in training and in
+`experiments.evaluate`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from neuronet_jax.inference.segment import Model, predict, segment_volume
+from neuronet_jax.images.intensity import whiten
+from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.evaluation.metrics import DiceTable, dice_per_class
+from neuronet_jax.images.nifti import Volume
+from neuronet_jax.evaluation.quality import Calibration, Sample, calibrate, expected_dice
+from neuronet_jax.images.space import place
+from neuronet_jax.store.reader import Store, Subject
+from neuronet_jax.evaluation.surfaces import SurfaceTable, surfaces_per_class
+
+
+def predict_subject(model: Model, store: Store, subject: Subject) -> dict[str, np.ndarray]:
+    """Class indices uint8 [x y z] of every protocol of the model."""
+    image = whiten(store.read_image(subject.slot), subject.mean, subject.std)
+    background = -subject.mean / subject.std
+    return dict(zip(model.config.protocols, predict(model, image, background), strict=True))
+
+
+def score(prediction: Mapping[str, np.ndarray], store: Store, subject: Subject) -> dict[str, DiceTable]:
+    """The Dice table of every predicted protocol that the subject has a reference for."""
+    return {
+        name: dice_per_class(reference, prediction[name], PROTOCOLS[name].num_classes)
+        for name, reference in _references(prediction, store, subject)
+    }
+
+
+def score_surfaces(
+    prediction: Mapping[str, np.ndarray], store: Store, subject: Subject, tolerance_mm: float
+) -> dict[str, SurfaceTable]:
+    """As `score`, the distances between surfaces. The store's grid has cubic voxels."""
+    spacing_mm = np.full(3, store.info.voxel_size_mm)
+    return {
+        name: surfaces_per_class(reference, prediction[name], PROTOCOLS[name].num_classes, spacing_mm, tolerance_mm)
+        for name, reference in _references(prediction, store, subject)
+    }
+
+
+def calibrate_on(
+    model: Model, store: Store, subjects: Sequence[Subject], progress: Callable[[], None] = lambda: None
+) -> Calibration:
+    """The calibration of the model's predicted Dice; `progress` is called after each subject."""
+    samples = []
+    for subject in subjects:
+        if any(subject.present):
+            samples.append(_sample(model, store, subject))
+        progress()
+    return calibrate(samples, model.provenance.get("step", 0))
+
+
+def _sample(model: Model, store: Store, subject: Subject) -> Sample:
+    """Expected and true Dice of one subject, by the very way that a user's image takes."""
+    outside = [-start for start in subject.origin]  # from the store's grid back to the conformed volume
+
+    def conformed(stored: np.ndarray) -> np.ndarray:
+        return place(stored, subject.conformed_shape, outside)
+
+    affine = np.array(subject.affine, np.float64)
+    affine[:3, 3] += affine[:3, :3] @ outside
+    volume = Volume(conformed(store.read_image(subject.slot)), affine, nib.Nifti1Header(), ())
+    result = segment_volume(model, volume)
+    found = {}
+    for name, reference in _references(result.confidence, store, subject):
+        classes = PROTOCOLS[name].to_classes(result.maps[name])
+        true = dice_per_class(conformed(reference), classes, PROTOCOLS[name].num_classes).dice
+        found[name] = (expected_dice(result.confidence[name]), true)
+    return found
+
+
+def _references(prediction: Mapping[str, Any], store: Store, subject: Subject) -> Iterator[tuple[str, np.ndarray]]:
+    present = dict(zip(store.info.protocols, subject.present, strict=True))
+    names = [name for name in prediction if present.get(name)]
+    yield from zip(names, store.read_labels(subject.slot, names) if names else (), strict=True)

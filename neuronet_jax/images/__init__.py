@@ -1,0 +1,1 @@
+"""Images: NIfTI files, the space they lie in, their intensities."""

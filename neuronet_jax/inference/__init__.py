@@ -1,0 +1,1 @@
+"""Inference: from an image to label maps on its own grid."""

@@ -1,0 +1,221 @@
+"""From an image to label maps on its own grid: `restore` a trained model, then `segment` anything with it.
+
+The way of an image: conform (RAS+, the model's voxel size) → whiten → pad to a shape bucket → network → class scores
+interpolated onto the input's grid → tool ids in the input's order of axes. Where only flips and permutations lie
+between the grids, nothing is interpolated. Scores keep what labels of the nearest voxel lose, small structures most
+(`docs/performance.md` has the figures). Volumes that would not fit into memory go through the network in tiles,
+whose labels equal those of the whole volume.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+import nibabel as nib
+import numpy as np
+from jaxtyping import Float, UInt8
+from nibabel.spatialimages import SpatialImage
+
+from neuronet_jax.images import intensity, nifti, space
+from neuronet_jax.errors import NeuronetError, RejectError
+from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
+from neuronet_jax.runs.model import Model, ensemble, restore
+from neuronet_jax.inference.onto_grid import Reading
+from neuronet_jax.models.readout import spans
+from neuronet_jax.inference.volume import BUCKET, Result, read_volume
+from neuronet_jax.inference.segmentation import Confidence, Options, Segmentation, posterior
+from neuronet_jax.inference.tiling import Shape, receptive_margin, rounded_up, tiles, with_smaller_tiles
+
+__all__ = ["Model", "ensemble", "predict", "restore", "segment", "segment_volume"]
+
+DEFAULT = Options()
+# A voxel of the head is brighter than this share of the brightest percentile: air and its ghosts stay below.
+HEAD_BRIGHTNESS = 0.1
+HEAD_SHARE = 0.01  # of a plane's voxels that are bright where it cuts the head
+HEAD_MARGIN_MM = 10.0  # left around the head in fast mode, so that its border is not the volume's
+WHOLE_VOXELS = 1e-3  # of a voxel, by which grids may miss each other and still need no interpolation
+
+
+@overload
+def segment(
+    model: Model, image: np.ndarray, protocols: Sequence[str] | None = None, options: Options = DEFAULT
+) -> dict[str, np.ndarray]: ...
+@overload
+def segment(
+    model: Model, image: str | Path | SpatialImage, protocols: Sequence[str] | None = None, options: Options = DEFAULT
+) -> dict[str, nib.Nifti1Image]: ...
+def segment(
+    model: Model, image: Any, protocols: Sequence[str] | None = None, options: Options = DEFAULT
+) -> dict[str, Any]:
+    """The label map of each protocol (default: all of the model's), in the tool's own ids.
+
+    `image` is an array [x y z] in RAS+ order at the model's voxel size, the path of a .nii, .nii.gz or .mgz file, or a
+    nibabel image; raw intensities, any orientation and voxel size for the last two. An array gives uint8 arrays of its
+    shape, a file or a nibabel image gives NIfTI images on its grid with its qform, sform and codes.
+    Raises RejectError with the code of what is wrong with the image, NeuronetError for protocols that the model lacks.
+    """
+    if isinstance(image, (str, os.PathLike, SpatialImage)):
+        volume = nifti.check_image(image) if isinstance(image, SpatialImage) else nifti.read_image(Path(image))
+        maps = _segment(model, volume.data, volume.affine, protocols, options, confidence=False).maps
+        return {name: nifti.labels_image(labels, volume) for name, labels in maps.items()}
+    array = np.asarray(image)
+    if array.ndim != 3:
+        raise RejectError("E_NDIM", f"one three-dimensional image [x y z] is needed, got the shape {array.shape}")
+    if array.dtype.kind not in "iuf":
+        raise RejectError("E_DTYPE", f"voxels must be plain integers or floats, got {array.dtype}")
+    own_grid = np.diag([model.voxel_size_mm] * 3 + [1.0])
+    return _segment(model, array, own_grid, protocols, options, confidence=False).maps
+
+
+def segment_volume(
+    model: Model, volume: nifti.Volume, protocols: Sequence[str] | None = None, options: Options = DEFAULT
+) -> Segmentation:
+    """As `segment`, for a checked volume: labels, confidence and posteriors, the maps on the volume's own grid."""
+    return _segment(model, volume.data, volume.affine, protocols, options, confidence=not options.fast)
+
+
+def _segment(
+    model: Model,
+    data: np.ndarray,
+    affine: np.ndarray,
+    protocols: Sequence[str] | None,
+    options: Options,
+    confidence: bool,
+) -> Segmentation:
+    plan = _plan(model, protocols, options, confidence)
+    target = space.Grid(data.shape, affine)  # type: ignore[arg-type]
+    conformed, grid = space.conform(data, affine, model.voxel_size_mm, is_label=False)
+    order, positions = space.walked(grid, target) or ((0, 1, 2), [])
+    whole = all(np.abs(p - np.rint(p)).max() < WHOLE_VOXELS for p in positions)  # nothing to interpolate
+    whitened, background = _whiten(conformed)
+    if options.fast:
+        box = _head_box(conformed, model.voxel_size_mm)
+        classes = np.zeros((len(plan.read), *conformed.shape), np.uint8)
+        found = predict(model, np.ascontiguousarray(whitened[box]), background)
+        classes[(slice(None), *box)] = found[[model.config.protocols.index(name) for name in plan.read]]
+        result = Result(classes, np.zeros((0, *conformed.shape), np.float32), np.zeros((4, 0)))
+        whole = True
+    else:
+        away = None if whole else positions
+        result = read_volume(model, whitened, background, plan.read, plan.reading, options, away)
+
+    def home(volume: np.ndarray) -> np.ndarray:
+        """On the target, with its order of axes."""
+        if whole:
+            return space.to_grid(volume, grid, target)
+        return np.ascontiguousarray(volume.transpose(np.argsort(order)))
+
+    classes = {name: home(found) for name, found in zip(plan.read, result.classes, strict=True)}
+    if plan.reading.tissue_of is not None:
+        classes["malp_em_tissue"] = MALP_EM_TO_TISSUE[classes["malp_em"]]
+    return Segmentation(
+        {name: PROTOCOLS[name].to_ids(classes[name]) for name in plan.protocols},
+        _confidence(plan, result.sums) if confidence else {},
+        {name: home(found) for name, found in zip(options.posteriors, result.posteriors, strict=True)},
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is read of the scores for what is wanted."""
+
+    protocols: tuple[str, ...]  # wanted
+    read: tuple[str, ...]  # those whose scores are read
+    reading: Reading
+
+    @property
+    def softmaxes(self) -> tuple[str, ...]:
+        """The protocols in the order of the sums and of `Reading.posteriors`."""
+        return self.read if self.reading.tissue_of is None else (*self.read, "malp_em_tissue")
+
+
+def _plan(model: Model, protocols: Sequence[str] | None, options: Options, confidence: bool) -> _Plan:
+    known = model.config.protocols
+    if options.fast and model.others:
+        raise NeuronetError("fast runs one network once, got an ensemble: give one run, or leave fast out")
+    if options.consistent_tissue:
+        if "malp_em" not in known:
+            raise NeuronetError(
+                f"consistent_tissue derives tissues from malp_em; this model predicts {', '.join(known)}"
+            )
+        known = tuple(dict.fromkeys((*known, "malp_em_tissue")))
+    wanted = known if protocols is None else tuple(dict.fromkeys(protocols))
+    if unknown := [name for name in wanted if name not in known]:
+        raise NeuronetError(f"this model predicts {', '.join(known)}, not {unknown[0]!r}; choose among those")
+    derived = options.consistent_tissue and "malp_em_tissue" in wanted
+    read = tuple(name for name in wanted if not (derived and name == "malp_em_tissue"))
+    if derived and "malp_em" not in read:
+        read = (*read, "malp_em")
+    plan = _Plan(wanted, read, Reading(
+        tuple(PROTOCOLS[name].num_classes for name in read),
+        read.index("malp_em") if derived else None,
+        confidence=confidence,
+    ))  # fmt: skip
+    posteriors = []
+    for text in options.posteriors:
+        protocol, structure = posterior(text)
+        if protocol.name not in wanted:
+            raise NeuronetError(f"{text} is wanted, but {protocol.name} is not among the protocols {', '.join(wanted)}")
+        posteriors.append((plan.softmaxes.index(protocol.name), structure.index))
+    return replace(plan, reading=plan.reading._replace(posteriors=tuple(posteriors)))
+
+
+def _confidence(plan: _Plan, sums: np.ndarray) -> dict[str, Confidence]:
+    ends = spans(tuple(PROTOCOLS[name].num_classes for name in plan.softmaxes))
+    parts = {name: Confidence(*sums[:, a:b]) for name, (a, b) in zip(plan.softmaxes, ends, strict=True)}
+    return {name: parts[name] for name in plan.protocols}
+
+
+def predict(model: Model, image: Float[np.ndarray, "x y z"], background: float = 0.0) -> UInt8[np.ndarray, "p x y z"]:
+    """Class indices of every protocol for a whitened image of any shape; `background` is what lies beyond it.
+
+    Labels and nothing else, of the network run once: the quickest way. Of an ensemble, those of the mean scores.
+    """
+    if model.others:
+        names = model.config.protocols
+        reading = Reading(tuple(PROTOCOLS[name].num_classes for name in names))
+        return read_volume(model, image, background, names, reading, DEFAULT).classes
+    sides = image.shape
+    step = math.lcm(BUCKET, model.config.model.stride)
+    bucket = tuple(rounded_up(side, step) for side in sides)
+    padding = [(0, whole - side) for side, whole in zip(sides, bucket, strict=True)]
+    padded = np.pad(image.astype(np.float32, copy=False), padding, constant_values=background)
+    margin = receptive_margin(model.config.model)
+
+    def run(tile: Shape) -> np.ndarray:
+        classes = np.empty((len(model.config.protocols), *bucket), np.uint8)
+        for part in tiles(bucket, tile, margin):
+            labels = model.labels(padded[part.inside][None, ..., None])[0]  # p x y z
+            core = tuple(slice(k.start - a, k.stop - a) for a, k in zip(part.starts, part.kept, strict=True))
+            classes[(slice(None), *part.kept)] = labels[(slice(None), *core)]
+        return classes
+
+    classes = with_smaller_tiles(run, bucket, model.voxel_budget, step, margin)
+    return classes[:, : sides[0], : sides[1], : sides[2]]
+
+
+def _head_box(image: np.ndarray, voxel_size_mm: float) -> tuple[slice, ...]:
+    """The box of what is bright, and a margin: the planes that hold more of the head than noise could look like."""
+    sparse = image[::3, ::3, ::3]
+    low, high = (float(p) for p in np.percentile(sparse, (1, 99)))
+    bright = image > low + HEAD_BRIGHTNESS * (high - low)
+    box = []
+    for axis, side in enumerate(image.shape):
+        share = bright.mean(axis=tuple({0, 1, 2} - {axis}))
+        planes = np.flatnonzero(share > HEAD_SHARE)
+        margin = math.ceil(HEAD_MARGIN_MM / voxel_size_mm)
+        first, last = (planes[0], planes[-1]) if len(planes) else (0, side - 1)
+        box.append(slice(max(0, int(first) - margin), min(side, int(last) + 1 + margin)))
+    return tuple(box)
+
+
+def _whiten(image: np.ndarray) -> tuple[np.ndarray, float]:
+    """The image prepared as a store's are, and the value of its background (raw 0), which padding continues."""
+    with np.errstate(over="ignore"):  # beyond float32 becomes Inf, which the statistics refuse
+        image = image.astype(np.float32, copy=False)
+    clipped, _ = intensity.clip_spikes(image)
+    statistics = intensity.statistics(clipped)
+    return intensity.whiten(clipped, statistics.mean, statistics.std), -statistics.mean / statistics.std

@@ -1,0 +1,155 @@
+"""Pictures of heads with their label maps, for evaluations, reports and the README."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from neuronet_jax.labels import PROTOCOLS, Protocol
+from neuronet_jax.training.monitor import label_picture
+from neuronet_jax.images.nifti import Volume
+from neuronet_jax.images.space import reorient, spacing_mm
+
+_DPI = 100
+_PANEL_INCHES = 2.2  # a 1 mm head at about its own resolution
+_PIXEL_MM = 1.0  # of the planes in reports: three of them are about as wide as a page
+_OPACITY = 0.6  # of labels over the image: the anatomy stays visible
+
+
+class Planes:
+    """Axial, coronal and sagittal planes through the middle of one head, to draw label maps on.
+
+    Anterior or superior is up and the subject's left is on the left, whatever the file's orientation; an oblique scan
+    is shown along its own axes. Pixels are 1 mm.
+    """
+
+    def __init__(self, volume: Volume, labelled: np.ndarray):
+        """`labelled` bool [x y z], in file order: what to show the middle of; the image's middle where it is empty."""
+        self._affine = volume.affine
+        image, affine = reorient(volume.data, volume.affine)
+        inside, _ = reorient(labelled, volume.affine)
+        self._sides_mm = spacing_mm(affine)
+        self._middle = [
+            int(np.average(np.arange(side), weights=mass)) if (mass := _along(inside, axis)).any() else side // 2
+            for axis, side in enumerate(inside.shape)
+        ]
+        self._grey = [_grey(self._cut(image, axis)) for axis in (2, 1, 0)]
+
+    def png(self, labels: np.ndarray | None = None, colors: np.ndarray | None = None, planes: int = 3) -> bytes:
+        """A PNG of the first planes side by side, `labels` [x y z] (file order) over them in `colors` [label 3]."""
+        panels = []
+        for axis, grey in list(zip((2, 1, 0), self._grey, strict=True))[:planes]:
+            panel = grey * 255
+            if labels is not None and colors is not None:
+                found = self._cut(reorient(labels, self._affine)[0], axis)
+                panel = np.where((found > 0)[..., None], (1 - _OPACITY) * panel + _OPACITY * colors[found], panel)
+            panels.append(panel)
+        height = max(panel.shape[0] for panel in panels)
+        return png(np.concatenate([_centred(panel, height) for panel in panels], axis=1))
+
+    def _cut(self, array: np.ndarray, axis: int) -> np.ndarray:
+        """[h w] of the plane across `axis`, with square pixels: the nearest voxel of each."""
+        rest = [other for other in range(3) if other != axis]
+        view = np.take(array, self._middle[axis], axis)
+        for number, other in enumerate(rest):
+            count = max(1, round(view.shape[number] * self._sides_mm[other] / _PIXEL_MM))
+            nearest = (np.arange(count) + 0.5) * _PIXEL_MM / self._sides_mm[other]
+            view = np.take(view, np.minimum(nearest.astype(int), view.shape[number] - 1), number)
+        return np.rot90(view)
+
+
+def colors_of(protocol: Protocol) -> np.ndarray:
+    """float64 [id 3]: sRGB of every id that the tool writes."""
+    colors = np.zeros((256, 3))
+    colors[protocol.ids] = [structure.color for structure in protocol.structures]
+    return colors
+
+
+def votes_colors(voters: int) -> list[tuple[int, int, int]]:
+    """sRGB of 0 to `voters` votes: all blue, all but one amber, fewer red (told apart with colour-blind eyes too)."""
+    return [(0, 0, 0)] + [
+        (69, 117, 180) if votes == voters else (253, 184, 99) if votes == voters - 1 else (215, 48, 39)
+        for votes in range(1, voters + 1)
+    ]
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """The PNG of sRGB values [h w 3] from 0 to 255."""
+    from matplotlib.image import imsave
+
+    stream = io.BytesIO()
+    imsave(stream, np.clip(np.round(pixels), 0, 255).astype(np.uint8), format="png")
+    return stream.getvalue()
+
+
+def _along(mask: np.ndarray, axis: int) -> np.ndarray:
+    """How many voxels of each plane across `axis` are set."""
+    return mask.sum(axis=tuple(other for other in range(3) if other != axis))
+
+
+def _centred(panel: np.ndarray, height: int) -> np.ndarray:
+    above = (height - panel.shape[0]) // 2
+    return np.pad(panel, ((above, height - panel.shape[0] - above), (2, 2), (0, 0)))
+
+
+def save_comparison(
+    path: Path, image: np.ndarray, reference: np.ndarray, predicted: np.ndarray, protocol: Protocol
+) -> None:
+    """Three orthogonal middle slices of image, reference and prediction as PNG.
+
+    `image` [x y z] holds intensities, the others class indices, all in RAS+ order.
+    """
+    picture = label_picture(image, reference, predicted, protocol)
+    figure = Figure(
+        figsize=(3 * _PANEL_INCHES, 3 * _PANEL_INCHES * picture.shape[0] / picture.shape[1] + 0.3), dpi=_DPI
+    )
+    axes = figure.add_axes((0, 0, 1, 1 - 0.3 / figure.get_figheight()))
+    axes.imshow(picture, interpolation="nearest")
+    axes.set_axis_off()
+    figure.suptitle(f"{protocol.tool} ({protocol.name}): image, reference, prediction", fontsize=9, y=0.995)
+    figure.savefig(path)
+
+
+def save_strip(path: Path, image: np.ndarray, maps: Mapping[str, np.ndarray], titles: Mapping[str, str]) -> None:
+    """One head and its label maps side by side, axial above coronal, as PNG.
+
+    `image` [x y z] holds intensities, `maps` class indices per protocol, in RAS+ order; `titles` go below the tools.
+    """
+    columns = len(maps) + 1
+    labelled = np.argwhere(np.any(list(maps.values()), axis=0))
+    middle = np.round(labelled.mean(axis=0)).astype(int) if len(labelled) else np.array(image.shape) // 2
+    figure = Figure(figsize=(columns * _PANEL_INCHES, 2 * _PANEL_INCHES + 0.5), dpi=_DPI, facecolor="black")
+    grid = figure.subplots(2, columns, gridspec_kw={"wspace": 0, "hspace": 0}, squeeze=False)
+    figure.subplots_adjust(0, 0, 1, 1 - 0.5 / figure.get_figheight())
+    for column, name in enumerate([None, *maps]):
+        for row, axis in enumerate((2, 1)):
+            view = np.take(image, middle[axis], axis).T
+            pixels = _grey(view)
+            if name is not None:
+                classes = np.take(maps[name], middle[axis], axis).T
+                colors = np.array([s.color for s in PROTOCOLS[name].structures]) / 255  # [k 3]
+                pixels = np.where((classes > 0)[..., None], 0.3 * pixels + 0.7 * colors[classes], pixels)
+            grid[row, column].imshow(pixels, origin="lower", interpolation="nearest")
+            grid[row, column].set_axis_off()
+        title = "T1" if name is None else f"{PROTOCOLS[name].tool} ({name})\n{titles.get(name, '')}"
+        grid[0, column].set_title(title, color="white", fontsize=8)
+    figure.savefig(path)
+
+
+def save_curves(path: Path | IO[bytes], metrics: Mapping[str, list[tuple[int, float]]]) -> None:
+    """Curves over training steps, one panel per metric, as PNG."""
+    figure = Figure(figsize=(4 * len(metrics), 2.6), dpi=_DPI, layout="constrained")
+    for axes, (name, points) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True):
+        axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else "")
+        axes.set(xlabel="step", title=name)
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def _grey(view: np.ndarray) -> np.ndarray:
+    """[h w 3] within 0 and 1."""
+    low, high = np.percentile(view, (1, 99))
+    return np.clip((view - low) / max(high - low, 1e-6), 0, 1)[..., None] * np.ones(3)

@@ -1,0 +1,349 @@
+"""Pages for people: one for each head, one for a cohort, each a single file that holds everything it shows.
+
+A head's page is written with its results; where the head lies among the others is known only at the end of a cohort,
+and is then put between two markers of the page.
+"""
+
+import base64
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from neuronet_jax import __version__
+from neuronet_jax.evaluation.agreement import Agreement
+from neuronet_jax.labels import PROTOCOLS, REGIONS
+from neuronet_jax.images.nifti import Volume
+from neuronet_jax.results.pictures import Planes, colors_of, votes_colors
+from neuronet_jax.evaluation.quality import Calibration, Quality
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from neuronet_jax.results.write import Row
+
+WARNINGS = {
+    "W_AGREEMENT": "The two MALP-EM outputs contradict each other: the network is unsure what it sees.",
+    "W_BRAIN_VOLUME": "The labelled volume is no adult's brain: look whether it is whole and nothing else is labelled.",
+    "W_CONTRAST": "This does not look T1-weighted: brightness should rise from CSF over grey to white matter.",
+    "W_CUT": "The brain ends at the border of the image: volumes of structures there are too small.",
+    "W_INTENSITY": "Stray bright voxels were clipped, or many voxels are negative.",
+    "W_LR_UNSAFE": "The file does not say where left is: left and right are a guess.",
+    "W_NAN": "Some voxels were not numbers, and were taken as background.",
+    "W_NDIM": "The file has a fourth dimension of length one, which was dropped.",
+    "W_NO_BRAIN": "There is no brain to be seen, or nothing in the shares of a brain.",
+    "W_OBLIQUE": "The scan is tilted or sheared by more than heads usually are.",
+    "W_QUALITY": "The predicted Dice is below the threshold of the run's validation heads.",
+    "W_XFORM": "The file's sform and qform differ; the sform was taken.",
+}
+FAR = 3.5  # robust deviations of an outlier (Iglewicz and Hoaglin, "How to detect and handle outliers", 1993)
+LEAST_FOR_OUTLIERS = 10  # heads: with fewer, the median absolute deviation is hardly known
+MOST_OUTLIERS, MOST_THUMBNAILS, LOWEST = 40, 200, 5  # what a person looks through; 200 pictures are 5 MB
+_BEGIN, _END = "<!-- among others -->", "<!-- /among others -->"  # of head.html; no other text can contain them
+_KEY = 8  # classes whose colours a caption can explain
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a head's page shows."""
+
+    name: str
+    volume: Volume
+    maps: Mapping[str, np.ndarray]  # tool ids, on the volume's grid
+    agreement: Agreement
+    quality: Quality
+    warnings: tuple[str, ...]
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """mm³ of the structures of heads."""
+
+    heads: tuple[str, ...]
+    columns: tuple[str, ...]  # protocol.Structure
+    values: np.ndarray  # float64 [head column], NaN where a head lacks the protocol
+
+    def rows(self) -> list[list[str]]:
+        return [
+            [head, *("n/a" if math.isnan(value) else f"{value:.10g}" for value in values)]
+            for head, values in zip(self.heads, self.values, strict=True)
+        ]
+
+    def of(self, protocol: str, ids: Sequence[int]) -> np.ndarray:
+        """float64 [head]: what the ids of a protocol fill together; NaN where a head lacks it."""
+        names = {f"{protocol}.{s.name}" for s in PROTOCOLS[protocol].structures if s.id in ids}
+        found = [index for index, column in enumerate(self.columns) if column in names]
+        return self.values[:, found].sum(axis=1) if found else np.full(len(self.heads), np.nan)
+
+
+@cache
+def environment() -> "jinja2.Environment":
+    """Templates with `base.html`, which escape whatever they are given."""
+    import jinja2
+
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("neuronet_jax"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    found.globals["version"] = __version__
+    found.filters["number"] = _number
+    found.filters["percent"] = lambda value: "–" if math.isnan(value) else f"{value:.0%}"
+    found.filters["ml"] = _ml
+    return found
+
+
+def embed(png: bytes) -> str:
+    """A picture as the address of itself."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def head_page(head: Head) -> str:
+    """The page of one head."""
+    voxel_mm3 = abs(float(np.linalg.det(head.volume.affine[:3, :3])))
+    mm3 = {
+        name: np.sum([np.bincount(plane.ravel(), minlength=256) for plane in ids], axis=0) * voxel_mm3
+        for name, ids in head.maps.items()
+    }
+    planes = Planes(head.volume, np.any([ids > 0 for ids in head.maps.values()], axis=0))
+    first = next(iter(head.maps))
+    return environment().get_template("head.html").render(
+        head=head.name,
+        note=head.provenance.get("note", ""),
+        warnings=[(code, WARNINGS.get(code, "")) for code in head.warnings],
+        score=head.quality.score,
+        calibration=head.quality.calibration,
+        unanimous=head.agreement.unanimous(),
+        consistency=head.agreement.consistency,
+        brain_mm3=max(float(volumes[1:].sum()) for volumes in mm3.values()),
+        pictures=_pictures(planes, head),
+        thumbnail=embed(planes.png(head.maps[first], colors_of(PROTOCOLS[first]), planes=1)),
+        protocols=list(head.maps),
+        regions=_regions(head, mm3),
+        everything=[_everything(name, head.quality, volumes) for name, volumes in mm3.items()],
+        provenance=_facts(head.provenance),
+    )  # fmt: skip
+
+
+def place_among(page: str, head: str, volumes: Volumes) -> str:
+    """The page with where the head lies among `volumes`, in place of what stood there."""
+    number = volumes.heads.index(head)
+    rows = []
+    for name, protocol, values in _shared(volumes):
+        others = values[~np.isnan(values)]
+        if not math.isnan(values[number]) and len(others) > 1:
+            rows.append(_place(name, protocol, values[number], others))
+    text = environment().get_template("among.html").render(heads=len(volumes.heads), rows=rows)
+    before, _, rest = page.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    return f"{before}{_BEGIN}\n{text}\n{_END}{after}"
+
+
+def thumbnail(page: str) -> str:
+    """The small picture of a head's page, as an address."""
+    found = re.search(r'<img id="thumbnail" alt="" hidden src="(data:image/png;base64,[A-Za-z0-9+/=]*)">', page)
+    return found[1] if found else ""
+
+
+def cohort_page(
+    rows: Sequence["Row"],
+    volumes: Volumes,
+    agreements: Mapping[str, Sequence[Mapping[str, str]]],
+    thumbnails: Mapping[str, str],
+    calibration: Calibration,
+    provenance: Mapping[str, Any],
+) -> str:
+    """The page of the heads of one command (`rows`), and of the volumes of all heads of its folder.
+
+    `agreements` has the rows of each head's agreement table, `thumbnails` an address of each head's small picture.
+    """
+    shown = [
+        {**vars(row), "remarks": row.warnings.replace("n/a", "").replace(",", ", "),
+         "link": _link(row.output) if row.output in thumbnails else ""}
+        for row in rows
+    ]  # fmt: skip
+    scored = sorted((row for row in rows if row.predicted_dice != "n/a"), key=lambda row: float(row.predicted_dice))
+    pictures = [{"name": name, "link": _link(name), "source": source} for name, source in thumbnails.items() if source]
+    return environment().get_template("cohort.html").render(
+        rows=shown,
+        done=sum(row.status == "done" for row in rows),
+        note=provenance.get("note", ""),
+        warned=explained(rows),
+        calibration=calibration.describe() if scored else "",
+        lowest=[row.output for row in scored[:LOWEST]] if len(scored) > LOWEST else [],
+        thumbnails=pictures[:MOST_THUMBNAILS],
+        hidden=max(0, len(pictures) - MOST_THUMBNAILS),
+        heads=len(volumes.heads),
+        agreement=_agreement(agreements),
+        distribution=[_distribution(*shared) for shared in _shared(volumes)] if len(volumes.heads) > 1 else [],
+        outliers=_outliers(volumes),
+        far=FAR,
+        provenance=_facts(provenance),
+    )  # fmt: skip
+
+
+def explained(rows: Sequence["Row"]) -> list[tuple[str, str, int]]:
+    """Every warning of the heads, what it means, and how many of them have it."""
+    counts = Counter(code for row in rows for code in row.warnings.split(",") if code != "n/a")
+    return [(code, WARNINGS.get(code, ""), count) for code, count in sorted(counts.items())]
+
+
+def _facts(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the labels come from, the members of an ensemble side by side; the note is at the top."""
+    members = provenance.get("ensemble", [provenance])
+    shared = {name: value for name, value in provenance.items() if name not in ("note", "ensemble")}
+    if len(members) == 1:
+        return shared
+    names = dict.fromkeys(name for member in members for name in member if name != "note")
+    return shared | {name: ", ".join(str(member.get(name, "n/a")) for member in members) for name in names}
+
+
+def _pictures(planes: Planes, head: Head) -> list[dict[str, Any]]:
+    pictures = [{"title": "T1", "source": embed(planes.png()), "key": []}]
+    for name, ids in head.maps.items():
+        protocol = PROTOCOLS[name]
+        few = protocol.structures[1:] if protocol.num_classes <= _KEY else ()
+        pictures.append(
+            {
+                "title": f"{protocol.tool} ({name})",
+                "source": embed(planes.png(ids, colors_of(protocol))),
+                "key": [(s.name, _css(s.color)) for s in few],
+            }
+        )
+    if head.agreement.votes is not None:
+        voters = len(head.agreement.voters)
+        colors = votes_colors(voters)
+        pictures.append(
+            {
+                "title": "Agreement on tissue",
+                "source": embed(planes.png(head.agreement.votes, np.array(colors, np.float64))),
+                "key": [
+                    (f"{votes} of {voters}", _css(colors[votes])) for votes in range(voters, 0, -1) if votes > 1
+                ],
+            }
+        )  # fmt: skip
+    return pictures
+
+
+def _regions(head: Head, mm3: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Of everything that more than one protocol has: volumes by protocol, and the mean Dice of the pairs."""
+    rows = []
+    for region in REGIONS:
+        if len(region.ids.keys() & mm3.keys()) == 0:
+            continue
+        pairs = [p.dice for p in head.agreement.pairs if (p.kind, p.region) == (region.kind, region.name)]
+        pairs = [dice for dice in pairs if not math.isnan(dice)]
+        volumes = [float(mm3[name][list(region.ids[name])].sum()) if name in region.ids else math.nan for name in mm3]
+        rows.append({"name": region.name, "volumes": volumes, "dice": float(np.mean(pairs)) if pairs else math.nan})
+    return rows
+
+
+def _everything(name: str, quality: Quality, mm3: np.ndarray) -> dict[str, Any]:
+    protocol = PROTOCOLS[name]
+    unknown = np.full(protocol.num_classes, np.nan)
+    entropy, predicted = quality.entropy.get(name, unknown), quality.predicted.get(name, unknown)
+    return {
+        "title": f"{protocol.tool} ({name})",
+        "rows": [
+            {"id": s.id, "name": s.name, "mm3": mm3[s.id], "entropy": entropy[s.index], "dice": predicted[s.index]}
+            for s in protocol.structures[1:]
+        ],
+    }
+
+
+def _agreement(agreements: Mapping[str, Sequence[Mapping[str, str]]]) -> list[dict[str, Any]]:
+    """Mean and lowest Dice of every region and pair of protocols over the heads to which it applies."""
+    found: dict[tuple[str, ...], list[tuple[float, str]]] = defaultdict(list)
+    for head, rows in agreements.items():
+        for row in rows:
+            if row["kind"] != "merge" and row["dice"] != "n/a":
+                found[row["region"], row["first"], row["second"]].append((float(row["dice"]), head))
+    return [
+        {
+            "region": region, "first": first, "second": second, "heads": len(values),
+            "mean": float(np.mean([dice for dice, _ in values])), "lowest": min(values)[0], "head": min(values)[1],
+        }
+        for (region, first, second), values in found.items()
+    ]  # fmt: skip
+
+
+def _shared(volumes: Volumes) -> list[tuple[str, str, np.ndarray]]:
+    """Name, protocol and mm³ [head] of everything that several protocols have, where any head has it."""
+    found = [(r.name, name, volumes.of(name, ids)) for r in REGIONS for name, ids in r.ids.items()]
+    return [(name, protocol, values) for name, protocol, values in found if not np.isnan(values).all()]
+
+
+def _place(name: str, protocol: str, value: float, values: np.ndarray) -> dict[str, Any]:
+    least, most, median = float(values.min()), float(values.max()), float(np.median(values))
+    return {
+        "name": name,
+        "protocol": protocol,
+        "value": value,
+        "median": median,
+        "tick": _x(median, least, most, 160),
+        "dot": _x(value, least, most, 160),
+        "share": float((values < value).sum() / (len(values) - 1)),
+        "extreme": abs(_deviations(values, value)) > FAR and len(values) >= LEAST_FOR_OUTLIERS,
+    }
+
+
+def _distribution(name: str, protocol: str, values: np.ndarray) -> dict[str, Any]:
+    values = values[~np.isnan(values)]
+    least, most = float(values.min()), float(values.max())
+    dots = sorted({_x(float(value), least, most, 220) for value in values})  # heads of one pixel are one dot
+    return {
+        "name": name, "protocol": protocol, "least": least, "most": most, "median": float(np.median(values)),
+        "dots": dots,
+    }  # fmt: skip
+
+
+def _outliers(volumes: Volumes) -> list[dict[str, Any]]:
+    rows = []
+    if len(volumes.heads) >= LEAST_FOR_OUTLIERS:
+        for column, values in zip(volumes.columns, volumes.values.T, strict=True):
+            protocol, _, name = column.partition(".")
+            known = values[~np.isnan(values)]
+            for head, value in zip(volumes.heads, values, strict=True):
+                if not math.isnan(value) and abs(z := _deviations(known, value)) > FAR:
+                    rows.append({"head": head, "name": name, "protocol": protocol, "value": value, "z": z,
+                                 "median": float(np.median(known))})  # fmt: skip
+    return sorted(rows, key=lambda row: -abs(row["z"]))[:MOST_OUTLIERS]
+
+
+def _deviations(values: np.ndarray, value: float) -> float:
+    """How many robust standard deviations `value` is above the median; 0 where the values have no spread."""
+    median = np.median(values)
+    spread = 1.4826 * np.median(np.abs(values - median))  # equals the standard deviation of a normal distribution
+    return float((value - median) / spread) if spread > 0 else 0.0
+
+
+def _x(value: float, least: float, most: float, width: int) -> float:
+    """Where a value lies on a drawn line, in pixels."""
+    share = (value - least) / (most - least) if most > least else 0.5
+    return round(6 + share * (width - 12), 1)
+
+
+def _link(stem: str) -> str:
+    from neuronet_jax.results.write import Target  # here, for outputs imports this module
+
+    return Target(Path(), Path(), stem).report.as_posix()
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _ml(mm3: float) -> str:
+    if math.isnan(mm3):
+        return "–"
+    ml = mm3 / 1000
+    return f"{ml:.0f}" if ml >= 100 else f"{ml:.1f}" if ml >= 10 else f"{ml:.2f}"
+
+
+def _css(color: Sequence[int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)

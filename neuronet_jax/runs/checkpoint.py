@@ -1,0 +1,359 @@
+"""Checkpoints of a run: state, data position and config, written in the background and checked on reading.
+
+    WORKDIR/checkpoints/<step>/state      arrays by path (`params/encoder/…`), Orbax's sharded format
+                               position   one JSON per process: where its data iterator stood
+                               run        JSON: schema, versions, config, score, shape and dtype of every array
+                               manifest.sha256   checksum of every file above; `sha256sum -c` reads it
+
+Orbax writes into a temporary directory and renames it as the last act; the manifest is written just before that. So a
+directory named by a step and holding a manifest is a finished checkpoint, and nothing else is.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from importlib import metadata
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+from neuronet_jax.runs.checksums import MANIFEST, damage, write_manifest
+from neuronet_jax.config import Config
+from neuronet_jax.errors import NeuronetError
+
+SCHEMA = 1  # raised when a release can no longer read what an older one wrote
+
+log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    state: Any  # the target's tree, its leaves jax.Arrays with the target's shardings
+    data_position: Any  # as given to `save` by this process; None after `reset_data`
+    step: int
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process of the run makes one and calls the same methods in the same order.
+
+    `run_dir` is local or gs://. `keep` latest checkpoints stay, and the one of the best score. With `read_only`
+    nothing is written, removed or renamed, and another job may be writing.
+
+    Every method raises NeuronetError. The next `check`, `save`, `wait` or `close` raises that of a background save.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, keep: int = 3, read_only: bool = False):
+        """Raises NeuronetError where the directory is missing (`read_only`) or cannot be written."""
+        path = os.fspath(run_dir)
+        self._folder = epath.Path(path if "://" in path else os.path.abspath(path)) / "checkpoints"
+        self._keep = keep
+        self._read_only = read_only
+        self._saving: int | None = None  # the step that Orbax is writing
+        if not read_only:
+            self._probe()
+        elif not self._folder.is_dir():
+            raise NeuronetError(f"there are no checkpoints in {run_dir}; --run takes the --workdir of a training run")
+        self._tidy()
+        self._manager = None if read_only else self._writer()
+
+    def steps(self) -> list[int]:
+        """The finished checkpoints on disk, oldest first."""
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit() and _finished(path))
+
+    def latest(self) -> int | None:
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step of the highest score (of several, the latest); None where no checkpoint has one."""
+        scores = {step: self._run(step)["score"] for step in self.steps()}
+        return max((step for step in scores if scores[step] is not None), key=lambda s: (scores[s], s), default=None)
+
+    def config(self, step: int) -> Config:
+        """The settings that the checkpoint of `step` was trained with."""
+        return Config.from_json(json.dumps(self._run(step)["config"]))
+
+    def save(self, step: int, state: Any, data_position: Any, config: Config, score: float | None = None) -> None:
+        """Copies `state` off the devices, then returns; the rest goes on in the background.
+
+        `state` is any pytree of arrays, `data_position` anything JSON, of this process (a Grain iterator's
+        `get_state()`), `score` the mean validation Dice, where it was just measured: the best one is kept.
+        Raises NeuronetError where `step` is not later than every checkpoint there is: nothing would be saved.
+        """
+        manager = self._manager
+        if manager is None:
+            raise NeuronetError(f"checkpoint {step} was not saved: these checkpoints were opened with read_only")
+        self.wait()
+        latest = self.latest()
+        if latest is not None and step <= latest:
+            raise NeuronetError(
+                f"checkpoint {step} was not saved: there is a later one, {latest}; "
+                "resume from the latest one, or give a new --workdir"
+            )
+        arrays = _flatten(state)
+        run = {
+            "schema": SCHEMA,
+            "versions": {name: metadata.version(name) for name in ("jax", "orbax-checkpoint", "grain")},
+            "config": dataclasses.asdict(config),
+            "score": float(score) if score is not None and math.isfinite(score) else None,
+            "arrays": {path: _describe(leaf) for path, leaf in arrays.items()},
+            "key_impls": {path: str(jax.random.key_impl(leaf)) for path, leaf in arrays.items() if _is_key(leaf)},
+        }
+        self._saving = step
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave({path: _raw(leaf) for path, leaf in arrays.items()}),
+            position=_PositionSave(data_position),
+            run=ocp.args.JsonSave(run),
+        )
+        try:
+            saved = manager.save(step, args=items, force=True)
+        except Exception as error:
+            raise NeuronetError(f"checkpoint {step} could not be saved: {error}") from error
+        if not saved:
+            raise NeuronetError(f"checkpoint {step} was not saved: Orbax skipped it")
+
+    def check(self) -> None:
+        """Raises NeuronetError if a background save has failed. Cheap enough for every step."""
+        if self._manager and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the background save, then removes what `keep` no longer covers."""
+        if self._manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise NeuronetError(f"checkpoint {self._saving} could not be saved: {error}") from error
+        if self._saving is not None:
+            self._saving = None
+            self._remove_old()
+
+    def close(self) -> None:
+        """Waits for the background save and ends Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            if self._manager:
+                self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def restore(self, target: Any, step: int | None = None, strict: bool = False, reset_data: bool = False) -> Restored:
+        """The checkpoint of `step`, or the latest one, on the devices that `target` says.
+
+        `target` is the state's tree with arrays or `jax.ShapeDtypeStruct`s as leaves; the shardings are theirs (one
+        device where they have none), whatever devices the checkpoint was written from. With no `step`, a damaged
+        checkpoint is set aside with a warning and the one before is taken; with `strict` or a `step` it is an error.
+        Raises NeuronetError on a difference in tree, shape, dtype or kind of random key, naming every path, and where
+        the data position is missing or of another number of processes, unless `reset_data`.
+        """
+        step = self._sound(step, strict)
+        state = self._arrays(step, target, part=False)
+        return Restored(state, None if reset_data else self._position(step), step)
+
+    def restore_params(self, target: Any, step: int | None = None, strict: bool = False) -> tuple[Any, int]:
+        """Like `restore` for a part of the state: `target` is any subtree with its path kept, like `{"params": …}`.
+
+        Returns that tree and the step it is of.
+        """
+        step = self._sound(step, strict)
+        return self._arrays(step, target, part=True), step
+
+    def _run(self, step: int) -> dict[str, Any]:
+        try:
+            run = json.loads((self._folder / str(step) / "run" / "metadata").read_text())
+            schema = run["schema"]
+        except (OSError, ValueError, KeyError) as error:
+            raise NeuronetError(f"checkpoint {step} cannot be read: {error}") from error
+        if schema > SCHEMA:
+            raise NeuronetError(
+                f"checkpoint {step} has schema {schema}, this release reads up to {SCHEMA}: "
+                "install the neuronet-jax that wrote it, or a newer one"
+            )
+        return run
+
+    def _sound(self, step: int | None, strict: bool) -> int:
+        """The step to restore, the same in all processes: `step` or the latest, whose every file has its checksum."""
+        self.wait()
+        chosen, problem = -1, ""
+        if multihost.process_index() == 0:
+            for candidate in [step] if step is not None else reversed(self.steps()):
+                problem = _problem(self._folder / str(candidate))
+                if not problem:
+                    chosen = candidate
+                    break
+                if strict or step is not None:
+                    break
+                log.warning("CHECKPOINT %d IS DAMAGED: %s. Falling back to the one before.", candidate, problem)
+                if not self._read_only:
+                    self._rename(candidate, "damaged")
+        chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        if self._manager:
+            self._manager.reload()  # Orbax forgets the ones set aside
+        if chosen >= 0:
+            return chosen
+        wanted = f"checkpoint {step}" if step is not None else "any checkpoint"
+        raise NeuronetError(
+            f"cannot restore {wanted} of {self._folder.parent}: {problem or 'there is none'}; sound ones: "
+            f"{[s for s in self.steps() if not _problem(self._folder / str(s))] or 'none'}"
+        )
+
+    def _arrays(self, step: int, target: Any, part: bool) -> Any:
+        wanted = _flatten(target)
+        run = self._run(step)
+        if differences := _differences(run["arrays"], {path: _describe(leaf) for path, leaf in wanted.items()}, part):
+            raise NeuronetError(f"checkpoint {step} does not fit this model:\n  " + "\n  ".join(differences))
+        raw = {path: _raw_shape(leaf) for path, leaf in wanted.items()}
+        restore = ocp.args.PyTreeRestore(
+            raw, restore_args=ocp.checkpoint_utils.construct_restore_args(raw), partial_restore=part
+        )
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                arrays = reader.restore(self._folder / str(step) / "state", args=restore)
+        except Exception as error:
+            raise NeuronetError(f"checkpoint {step} cannot be read: {error}") from error
+        for path in run["key_impls"].keys() & wanted.keys():
+            arrays[path] = jax.random.wrap_key_data(arrays[path], impl=run["key_impls"][path])
+        return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted])
+
+    def _position(self, step: int) -> Any:
+        folder = self._folder / str(step) / "position"
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        if _position_name() in names:
+            return json.loads((folder / _position_name()).read_text())
+        found = sorted(name for name in names if "_of_" in name) or "none"
+        raise NeuronetError(
+            f"checkpoint {step} has the data positions {found}, but not {_position_name()}: "
+            "run as many processes as before, or give --reset_data to start the data anew"
+        )
+
+    def _probe(self) -> None:
+        """Writes and removes a file, so that a run that cannot save ends before its first step."""
+        probe = self._folder / f".probe-{multihost.process_index()}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(bytes(2**20))
+            probe.unlink()
+        except OSError as error:
+            raise NeuronetError(f"cannot write checkpoints: {error}; give a --workdir that can be written") from error
+
+    def _tidy(self) -> None:
+        """Reports directories that look like checkpoints but are not finished; a writer moves them out of the way."""
+        if multihost.process_index() == 0:
+            for path in list(self._folder.iterdir()):
+                if path.name.endswith(".deleting") and not self._read_only:
+                    path.rmtree()
+                elif path.name.isdigit() and not _finished(path):
+                    log.warning("checkpoint %s was never finished and is ignored", path.name)
+                    if not self._read_only:
+                        self._rename(int(path.name), "unfinished")
+        if not self._read_only:
+            multihost.sync_global_processes("neuronet_jax:tidy")
+
+    def _remove_old(self) -> None:
+        """Runs only after a newer checkpoint is finished. Renames first: half a checkpoint never has a step's name."""
+        if multihost.process_index() == 0:
+            for step in sorted(set(self.steps()) - {*self.steps()[-self._keep :], self.best()}):
+                self._rename(step, "deleting").rmtree()
+
+    def _rename(self, step: int, why: str) -> epath.Path:
+        aside = self._folder / f"{step}.{why}"
+        if aside.exists():
+            aside.rmtree()
+        return (self._folder / str(step)).rename(aside)
+
+    def _writer(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
+        )
+        return ocp.CheckpointManager(self._folder, options=options)
+
+    def _write_manifest(self) -> None:
+        """Called by Orbax in its thread, on the first process, after the last file and before the commit."""
+        for temporary in ocp.utils.tmp_checkpoints(self._folder):
+            if temporary.get_final().name == str(self._saving):
+                write_manifest(temporary.get())
+
+
+def _finished(folder: epath.Path) -> bool:
+    return ocp.utils.is_checkpoint_finalized(folder) and (folder / MANIFEST).exists()
+
+
+def _problem(folder: epath.Path) -> str:
+    return damage(folder) if _finished(folder) else "it is not there or was never finished"
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of `tree` by their path, in the tree's order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(flat) != len(leaves):
+        raise NeuronetError("two leaves of the state have the same path: keys must not contain '/'")
+    for path, leaf in flat.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise NeuronetError(f"the state's leaves must be arrays, but {path} is {leaf!r:.80}")
+    return flat
+
+
+def _describe(leaf: Any) -> list[Any]:
+    """dtype (of a random key with its implementation: `key<fry>`) and shape, as JSON."""
+    return [str(leaf.dtype), list(leaf.shape)]
+
+
+def _differences(saved: dict[str, list], wanted: dict[str, list], part: bool) -> list[str]:
+    missing = [f"{path}: not in the checkpoint" for path in wanted if path not in saved]
+    extra = [f"{path}: only in the checkpoint" for path in saved if path not in wanted and not part]
+    changed = [
+        f"{path}: {saved[path][0]}{saved[path][1]} in the checkpoint, {dtype}{shape} here"
+        for path, (dtype, shape) in wanted.items()
+        if path in saved and saved[path] != [dtype, shape]
+    ]
+    return missing + extra + changed
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _raw(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _raw_shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What Orbax is asked for: shape, dtype and sharding of `leaf`, of a random key those of its words."""
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
+
+
+def _position_name() -> str:
+    return f"process_{multihost.process_index()}_of_{multihost.process_count()}.json"
+
+
+class _Position(ocp.CheckpointHandler):
+    """One JSON file per process, for Orbax to write: every process reads its own share of the data."""
+
+    def save(self, directory: epath.Path, args: "_PositionSave") -> None:
+        (directory / _position_name()).write_text(json.dumps(args.position))
+
+    def restore(self, directory: epath.Path, args: object = None) -> None:
+        raise NotImplementedError("the file is read without Orbax, see Checkpoints._position")
+
+
+@ocp.args.register_with_handler(_Position, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _PositionSave(ocp.args.CheckpointArgs):
+    position: Any

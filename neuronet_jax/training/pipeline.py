@@ -1,0 +1,272 @@
+"""Batches of random crops, read by chunk: source → process slice → shuffle → repeat → draw → batch → read → prefetch.
+
+Everything random is drawn per element from (seed, process, element), so neither the number of workers nor an
+interruption changes a single voxel. Each process sees each of its subjects once per epoch; epochs run into one another,
+so nothing is dropped where subjects do not divide by the batch. A whole batch is read with all its chunks in flight.
+"""
+
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from neuronet_jax.config import Config
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.images.intensity import whiten
+from neuronet_jax.store.reader import Store, Subject
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random choices of one crop; applying them is `Reader`'s part."""
+
+    subject: Subject
+    at_foreground: bool
+    position: tuple[float, float, float]  # in [0, 1): where a uniform crop starts
+    point: float  # in [0, 1): which foreground voxel a foreground crop is centred on
+
+
+@dataclass(frozen=True)
+class Draws(grain.transforms.RandomMap):
+    """Draws one crop of the subject that comes in."""
+
+    foreground_fraction: float
+
+    def random_map(self, element: Subject, rng: np.random.Generator) -> Draw:
+        at_foreground, point, x, y, z = rng.random(5)
+        return Draw(element, bool(at_foreground < self.foreground_fraction), (x, y, z), point)
+
+
+@dataclass(frozen=True)
+class Reader(grain.transforms.Map):
+    """Reads the crops of one batch."""
+
+    store: Store
+    protocols: tuple[str, ...]
+    crop: tuple[int, int, int]
+
+    def map(self, element: Sequence[Draw]) -> Batch:
+        """`image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z], `present` bool [b p], `slot` i32 [b]."""
+        try:
+            return self._read(element)
+        except Exception as error:  # in a worker this is all that the main process gets to know
+            error.add_note(f"while reading the batch of the slots {[draw.subject.slot for draw in element]}")
+            raise
+
+    def _read(self, element: Sequence[Draw]) -> Batch:
+        info = self.store.info
+        window = tuple(min(side, length) for side, length in zip(self.crop, info.grid, strict=True))
+        # Where the grid is smaller than the crop it sits in the middle; background (raw 0, label 0) surrounds it.
+        pad = tuple((side - length) // 2 for side, length in zip(self.crop, window, strict=True))
+        inside = tuple(slice(before, before + length) for before, length in zip(pad, window, strict=True))
+        image = np.zeros((len(element), *self.crop), np.float32)
+        labels = np.zeros((len(element), len(self.protocols), *self.crop), np.uint8)
+        starts = self._starts(element, window)
+        crops = self.store.read_crops([d.subject.slot for d in element], starts, window, self.protocols)
+        for row, (raw, classes) in enumerate(crops):
+            subject = element[row].subject
+            image[(row, *inside)] = raw
+            image[row] = whiten(image[row], subject.mean, subject.std)
+            labels[(row, slice(None), *inside)] = classes
+        columns = [info.protocols.index(name) for name in self.protocols]
+        return {
+            "image": image[..., np.newaxis],  # [b x y z] → [b x y z 1]
+            "labels": labels,
+            "present": np.array([d.subject.present for d in element])[:, columns],
+            "slot": np.array([d.subject.slot for d in element], np.int32),
+        }
+
+    def _starts(self, draws: Sequence[Draw], window: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """First voxel of each crop: uniform over all that fit, or around a foreground voxel, moved into the grid."""
+        room = np.array(self.store.info.grid) - window
+        points = iter(self.store.read_foregrounds([d.subject.slot for d in draws if d.at_foreground]))
+        starts = []
+        for draw in draws:
+            if draw.at_foreground:
+                foreground = next(points)  # [n 3]
+                centre = foreground[int(draw.point * len(foreground))]
+                start = np.clip(centre - np.array(window) // 2, 0, room)
+            else:
+                start = (np.array(draw.position) * (room + 1)).astype(int)
+            starts.append(tuple(int(s) for s in start))
+        return starts
+
+
+def _prepare_worker(worker_index: int, worker_count: int) -> None:
+    """Keeps JAX, which Grain imports, off the accelerator, and ends the worker with its parent, however that ends."""
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed, or ended by the watchdog, cannot stop its workers; they would stay, asleep, for good."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+class TrainingIterator(grain.DatasetIterator[Batch]):
+    """Endless batches with an exact position: `set_state(get_state())` continues with the very next batch.
+
+    The state is the number of batches given out, and what it counts: processes, global batch, seed and split; not the
+    number of workers, which may change. It is JSON and fits Grain's Orbax checkpoint handler.
+    """
+
+    def __init__(self, batches: grain.MapDataset[Batch], config: Config, counts: dict[str, Any]):
+        super().__init__()
+        self._batches, self._config, self._counts = batches, config, counts
+        self._position = 0
+        self._running: Any = None  # Grain's iterator from `position` on, made on first use
+        self._waited = self._since = 0.0
+
+    def __next__(self) -> Batch:
+        self._assert_not_closed()
+        began = time.perf_counter()
+        self._since = self._since or began
+        self.start_prefetch()
+        batch = next(self._running)
+        self._position += 1
+        self._waited += time.perf_counter() - began
+        return batch
+
+    def start_prefetch(self) -> None:
+        """Begins reading ahead."""
+        if self._running is None:
+            self._running = iter(self._dataset())
+            self._running.start_prefetch()
+
+    def _dataset(self) -> grain.IterDataset[Batch]:
+        data = self._config.data
+        ahead = self._batches.slice(slice(self._position, None))
+        if data.workers == 0:
+            return ahead.to_iter_dataset(
+                grain.ReadOptions(num_threads=data.prefetch, prefetch_buffer_size=data.prefetch)
+            )
+        if not flags.FLAGS.is_parsed():  # Grain asks absl's flags; a notebook never parses them
+            flags.FLAGS.mark_as_parsed()
+        in_worker = ahead.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        per_worker = -(-data.prefetch // data.workers)
+        return in_worker.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker), _prepare_worker)
+
+    def wait_fraction(self) -> float:
+        """Share of the time since the last call that the caller waited here for batches; 0 before the first batch."""
+        now = time.perf_counter()
+        share = self._waited / (now - self._since) if self._since else 0.0
+        self._waited, self._since = 0.0, now
+        return share
+
+    def get_state(self) -> dict[str, Any]:
+        return {"position": self._position, **self._counts}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Raises NeuronetError, naming both values, where the state counts something else: no silent restart."""
+        if set(state) != {"position", *self._counts}:
+            raise NeuronetError(f"a data position has {['position', *self._counts]}, got {sorted(state)}")
+        for name, value in self._counts.items():
+            if state[name] != value:
+                raise NeuronetError(
+                    f"the data position was saved with {name} {state[name]!r}, this run has {value!r}; "
+                    f"continue with the saved {name} or start the data anew"
+                )
+        self._stop()
+        self._position = int(state["position"])
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._closed = True
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+
+def _check_shared_memory(config: Config, process_count: int) -> None:
+    """Workers hand batches over in shared memory; where that is full the kernel kills them, so ask before."""
+    place = Path("/dev/shm")
+    if not place.is_dir():
+        return
+    data = config.data
+    batch_bytes = (
+        config.batch // process_count * math.prod(data.crop) * (4 + len(config.protocols))
+    )  # float32 and uint8
+    in_flight = data.workers * (2 * -(-data.prefetch // data.workers) + 2)  # queued twice, being made, being used
+    free = shutil.disk_usage(place).free
+    if batch_bytes * in_flight > free:
+        raise NeuronetError(
+            f"{data.workers} workers need {batch_bytes * in_flight / 1e9:.1f} GB in {place}, it has {free / 1e9:.1f} "
+            "free; lower config.data.prefetch, batch or crop, set config.data.workers to 0, or give more "
+            "(docker run --shm-size)"
+        )
+
+
+def training_iterator(store: Store, config: Config, process_index: int = 0, process_count: int = 1) -> TrainingIterator:
+    """Endless batches of this process's share of the training subjects; b = config.batch // process_count.
+
+    Batches are dicts of numpy arrays: `image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z] in the order of
+    config.protocols, `present` bool [b p], `slot` i32 [b]. Raises NeuronetError where the split cannot fill one batch,
+    the batch does not divide by the processes or the store lacks a protocol. A dead worker is a RuntimeError on `next`.
+    """
+    if config.batch % process_count:
+        raise NeuronetError(f"config.batch must be a multiple of the {process_count} processes, got {config.batch}")
+    if missing := [name for name in config.protocols if name not in store.info.protocols]:
+        raise NeuronetError(f"{store.dest} holds the protocols {', '.join(store.info.protocols)}, not {missing[0]!r}")
+    subjects = store.split("train")
+    if len(subjects) < config.batch:
+        raise NeuronetError(
+            f"{store.dest} has {len(subjects)} training subjects, fewer than config.batch {config.batch}; "
+            "lower the batch or build a larger store"
+        )
+    # Each process draws from its own stream, else all hosts would cut the same positions.
+    seed = int(np.random.SeedSequence([config.seed, process_index]).generate_state(1)[0])
+    reader = Reader(store.with_concurrency(config.data.read_threads), config.protocols, config.data.crop)
+    batches = (
+        grain.MapDataset.source(subjects)
+        .slice(slice(process_index, None, process_count))
+        .seed(seed)
+        .shuffle()  # anew in every epoch
+        .repeat()
+        .random_map(Draws(config.data.foreground_fraction))
+        .batch(config.batch // process_count, drop_remainder=True, batch_fn=list)  # endless: there is none to drop
+        .map(reader)
+    )
+    if config.data.workers:
+        _check_shared_memory(config, process_count)
+    counts = {
+        "processes": process_count,
+        "batch": config.batch,
+        "seed": config.seed,
+        "split": store.info.split_hash,
+    }
+    return TrainingIterator(batches, config, counts)
+
+
+def validation_subjects(
+    store: Store, split: str, process_index: int = 0, process_count: int = 1
+) -> list[Subject | None]:
+    """This process's share of a split: over all processes every subject exactly once.
+
+    All lists are equally long, so that processes can step together; the short ones end with None, which counts nowhere.
+    Raises NeuronetError for an empty split.
+    """
+    subjects = store.split(split)
+    if not subjects:
+        raise NeuronetError(f"{store.dest} has no subjects in the split {split!r}; choose another split or build one")
+    share: list[Subject | None] = list(subjects[process_index::process_count])
+    return share + [None] * (-(-len(subjects) // process_count) - len(share))

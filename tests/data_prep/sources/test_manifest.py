@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pytest
+
+from data_prep.sources.manifest import Source, assign_splits, read_ids, read_manifest
+from neuronet_jax.errors import NeuronetError
+
+HEADER = "id,t1,fsl_fast,fsl_first,spm_tissue,malp_em,malp_em_tissue,split\n"
+
+
+def manifest(folder: Path, *rows: str, header: str = HEADER) -> Path:
+    path = folder / "cohort.csv"
+    path.write_text(header + "".join(f"{row}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_reads_the_published_columns(tmp_path):
+    path = manifest(tmp_path, "1,a/T1.nii.gz,a/fast.nii.gz,,,/abs/malp.nii.gz,,train", "2,b.nii.gz,,,,,,test")
+    one, two = read_manifest(path)
+    fast, malp_em = tmp_path / "a/fast.nii.gz", Path("/abs/malp.nii.gz")
+    assert one == Source("1", tmp_path / "a/T1.nii.gz", {"fsl_fast": fast, "malp_em": malp_em}, "train")
+    assert two.labels == {}
+
+
+def test_reads_the_real_manifest(real_data):
+    sources = read_manifest(real_data / "cohort" / "cohort.csv")
+    assert len(sources) == 15
+    assert [source.split for source in sources].count("validation") == 3
+    assert all(path.exists() for source in sources for path in (source.t1, *source.labels.values()))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,fsl_fast\n1,a\n", "'t1' is missing"),
+        ("id,t1,freesurfer\n1,a,b\n", "unknown column 'freesurfer'"),
+        ("id,t1\n1\n", "must have 2 cells"),
+        ("id,t1\n1,a,b\n", "must have 2 cells"),
+        ("id,t1\n1,\n", "row 2 .* no t1"),
+        ("id,t1\n", "no rows"),
+        ("id,t1,split\n1,a,dev\n", "E_SPLIT: row 2"),
+    ],
+)
+def test_a_bad_manifest_is_named(tmp_path, content, message):
+    with pytest.raises(NeuronetError, match=message):
+        read_manifest(manifest(tmp_path, header=content))
+
+
+@pytest.mark.parametrize("bad", ["a/b", "..", '"1\n2"', "日本", "-rf", "", "a b", "é1", " 1"])
+def test_A40_only_letters_and_digits_reach_paths(tmp_path, bad):
+    with pytest.raises(NeuronetError, match="E_ID: the id in row 3") as caught:
+        read_manifest(manifest(tmp_path, "1,a,,,,,,train", f"{bad},b,,,,,,train"))
+    assert not bad.strip() or bad not in str(caught.value)
+
+
+def test_A28_the_same_subject_twice(tmp_path):
+    with pytest.raises(NeuronetError, match="E_DUPLICATE: rows 2 and 4"):
+        read_manifest(manifest(tmp_path, "1,a,,,,,,train", "2,b,,,,,,train", "1,c,,,,,,train"))
+
+
+def test_A29_one_subject_in_two_splits(tmp_path):
+    """Two visits of one participant share the id: the split key is the subject."""
+    with pytest.raises(NeuronetError, match="E_LEAK: rows 2 and 3"):
+        read_manifest(manifest(tmp_path, "1,visit2,,,,,,train", "1,visit3,,,,,,test"))
+
+
+def test_A30_overlapping_splits(tmp_path):
+    sources = read_manifest(manifest(tmp_path, "1,a,,,,,,", "2,b,,,,,,"))
+    splits = tmp_path / "splits.csv"
+    splits.write_text("id,split\n1,train\n2,test\n1,test\n")
+    with pytest.raises(NeuronetError, match="E_LEAK: row 4 of the splits"):
+        assign_splits(sources, splits)
+    splits.write_text("id,split\n1,train\n2,test\n")
+    assert [source.split for source in assign_splits(sources, splits)] == ["train", "test"]
+
+
+def test_A30_manifest_and_splits_file_must_agree(tmp_path):
+    sources = read_manifest(manifest(tmp_path, "1,a,,,,,,train"))
+    splits = tmp_path / "splits.tsv"
+    splits.write_text("id\tsplit\n1\ttest\n")
+    with pytest.raises(NeuronetError, match=r"E_SPLIT: row 2 is train .* and test"):
+        assign_splits(sources, splits)
+
+
+def test_a_split_for_all_or_for_none(tmp_path):
+    sources = read_manifest(manifest(tmp_path, "1,a,,,,,,train", "2,b,,,,,,"))
+    with pytest.raises(NeuronetError, match="E_SPLIT: the subject of row 3"):
+        assign_splits(sources)
+
+
+def test_hashed_splits_are_stable_and_near_90_5_5():
+    sources = [Source(str(number), Path("t1"), {}) for number in range(4000)]
+    splits = {source.id: source.split for source in assign_splits(sources)}
+    counts = {name: list(splits.values()).count(name) for name in ("train", "validation", "test")}
+    assert 0.88 < counts["train"] / 4000 < 0.92
+    assert 0.04 < counts["validation"] / 4000 < 0.06
+    later = {source.id: source.split for source in assign_splits(sources[::-1][:500])}
+    assert all(splits[name] == split for name, split in later.items())
+
+
+@pytest.mark.parametrize(
+    "text", ["1001\n1002\n", "eid\n1001\n1002", "\ufeff1001,\n\n1002,,\n", "id,date\r\n1001,x\r\n1002,y\r\n"]
+)
+def test_withdrawal_lists(tmp_path, text):
+    (tmp_path / "withdrawn.csv").write_text(text, encoding="utf-8")
+    assert read_ids(tmp_path / "withdrawn.csv") == {"1001", "1002"}

@@ -1,0 +1,136 @@
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from neuronet_jax.images import nifti
+from neuronet_jax.results import write as outputs, resume as records
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.results.write import Row, Target
+from neuronet_jax.results.resume import Records, identify
+from neuronet_jax.inference.segmentation import Segmentation
+
+NAMES = ("fsl_fast", "fsl_first")
+RECORDS = Records({"step": 1, "posteriors": ("fsl_fast:GM",)}, NAMES)
+
+
+@pytest.fixture
+def head(tmp_path) -> Target:
+    data = np.random.default_rng(0).integers(1, 900, (40, 45, 50)).astype(np.int16)
+    nib.save(nib.Nifti1Image(data, np.diag([3.0, 3, 3, 1])), tmp_path / "a.nii.gz")
+    return Target(tmp_path / "a.nii.gz", tmp_path / "out", "sub-a")
+
+
+@pytest.fixture
+def row(head) -> Row:
+    """Of a head that is complete by RECORDS."""
+    volume = nifti.read_image(head.source)
+    RECORDS.begin(head, identify(head.source))
+    maps = {name: np.zeros(volume.data.shape, np.uint8) for name in NAMES}
+    row = outputs.write(head, volume, Segmentation(maps, {}, {}), True, {})
+    RECORDS.complete(head, row)
+    return row
+
+
+def _reason(of: Records, head: Target) -> str:
+    """Why results are not to be replaced."""
+    assert of.unfinished([head], overwrite=True) == ([head], {})
+    with pytest.raises(NeuronetError, match="give --overwrite to replace them, or choose another --out") as raised:
+        of.unfinished([head], overwrite=False)
+    return str(raised.value)
+
+
+def test_nothing_is_there(head):
+    assert RECORDS.unfinished([head], False) == ([head], {})
+
+
+def test_complete_results_of_the_same_model_are_finished(head, row):
+    for overwrite in (False, True):
+        assert RECORDS.unfinished([head], overwrite) == ([], {"sub-a": row})
+
+
+def test_a_copy_of_the_input_is_the_same_input(head, row, tmp_path):
+    copy = tmp_path / "elsewhere" / "a.nii.gz"
+    copy.parent.mkdir()
+    shutil.copyfile(head.source, copy)
+    os.utime(copy, (1, 1))
+    assert RECORDS.unfinished([replace(head, source=copy)], False) == ([], {"sub-a": row})
+
+
+def test_F09_another_input_of_the_same_size(head, row):
+    content = bytearray(head.source.read_bytes())
+    content[len(content) // 2] ^= 1
+    head.source.write_bytes(bytes(content))
+    assert "sub-a: its results are of another input file" in _reason(RECORDS, head)
+
+
+def test_F09_a_missing_input(head, row):
+    head.source.unlink()
+    assert "another input file" in _reason(RECORDS, head)
+
+
+@pytest.mark.parametrize("changes", [{"step": 2}, {"flip": True}])
+def test_F09_another_model_or_other_options(head, row, changes):
+    other = Records({**RECORDS.provenance, **changes}, NAMES)
+    assert "of another model, of other options or of another release" in _reason(other, head)
+
+
+@pytest.mark.parametrize(("before", "now"), [(None, "b"), ("a", "b"), ("a", None)])
+def test_F09_another_calibration_is_said_to_be_one(head, row, before, now):
+    def calibrated(by: str | None) -> Records:
+        return Records({**RECORDS.provenance, **({"calibration_sha256": by} if by else {})}, NAMES)
+
+    calibrated(before).begin(head, identify(head.source))
+    calibrated(before).complete(head, row)
+    assert calibrated(before).unfinished([head], False) == ([], {"sub-a": row})
+    assert "sub-a: its predicted Dice is of another calibration of the run" in _reason(calibrated(now), head)
+
+
+def test_F09_another_release(head, row, monkeypatch):
+    monkeypatch.setattr(records, "PROGRAM", "NeuroNet-JAX 99")
+    assert "of another release" in _reason(RECORDS, head)
+
+
+def test_F09_fewer_protocols_are_finished_and_more_are_not(head, row):
+    assert Records(RECORDS.provenance, ("fsl_first",)).unfinished([head], False) == ([], {"sub-a": row})
+    assert "results are of fsl_fast, fsl_first only" in _reason(Records(RECORDS.provenance, (*NAMES, "malp_em")), head)
+
+
+def test_F09_results_that_somebody_corrected_are_kept(head, row):
+    head.labels("fsl_first").write_bytes(b"by hand")
+    assert "sub-a_seg-fslfirst_dseg.nii.gz was changed since it was written" in _reason(RECORDS, head)
+
+
+def test_F09_results_of_unknown_origin_are_kept(head, row):
+    head.record.unlink()
+    assert "sub-a_seg-fslfast_dseg.nii.gz exists and nothing says where it comes from" in _reason(RECORDS, head)
+    for text in ("{", "[]", '{"made": "elsewhere"}'):
+        head.record.write_text(text)
+        assert "sub-a_provenance.json cannot be read" in _reason(RECORDS, head)
+
+
+def test_what_was_begun_or_removed_is_made(head, row):
+    head.labels("fsl_fast").unlink()
+    assert RECORDS.unfinished([head], False) == ([head], {})
+    RECORDS.begin(head, identify(head.source))
+    assert RECORDS.unfinished([head], False) == ([head], {})
+
+
+def test_an_error_names_a_few_heads_and_counts_the_others(tmp_path):
+    heads = [Target(tmp_path / f"{n}.nii", tmp_path, f"sub-{n}") for n in range(5)]
+    for head in heads:
+        head.folder.mkdir(parents=True)
+        head.volumes.touch()
+    with pytest.raises(NeuronetError, match=r"(?s)sub-0: .*sub-2: .*\n  and 2 more\ngive --overwrite"):
+        RECORDS.unfinished(heads, False)
+
+
+def test_A41_an_identity_holds_no_folder(head):
+    identity = identify(head.source)
+    assert set(identity) == {"file", "bytes", "modified_ns", "sha256"} and identity["file"] == "a.nii.gz"
+    assert str(Path(head.source).parent) not in json.dumps(identity)

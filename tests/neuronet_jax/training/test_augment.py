@@ -1,0 +1,89 @@
+"""Laws of the augmentation: neutral strengths are the identity, mirroring is an involution, a batch equals one by
+one.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neuronet_jax.training.augment import augment, change_intensity, draw, mirror, warp
+from neuronet_jax.config import AugmentConfig
+from neuronet_jax.labels import PROTOCOLS
+
+NAMES = ("malp_em", "fsl_first")
+FULL = AugmentConfig(flip=True, intensity=1.0, spatial=1.0)
+
+
+def batch_of(b: int = 2, side: int = 8) -> dict[str, jax.Array]:
+    random = np.random.default_rng(0)
+    labels = np.stack([random.integers(0, PROTOCOLS[n].num_classes, (b, side, side, side)) for n in NAMES], axis=1)
+    image = random.standard_normal((b, side, side, side, 1))
+    return {"image": jnp.asarray(image, jnp.float32), "labels": jnp.asarray(labels, jnp.uint8)}
+
+
+def test_neutral_strengths_are_the_identity() -> None:
+    batch = batch_of()
+    same = augment(batch, jax.random.key(0), AugmentConfig(False, 0.0, 0.0), NAMES)
+    assert all(same[name] is batch[name] for name in batch)
+    neutral = draw(jax.random.key(0), AugmentConfig(False, 0.0, 0.0))
+    np.testing.assert_allclose(change_intensity(batch["image"][0], neutral), batch["image"][0], atol=2e-5)
+    image, labels = warp(batch["image"][0], batch["labels"][0], neutral.matrix)
+    np.testing.assert_allclose(image, batch["image"][0], atol=1e-6)
+    np.testing.assert_array_equal(labels, batch["labels"][0])
+
+
+def test_mirroring_swaps_partners_and_is_an_involution() -> None:
+    batch = batch_of()
+    image, labels = batch["image"][0], batch["labels"][0]
+    yes = jnp.asarray(True)
+    once = mirror(image, labels, yes, NAMES)
+    np.testing.assert_array_equal(once[0], image[::-1])
+    right, left = 38 + 2, 39  # basal forebrain: 40 is right, 39 left, against the table's habit
+    np.testing.assert_array_equal(once[1][0] == left, labels[0, ::-1] == right)
+    twice = mirror(*once, yes, NAMES)
+    np.testing.assert_array_equal(twice[0], image)
+    np.testing.assert_array_equal(twice[1], labels)
+    np.testing.assert_array_equal(mirror(image, labels, jnp.asarray(False), NAMES)[1], labels)
+
+
+def test_warping_by_a_quarter_turn_is_a_rotation_of_the_array() -> None:
+    batch = batch_of()
+    turn = jnp.asarray([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    image, labels = warp(batch["image"][0], batch["labels"][0], turn)
+    np.testing.assert_allclose(image[..., 0], np.rot90(batch["image"][0, ..., 0]), atol=1e-5)
+    np.testing.assert_array_equal(labels[0], np.rot90(batch["labels"][0, 0]))
+
+
+def test_C08_finite_and_within_the_label_set_over_many_keys() -> None:
+    run = jax.jit(lambda batch, key: augment(batch, key, FULL, NAMES))
+    batch = batch_of(b=1)
+    constant = {**batch, "image": jnp.zeros_like(batch["image"])}
+    allowed = [set(np.unique(batch["labels"][0, p])) for p in range(2)]
+    for p, name in enumerate(NAMES):
+        allowed[p] |= set(PROTOCOLS[name].partners[sorted(allowed[p])])
+    for seed in range(200):
+        for source in (batch, constant):
+            changed = run(source, jax.random.key(seed))
+            assert changed["image"].shape == batch["image"].shape and changed["labels"].dtype == jnp.uint8
+            assert jnp.isfinite(changed["image"]).all()
+            for p in range(2):
+                assert set(np.unique(changed["labels"][0, p])) <= allowed[p]
+
+
+def test_every_sample_is_changed_by_its_own_draw() -> None:
+    batch = batch_of(b=1)
+    twins = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
+    changed = augment(twins, jax.random.key(1), FULL, NAMES)
+    assert not jnp.array_equal(changed["image"][0], changed["image"][1])
+    again = augment(twins, jax.random.key(1), FULL, NAMES)
+    np.testing.assert_array_equal(changed["image"], again["image"])
+
+
+@pytest.mark.parametrize("field", ["log_gamma", "log_gain", "offset", "noise"])
+def test_strength_scales_what_is_drawn(field: str) -> None:
+    key = jax.random.key(2)
+    one, two = (draw(key, dataclasses.replace(FULL, intensity=s)) for s in (1.0, 2.0))
+    np.testing.assert_allclose(getattr(two, field), 2 * getattr(one, field), rtol=1e-6)

@@ -1,0 +1,166 @@
+"""Signals and stalls, in real processes."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from neuronet_jax.training.signals import EXIT_STALLED, StopRequest, Watchdog
+
+ROOT = Path(__file__).parents[2]
+
+LOOP = """
+import time
+from neuronet_jax.training.signals import StopRequest
+with StopRequest() as stop:
+    for step in range(1, 1000):
+        print("step", step, flush=True)
+        {work}
+        if stop.requested(step):
+            print("saved", step, flush=True)
+            break
+"""
+
+
+@contextlib.contextmanager
+def _running(*command: str, **options) -> Iterator[subprocess.Popen]:
+    """A process of this program that does not outlive its test, whatever becomes of the test."""
+    with subprocess.Popen(
+        [sys.executable, "-c", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _until(stream: IO[str] | None, line: str) -> None:
+    assert stream is not None
+    for said in stream:
+        if said.strip().startswith(line):
+            return
+    pytest.fail(f"the process ended without saying {line!r}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_D03_D04_signal_finishes_the_step_saves_and_exits_0(number):
+    previous = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with StopRequest() as stop:
+        assert not stop.requested(1)
+        os.kill(os.getpid(), number)
+        assert stop.requested(2)
+        assert stop.requested(3)
+    assert {n: signal.getsignal(n) for n in previous} == previous
+
+
+def test_D04_second_interrupt_is_immediate():
+    step = "[time.sleep(.01) for _ in range(6000)]"  # takes for ever
+    with _running(LOOP.format(work=step)) as process:
+        _until(process.stdout, "step 1")
+        process.send_signal(signal.SIGINT)
+        _until(process.stderr, "SIGINT: saving after this step")  # two signals at once would be one
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert "saved" not in out
+
+
+def test_D03_exit_code_of_a_real_process_is_0():
+    with _running(LOOP.format(work="time.sleep(.05)")) as process:
+        _until(process.stdout, "step 2")
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert out.splitlines()[-1].startswith("saved")
+
+
+TWO = """
+import os, sys, time
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+rank, port = int(sys.argv[1]), sys.argv[2]
+jax.distributed.initialize(f"localhost:{port}", 2, rank, initialization_timeout=60)
+from neuronet_jax.training.signals import StopRequest
+with StopRequest() as stop:
+    for step in range(1, 400):
+        if step == 3:
+            print("running", flush=True)
+        time.sleep(.02)
+        if stop.requested(step):
+            print("saved", step, flush=True)
+            break
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_D03_signal_to_one_process_stops_all_at_the_same_step(number, free_port):
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    with contextlib.ExitStack() as stack:
+        both = [stack.enter_context(_running(TWO, str(rank), str(free_port), env=environment)) for rank in (0, 1)]
+        for process in both:
+            _until(process.stdout, "running")
+        both[1].send_signal(number)
+        said = [process.communicate(timeout=60)[0].splitlines()[-1] for process in both]
+    assert said[0] == said[1]
+    assert said[0].startswith("saved")
+    assert [process.returncode for process in both] == [0, 0]
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+STALL = """
+import time
+from neuronet_jax.training.signals import Watchdog
+with Watchdog(timeout_s={timeout_s}) as watch:
+    for step in range(20):
+        time.sleep(.02)
+        watch.progress()
+    print("moving", flush=True)
+    {work}
+    print("done", flush=True)
+"""
+
+
+def test_C02_D07_stall_is_warned_of_with_stacks_then_ended():
+    with _running(STALL.format(timeout_s=0.5, work="time.sleep(60)")) as process:
+        _until(process.stdout, "moving")
+        begin = time.monotonic()
+        out, error = process.communicate(timeout=30)
+    assert process.returncode == EXIT_STALLED
+    assert 0.8 < time.monotonic() - begin < 10  # twice the timeout, and slack for a busy machine
+    assert "no progress for 0.5 s; the run ends" in error
+    assert error.count('File "<string>"') == 2  # where the main thread stands, at T and at 2 T
+    assert "done" not in out
+
+
+def test_D07_suspended_process_has_not_stalled():
+    """A laptop's lid or a debugger stops the process itself: its own ticks stop too, and it goes on."""
+    with _running(STALL.format(timeout_s=0.8, work="time.sleep(.2)")) as process:
+        _until(process.stdout, "moving")
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        process.send_signal(signal.SIGCONT)
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "done" in out
+
+
+def test_watchdog_of_a_run_that_moves_says_nothing(caplog):
+    with Watchdog(timeout_s=0.2) as watch:
+        for _ in range(30):
+            time.sleep(0.02)
+            watch.progress()
+    assert caplog.records == []
