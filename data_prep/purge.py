@@ -20,8 +20,9 @@ from data_prep.build import read_rejects
 from data_prep.sources.manifest import ids_hash, read_ids
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
+from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Record, StoreInfo, Subject, subjects_from_tsv
-from neuronet_jax.store.reader import Store, StoreWriter
+from neuronet_jax.store.writer import StoreWriter
 
 
 def purge(store: str, excluded: Collection[str]) -> int:

@@ -13,7 +13,7 @@ from data_prep.subject import Settings, prepare
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.files import Files
 from neuronet_jax.store.schema import Record, Reject, Subject, subjects_from_tsv, subjects_to_tsv
-from neuronet_jax.store.reader import StoreWriter
+from neuronet_jax.store.writer import StoreWriter
 
 _RETRY_AFTER_S = (1, 5, 25)  # a network file system that hiccups is back within half a minute or needs a person
 

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from data_prep.sources.manifest import Source
-from neuronet_jax.images import intensity, nifti, space
 from neuronet_jax.errors import RejectError
+from neuronet_jax.images import intensity, nifti, space
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, MALP_EM_VOLUMES_MM3, PROTOCOLS, Protocol
 from neuronet_jax.store.schema import Record, Subject, sample_foreground
 

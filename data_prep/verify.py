@@ -19,8 +19,8 @@ from data_prep.shard import ShardRows
 from data_prep.subject import content_hash
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files, local_path
-from neuronet_jax.store.schema import StoreInfo, Subject
-from neuronet_jax.store.reader import Store, StoreError
+from neuronet_jax.store.reader import Store
+from neuronet_jax.store.schema import StoreError, StoreInfo, Subject
 
 
 def verify(store: str, threads: int = 4) -> Iterator[str]:

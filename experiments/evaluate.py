@@ -26,19 +26,20 @@ from rich.progress import track
 from rich.table import Table
 
 from data_prep.demo.cohort import ensure_demo_store
-from neuronet_jax import messages
-from neuronet_jax.evaluation import quality
-from neuronet_jax.compilation import keep_compiled
-from neuronet_jax.devices import one_per_core
+from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.files import Files
-from neuronet_jax.inference.segment import Model, restore
-from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.evaluation import quality
 from neuronet_jax.evaluation.metrics import DiceTable, Summary, mean_dice, summarise
-from neuronet_jax.results.pictures import save_comparison, save_strip
 from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score, score_surfaces
-from neuronet_jax.store.reader import Store, Subject
 from neuronet_jax.evaluation.surfaces import SurfaceSummary, SurfaceTable, summarise_surfaces
+from neuronet_jax.files import Files
+from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.results.pictures import save_comparison, save_strip
+from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.restore import restore
+from neuronet_jax.runtime import keep_compiled, one_per_core
+from neuronet_jax.store.reader import Store
+from neuronet_jax.store.schema import Subject
 
 COLUMNS = ("subject", "protocol", "index", "name", "dice", "reference_voxels", "predicted_voxels")
 SURFACE_COLUMNS = ("hd95_mm", "nsd")
@@ -179,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo.add_argument("--calibrate", action="store_true", help="write RUN/quality.json from the validation heads")
     parser.add_argument("--surfaces", action="store_true", help="HD95 and surface Dice too (about 20 s per 1 mm head)")
     args = parser.parse_args(arguments)
-    messages.plain()
+    runtime.plain()
     keep_compiled()
     one_per_core()
     try:

@@ -12,7 +12,6 @@ nothing had happened. Other statuses: 1 a refusal with its reason, 4 loss or gra
 import argparse
 import contextlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,23 +23,25 @@ from jax.experimental import multihost_utils
 
 from data_prep.demo.cohort import ensure_demo_store
 from experiments import flags
-from neuronet_jax import devices, messages
-from neuronet_jax.evaluation import quality
-from neuronet_jax.runs.checkpoint import Checkpoints
-from neuronet_jax.compilation import keep_compiled
+from neuronet_jax import runtime
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.files import Files
-from neuronet_jax.inference.segment import Model, restore
-from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.training.signals import StopRequest, Watchdog
-from neuronet_jax.training.mesh import make_mesh, put_batch
+from neuronet_jax.evaluation import quality
 from neuronet_jax.evaluation.metrics import mean_dice
-from neuronet_jax.training.monitor import Monitor, label_picture
-from neuronet_jax.training.pipeline import training_iterator, validation_subjects
 from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score
-from neuronet_jax.training.step import TrainState, evaluation_network, init_state, make_train_step
+from neuronet_jax.files import Files
+from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.results.pictures import label_picture
+from neuronet_jax.runs.checkpoint import Checkpoints
+from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.restore import restore
+from neuronet_jax.runtime import keep_compiled
 from neuronet_jax.store.reader import Store
+from neuronet_jax.training.mesh import make_mesh, put_batch
+from neuronet_jax.training.monitor import Monitor
+from neuronet_jax.training.pipeline import training_iterator, validation_subjects
+from neuronet_jax.training.signals import StopRequest, Watchdog
+from neuronet_jax.training.step import TrainState, evaluation_network, init_state, make_train_step
 
 EXIT_NOT_FINITE, EXIT_MEMORY = 4, 5
 MOST_SKIPPED = 10  # updates refused in a row before the run gives up: a bad batch passes, a broken run does not
@@ -212,22 +213,12 @@ def local(state: TrainState) -> TrainState:
     return jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), state)
 
 
-def join_cluster() -> None:
-    """Joins the other processes under Slurm, on a TPU pod or wherever JAX_COORDINATOR_ADDRESS says; alone otherwise."""
-    environment = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_NUM_PROCESSES" in environment:
-        count, index = int(environment["JAX_NUM_PROCESSES"]), int(environment["JAX_PROCESS_ID"])
-        jax.distributed.initialize(environment["JAX_COORDINATOR_ADDRESS"], count, index)
-    elif int(environment.get("SLURM_NTASKS", "1")) > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
-
-
 def spread_over_cores(config: Config) -> None:
     """On a CPU, makes one XLA device of each core that the batch can use: most of a program runs on one thread each.
 
     Measured on 2 cores: two devices train a batch of two in the time that one device takes for a batch of one.
     """
-    devices.one_per_core(devices.sharers(config.batch, devices.cores()))
+    runtime.one_per_core(runtime.sharers(config.batch, runtime.cores()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -245,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--strict", action="store_true", help="with --resume: refuse a damaged checkpoint")
     parser.add_argument("--reset_data", action="store_true", help="with --resume: start the data anew")
     options, overrides = parser.parse_known_args(arguments)
-    messages.plain()
+    runtime.plain()
     log.setLevel(logging.INFO)
     try:
         config = flags.load(options.config, overrides)
@@ -256,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise NeuronetError("--resume needs the --workdir of the run to continue")
         workdir = options.workdir or time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S")
         keep_compiled()
-        join_cluster()
+        runtime.join_cluster()
         if not jax.distributed.is_initialized():
             spread_over_cores(config)
         train(config, workdir, options.resume, options.reset_data, options.strict)

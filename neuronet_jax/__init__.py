@@ -10,10 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neuronet_jax.inference.segment import Model, restore, segment
-    from neuronet_jax.labels import PROTOCOLS
-    from neuronet_jax.runs.release import release
+    from neuronet_jax.inference.segment import segment
     from neuronet_jax.inference.segmentation import Options
+    from neuronet_jax.labels import PROTOCOLS
+    from neuronet_jax.runs.model import Model
+    from neuronet_jax.runs.release import release
+    from neuronet_jax.runs.restore import restore
 
 __version__ = "0.1.0"
 __all__ = ["PROTOCOLS", "Model", "Options", "release", "restore", "segment"]

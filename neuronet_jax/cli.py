@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neuronet_jax import __version__, messages
+from neuronet_jax import __version__, runtime
 from neuronet_jax.errors import NeuronetError
 
 DONE, FAILED, REJECTED = 0, 1, 3  # exit status; 2 is argparse's own
@@ -19,7 +19,7 @@ INTERRUPTED = 130  # as shells report Ctrl-C: 128 + SIGINT
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     args = _parser().parse_args(arguments)
-    messages.plain()
+    runtime.plain()
     try:
         return args.command(args)
     except NeuronetError as error:
@@ -171,21 +171,23 @@ def _names(text: str) -> tuple[str, ...]:
 def _segment(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from neuronet_jax.results import cohort, write as outputs, reports, inputs as scans
-    from neuronet_jax import devices
-    from neuronet_jax.images import nifti
+    from neuronet_jax import runtime
     from neuronet_jax.evaluation import quality
-    from neuronet_jax.compilation import keep_compiled
-    from neuronet_jax.inference.segment import restore
-    from neuronet_jax.results.resume import Records
+    from neuronet_jax.images import nifti
     from neuronet_jax.inference.segmentation import Options
+    from neuronet_jax.results import bids, cohort, reports, tables
+    from neuronet_jax.results import inputs as scans
+    from neuronet_jax.results.resume import Records
+    from neuronet_jax.results.write import prepare, write_cohort
+    from neuronet_jax.runs.restore import restore
+    from neuronet_jax.runtime import keep_compiled
 
     options = Options(args.flip, args.crops, args.fast, args.posteriors, args.consistent_tissue)
     found = scans.find(args.inputs)
 
     keep_compiled()
     console = Console(stderr=True)
-    console.print(devices.start(), highlight=False)
+    console.print(runtime.start(), highlight=False)
     model = restore(*args.run)
     derived = ("malp_em_tissue",) if options.consistent_tissue else ()
     protocols = _choose(args.protocols, (*model.config.protocols, *derived))
@@ -194,14 +196,14 @@ def _segment(args: argparse.Namespace) -> int:
     else:
         calibration = quality.uncalibrated("an ensemble is another model than any of its runs")
     provenance = {**model.provenance, **calibration.provenance(), **options.changed()}
-    targets = outputs.plan(found, args.out, protocols, options.posteriors)
+    targets = bids.plan(found, args.out, protocols, options.posteriors)
     summary = "summary.tsv"
     if args.shard is not None:
         targets = cohort.shard(targets, *args.shard)
         summary = "summary_shard-{}-of-{}.tsv".format(*args.shard)
     records = Records(provenance, protocols, options.posteriors)
     todo, rows = records.unfinished(targets, args.overwrite)
-    outputs.prepare(args.out, protocols, provenance, args.overwrite)
+    prepare(args.out, protocols, provenance, args.overwrite)
 
     there = len(rows)
     limits = nifti.Limits(assume_ras=args.assume_ras)
@@ -211,9 +213,9 @@ def _segment(args: argparse.Namespace) -> int:
             rows[row.output] = row
     finally:
         ordered = [rows[target.stem] for target in targets if target.stem in rows]
-        outputs.write_summary(args.out / summary, ordered)
+        tables.write_summary(args.out / summary, ordered)
     if args.shard is None:  # a shard does not know the others; the command without --shard writes what is of all
-        outputs.write_cohort(args.out, ordered, provenance, calibration, not args.no_report)
+        write_cohort(args.out, ordered, provenance, calibration, not args.no_report)
     done = sum(row.status == "done" for row in ordered)
     print(f"{done} of {len(targets)} heads segmented in {args.out}" + (f", {there} of them before" if there else ""))
     for code, meaning, count in reports.explained(ordered):
@@ -323,7 +325,7 @@ def _shape(text: str) -> tuple[int, ...]:
 def _export(args: argparse.Namespace) -> int:
     from neuronet_jax.evaluation import quality
     from neuronet_jax.export import export
-    from neuronet_jax.inference.segment import restore
+    from neuronet_jax.runs.restore import restore
 
     model = restore(args.run)
     calibration = quality.load(args.run, model.provenance.get("step", 0))

@@ -12,7 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from neuronet_jax.store.reader import Record, Reject, Store, StoreWriter, Subject, sample_foreground
+from neuronet_jax.store.reader import Store
+from neuronet_jax.store.schema import Record, Reject, Subject, sample_foreground
+from neuronet_jax.store.writer import StoreWriter
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -26,8 +26,8 @@ from rich.progress import track
 
 import neuronet_jax
 from data_prep import cluster
-from data_prep.demo.atlas import load_atlas
 from data_prep.build import HEAD_MM, build
+from data_prep.demo.atlas import load_atlas
 from data_prep.demo.phantom import Head, Lattice, draw_head
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import user_cache
@@ -160,11 +160,12 @@ def demo_manifest(store: Path) -> Path:
 
 def _code_hash() -> str:
     """Of the code and tables that decide what the store holds."""
-    here, library = Path(__file__).parent, Path(neuronet_jax.__file__).parent
-    paths = [here / f"{name}.py" for name in ("atlas", "build", "demo", "phantom", "subject")]
-    paths += [library / f"{name}.py" for name in ("intensity", "labels", "nifti", "schema", "space", "store")]
+    library, preparation = Path(neuronet_jax.__file__).parent, Path(__file__).parents[1]
+    paths = [preparation / f"{name}.py" for name in ("build", "subject", "demo/atlas", "demo/cohort", "demo/phantom")]
+    paths += [library / name for name in ("labels.py", "data/malp_em.tsv")]
+    paths += sorted(path for folder in ("images", "store") for path in (library / folder).glob("*.py"))
     digest = hashlib.sha256()
-    for path in (*paths, library / "data" / "malp_em.tsv"):
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -186,7 +187,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"{manifest} ({NOTE})")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

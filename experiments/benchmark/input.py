@@ -48,8 +48,8 @@ def _config(dest: str, side: int, batch: int, workers: int, dtype: str = "float3
 
 def read_alone(dest: str, side: int, batch: int, workers: int) -> dict[str, float]:
     """Crops and decoded megabytes per second, from a warm store."""
-    from neuronet_jax.training.pipeline import training_iterator
     from neuronet_jax.store.reader import Store
+    from neuronet_jax.training.pipeline import training_iterator
 
     data = training_iterator(Store.open(dest), _config(dest, side, batch, workers))
     for _ in range(4):
@@ -67,10 +67,10 @@ def read_while_training(dest: str, side: int, batch: int, dtype: str) -> dict[st
     """Seconds per training step of our network and the fraction of them spent waiting for one loader process."""
     import jax
 
+    from neuronet_jax.store.reader import Store
     from neuronet_jax.training.mesh import make_mesh, put_batch
     from neuronet_jax.training.pipeline import training_iterator
     from neuronet_jax.training.step import init_state, make_train_step
-    from neuronet_jax.store.reader import Store
 
     config = _config(dest, side, batch, workers=1, dtype=dtype)
     mesh = make_mesh(config, jax.devices()[:1])
@@ -94,8 +94,9 @@ def read_while_training(dest: str, side: int, batch: int, dtype: str) -> dict[st
 def _demo_at_1_mm() -> Iterator[str]:
     """A store as large as a real cohort's per subject: the demo cohort's heads with every voxel split into eight."""
     from data_prep.demo.cohort import ensure_demo_store
+    from neuronet_jax.store.reader import Store
     from neuronet_jax.store.schema import Record, sample_foreground
-    from neuronet_jax.store.reader import Store, StoreWriter
+    from neuronet_jax.store.writer import StoreWriter
 
     source = Store.open(str(ensure_demo_store()))
     info, rng = source.info, np.random.default_rng(0)

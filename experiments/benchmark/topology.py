@@ -82,8 +82,8 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
 
     from experiments import flags
     from experiments.benchmark.work import PUBLISHED_TRAINING
-    from neuronet_jax.training.mesh import batch_sharding, make_mesh, replicated
     from neuronet_jax.models.network import build
+    from neuronet_jax.training.mesh import batch_sharding, make_mesh, replicated
     from neuronet_jax.training.step import TrainState, make_optimizer, make_train_step
 
     batch = len(devices) // space

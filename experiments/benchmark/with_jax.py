@@ -28,10 +28,10 @@ class Jax(Contender):
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         import jax
 
-        from neuronet_jax import devices
+        from neuronet_jax import runtime
 
-        devices.one_per_core()  # as all programs of the library do; without effect on a GPU
-        self.jax, self.devices = jax, devices
+        runtime.one_per_core()  # as all programs of the library do; without effect on a GPU
+        self.jax, self.runtime = jax, runtime
 
     def config(self, side: int, batch: int, dtype: str) -> Any:
         from experiments import flags
@@ -49,7 +49,7 @@ class Jax(Contender):
     def split(self, batch: int) -> int:
         """Devices among which the batch is split: on a CPU, what cores it fills; one GPU."""
         local = self.jax.devices()
-        return self.devices.sharers(batch, len(local)) if local[0].platform == "cpu" else 1
+        return self.runtime.sharers(batch, len(local)) if local[0].platform == "cpu" else 1
 
     def space(self, side: int, batch: int) -> int:
         """Devices that share a crop: the cores that the batch leaves idle, where it can be cut."""
@@ -106,7 +106,7 @@ class Jax(Contender):
                 self.jax.block_until_ready((state, metrics))
 
             return train
-        from neuronet_jax.inference.segment import Model
+        from neuronet_jax.runs.model import Model
 
         model = Model(self.network(config), config, voxel_size_mm=1.0)
         if job.what == "inference":
@@ -162,9 +162,9 @@ class JaxPlain(Jax):
         import jax.numpy as jnp
         import optax
 
+        from neuronet_jax.models import conv
         from neuronet_jax.models import network as models
         from neuronet_jax.training import step
-        from neuronet_jax.models import conv
 
         def loss(network: Any, batch: Any, config: Any, train: bool) -> Any:
             logits = network.logits(batch["image"], train)

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from neuronet_jax.dltk import tensorbundle
-from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.config import AugmentConfig, Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
+from neuronet_jax.dltk import tensorbundle
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import Network, build
+from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.store.schema import SCHEMA_VERSION, StoreInfo
 
 # The protocols of each published network in the order of its tails (the `config_*.json` of the reference code)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt8
 
-from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS, REGIONS, TISSUES
 from neuronet_jax.evaluation.metrics import DiceTable, dice_per_class
+from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS, REGIONS, TISSUES
 
 COLUMNS = ("kind", "region", "first", "second", "dice", "first_mm3", "second_mm3")
 _BITS = 2  # background, CSF, GM and WM of one protocol

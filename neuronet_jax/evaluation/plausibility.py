@@ -13,9 +13,9 @@ import numpy as np
 from scipy import ndimage
 
 from neuronet_jax.evaluation.agreement import Agreement
-from neuronet_jax.labels import REGIONS, TISSUES
 from neuronet_jax.images.nifti import Volume
 from neuronet_jax.images.space import spacing_mm
+from neuronet_jax.labels import REGIONS, TISSUES
 
 BRAIN_MM3 = (6e5, 2.4e6)  # brain and CSF of adults is 1.0 to 1.9 litres; half and a quarter more is left as margin
 LEAST_MM3 = 1e5  # of tissue, for there to be a brain or a piece of one: a tenth of a litre

@@ -18,8 +18,8 @@ from jaxtyping import Float
 
 from neuronet_jax.errors import CodedWarning, NeuronetError
 from neuronet_jax.files import Files
-from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.inference.segmentation import Confidence
+from neuronet_jax.labels import PROTOCOLS
 
 FILE = "quality.json"
 SCHEMA_VERSION = 1

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from neuronet_jax.inference.tiling import rounded_up
 from neuronet_jax.labels import MALP_EM_TO_TISSUE
 from neuronet_jax.models import conv
 from neuronet_jax.models.readout import Readout, membership, spans
-from neuronet_jax.inference.tiling import rounded_up
 
 # Windows of y and z grow in steps of this many voxels, so that heads of one scanner share a program: brains differ by
 # some 30 mm, and most fit 192 mm of a grid of 1 mm.

@@ -19,15 +19,17 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from nibabel.spatialimages import SpatialImage
 
-from neuronet_jax.images import intensity, nifti, space
 from neuronet_jax.errors import NeuronetError, RejectError
-from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
-from neuronet_jax.runs.model import Model, ensemble, restore
+from neuronet_jax.images import intensity, nifti, space
+from neuronet_jax.inference.cost import voxel_budget
 from neuronet_jax.inference.onto_grid import Reading
-from neuronet_jax.models.readout import spans
-from neuronet_jax.inference.volume import BUCKET, Result, read_volume
 from neuronet_jax.inference.segmentation import Confidence, Options, Segmentation, posterior
 from neuronet_jax.inference.tiling import Shape, receptive_margin, rounded_up, tiles, with_smaller_tiles
+from neuronet_jax.inference.volume import BUCKET, Result, read_volume
+from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
+from neuronet_jax.models.readout import spans
+from neuronet_jax.runs.model import Model, ensemble
+from neuronet_jax.runs.restore import restore
 
 __all__ = ["Model", "ensemble", "predict", "restore", "segment", "segment_volume"]
 
@@ -193,7 +195,7 @@ def predict(model: Model, image: Float[np.ndarray, "x y z"], background: float =
             classes[(slice(None), *part.kept)] = labels[(slice(None), *core)]
         return classes
 
-    classes = with_smaller_tiles(run, bucket, model.voxel_budget, step, margin)
+    classes = with_smaller_tiles(run, bucket, voxel_budget(model), step, margin)
     return classes[:, : sides[0], : sides[1], : sides[2]]
 
 

@@ -2,17 +2,15 @@
 
 import itertools
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import jax
 
 from neuronet_jax.config import ModelConfig
-from neuronet_jax.devices import TURNS
 from neuronet_jax.errors import CodedWarning
+from neuronet_jax.runtime import TURNS
 
 MEMORY_SHARE = 0.6  # of the device's memory that one volume may take
 # How XLA says so: at once; where a program was dispatched before its inputs; and where the CPU's library of kernels got
@@ -101,14 +99,3 @@ def receptive_margin(model: ModelConfig) -> int:
     scales = range(1, len(model.filters))
     reach = 2 + sum(4 * 2**s for s in scales) + sum(3 * 2 ** (s - 1) for s in scales)
     return rounded_up(reach, model.stride)
-
-
-def memory_bytes() -> int:
-    """What the first device can hold; on CPU, the machine's memory or what the container or job may use of it."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    if limit := statistics.get("bytes_limit"):
-        return limit
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    granted = Path("/sys/fs/cgroup/memory.max")
-    text = granted.read_text().strip() if granted.exists() else "max"
-    return machine if text == "max" else min(machine, int(text))

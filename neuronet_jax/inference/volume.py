@@ -17,12 +17,13 @@ from flax import nnx
 from jaxtyping import Float
 
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.runs.model import Model
+from neuronet_jax.inference.cost import voxel_budget
 from neuronet_jax.inference.onto_grid import Fields, Reading, aligned, average, axes, fields, read
-from neuronet_jax.models.readout import Readout, spans
 from neuronet_jax.inference.segmentation import Options
 from neuronet_jax.inference.tiling import Shape, Tile, receptive_margin, rounded_up, tiles, with_smaller_tiles
+from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.models.readout import Readout, spans
+from neuronet_jax.runs.model import Model
 
 BUCKET = 32  # sides are padded to multiples of it: heads come in few shapes, so programs are compiled rarely
 # Of a further member's finest features, of a whole network's 850 bytes per voxel: 16 channels in float32.
@@ -69,7 +70,7 @@ def read_volume(
         positions = [np.round(p, 6) + a for p, a in zip(positions, low, strict=True)]  # inverted affines are not exact
     volume = tuple(slice(a, a + side) for a, side in zip(low, image.shape, strict=True))
     count = len(model.members) * options.passes
-    budget = int(model.voxel_budget / (1 + MEMBER_SHARE * (count - 1)))
+    budget = int(voxel_budget(model) / (1 + MEMBER_SHARE * (count - 1)))
 
     def run(tile: Shape) -> Result:
         shape = image.shape if positions is None else tuple(map(len, positions))

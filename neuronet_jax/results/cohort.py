@@ -13,15 +13,18 @@ import nibabel as nib
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from neuronet_jax import devices
-from neuronet_jax.images import nifti
-from neuronet_jax.results import write as outputs
+from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError, RejectError
-from neuronet_jax.inference.segment import Model, segment_volume
-from neuronet_jax.results.write import Row, Target
 from neuronet_jax.evaluation.quality import UNKNOWN, Calibration
-from neuronet_jax.results.resume import Records, identify
+from neuronet_jax.images import nifti
+from neuronet_jax.inference import cost
+from neuronet_jax.inference.segment import segment_volume
 from neuronet_jax.inference.segmentation import Options
+from neuronet_jax.results.bids import Target
+from neuronet_jax.results.resume import Records, identify
+from neuronet_jax.results.tables import Row
+from neuronet_jax.results.write import write_results
+from neuronet_jax.runs.model import Model
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -60,7 +63,7 @@ class Cohort:
         source = identify(target.source)
         result = segment_volume(self.model, volume, self.protocols, self.options)
         self.records.begin(target, source)
-        row = outputs.write(target, volume, result, True, self.records.provenance, self.calibration, self.report)
+        row = write_results(target, volume, result, True, self.records.provenance, self.calibration, self.report)
         self.records.complete(target, row)
         return row
 
@@ -78,13 +81,13 @@ class Cohort:
             TimeRemainingColumn(),
             TextColumn("left"),
         )
-        start, network_start_s = time.perf_counter(), devices.TURNS.taken_s
+        start, network_start_s = time.perf_counter(), runtime.TURNS.taken_s
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("", total=len(targets))
             for number, (target, future) in enumerate(in_order(self.segment, targets, _workers()), 1):
                 row = _row(target, future, console)
                 self.elapsed_s = time.perf_counter() - start
-                self.network_s = devices.TURNS.taken_s - network_start_s
+                self.network_s = runtime.TURNS.taken_s - network_start_s
                 progress.advance(bar)
                 left_s = self.elapsed_s / number * (len(targets) - number)
                 left = f"; about {duration(left_s)} left" if number < len(targets) else ""
@@ -103,7 +106,7 @@ class Cohort:
         try:
             header: Any = nib.load(targets[0].source).header  # type: ignore[attr-defined]
             shape, spacing_mm = header.get_data_shape()[:3], header.get_zooms()[:3]
-            expected = devices.expected_s(shape, spacing_mm, self.model.voxel_size_mm, passes)
+            expected = cost.expected_s(shape, spacing_mm, self.model.voxel_size_mm, passes)
         except Exception:  # reading the head will say what is wrong with it
             return ""
         if expected is None:
@@ -142,7 +145,7 @@ def _workers() -> int:
     """Heads at work at a time, each holding its volumes in memory; on the device they take turns."""
     if jax.default_backend() == "cpu":
         return 2  # one is read or written while the network has the other; more would share the same cores
-    return min(6, devices.cores())  # what a head needs besides the network takes several times as long
+    return min(6, runtime.cores())  # what a head needs besides the network takes several times as long
 
 
 def in_order(

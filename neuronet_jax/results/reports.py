@@ -18,15 +18,16 @@ import numpy as np
 
 from neuronet_jax import __version__
 from neuronet_jax.evaluation.agreement import Agreement
-from neuronet_jax.labels import PROTOCOLS, REGIONS
-from neuronet_jax.images.nifti import Volume
-from neuronet_jax.results.pictures import Planes, colors_of, votes_colors
 from neuronet_jax.evaluation.quality import Calibration, Quality
+from neuronet_jax.images.nifti import Volume
+from neuronet_jax.labels import PROTOCOLS, REGIONS
+from neuronet_jax.results.pictures import Planes, colors_of, votes_colors
 
 if TYPE_CHECKING:
     import jinja2
 
-    from neuronet_jax.results.write import Row
+    from neuronet_jax.results.bids import Target
+from neuronet_jax.results.tables import Row, Volumes
 
 WARNINGS = {
     "W_AGREEMENT": "The two MALP-EM outputs contradict each other: the network is unsure what it sees.",
@@ -60,27 +61,6 @@ class Head:
     quality: Quality
     warnings: tuple[str, ...]
     provenance: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Volumes:
-    """mm³ of the structures of heads."""
-
-    heads: tuple[str, ...]
-    columns: tuple[str, ...]  # protocol.Structure
-    values: np.ndarray  # float64 [head column], NaN where a head lacks the protocol
-
-    def rows(self) -> list[list[str]]:
-        return [
-            [head, *("n/a" if math.isnan(value) else f"{value:.10g}" for value in values)]
-            for head, values in zip(self.heads, self.values, strict=True)
-        ]
-
-    def of(self, protocol: str, ids: Sequence[int]) -> np.ndarray:
-        """float64 [head]: what the ids of a protocol fill together; NaN where a head lacks it."""
-        names = {f"{protocol}.{s.name}" for s in PROTOCOLS[protocol].structures if s.id in ids}
-        found = [index for index, column in enumerate(self.columns) if column in names]
-        return self.values[:, found].sum(axis=1) if found else np.full(len(self.heads), np.nan)
 
 
 @cache
@@ -151,7 +131,7 @@ def thumbnail(page: str) -> str:
 
 
 def cohort_page(
-    rows: Sequence["Row"],
+    rows: Sequence[Row],
     volumes: Volumes,
     agreements: Mapping[str, Sequence[Mapping[str, str]]],
     thumbnails: Mapping[str, str],
@@ -187,7 +167,7 @@ def cohort_page(
     )  # fmt: skip
 
 
-def explained(rows: Sequence["Row"]) -> list[tuple[str, str, int]]:
+def explained(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
     """Every warning of the heads, what it means, and how many of them have it."""
     counts = Counter(code for row in rows for code in row.warnings.split(",") if code != "n/a")
     return [(code, WARNINGS.get(code, ""), count) for code, count in sorted(counts.items())]
@@ -329,7 +309,6 @@ def _x(value: float, least: float, most: float, width: int) -> float:
 
 
 def _link(stem: str) -> str:
-    from neuronet_jax.results.write import Target  # here, for outputs imports this module
 
     return Target(Path(), Path(), stem).report.as_posix()
 

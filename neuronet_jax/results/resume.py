@@ -15,7 +15,8 @@ from typing import Any
 from neuronet_jax import __version__
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
-from neuronet_jax.results.write import GENERATOR, Row, Target
+from neuronet_jax.results.bids import GENERATOR, Target
+from neuronet_jax.results.tables import Row
 
 PROGRAM = f"{GENERATOR} {__version__}"
 CALIBRATION = {"calibration_sha256": None}  # what of the provenance changes nothing but predicted Dice

@@ -26,9 +26,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from neuronet_jax.runs.checksums import MANIFEST, damage, write_manifest
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.runs.checksums import MANIFEST, damage, write_manifest
 
 SCHEMA = 1  # raised when a release can no longer read what an older one wrote
 

@@ -24,14 +24,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from neuronet_jax import __version__
-from neuronet_jax.evaluation import quality
-from neuronet_jax.runs.checksums import MANIFEST
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.evaluation import quality
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.runs.model import Model
 from neuronet_jax.models.network import build
+from neuronet_jax.runs.checksums import MANIFEST
+from neuronet_jax.runs.model import Model
 
 SCHEMA = 1  # raised when a release can no longer read what an older one wrote
 RELEASE, WEIGHTS = "release.json", "weights.safetensors"

@@ -18,7 +18,6 @@ from neuronet_jax.errors import CodedError, NeuronetError
 SCHEMA_VERSION = 1
 FOREGROUND_POINTS = 2048  # 12 kB per subject: crops rarely repeat over some hundred epochs, small beside one chunk
 SPLITS = ("train", "validation", "test")
-_CODEC = {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 1, "shuffle": "shuffle"}}
 _ID = re.compile(r"[A-Za-z0-9]+")
 
 
@@ -186,46 +185,3 @@ def check_subjects(subjects: Sequence[Subject], info: StoreInfo) -> None:
                 f"the subject of slot {subject.slot} is in {subject.split} and {splits[subject.id]}; choose one",
             )
         slots.add(subject.slot)
-
-
-def array_metadata(info: StoreInfo) -> dict[str, dict[str, Any]]:
-    """zarr3 metadata of each array."""
-    sides = tuple(-(-side // info.chunk) * info.chunk for side in info.grid)  # a shard is a whole number of chunks
-    cube = (info.chunk,) * 3
-    protocols = len(info.protocols)
-    per_shard = info.shard_subjects
-
-    def array(dtype: str, shape: tuple, shard: tuple, chunk: tuple, names: tuple) -> dict[str, Any]:
-        inner = {
-            "chunk_shape": chunk,
-            "codecs": [{"name": "bytes"}, _CODEC, {"name": "crc32c"}],
-            "index_codecs": [{"name": "bytes"}, {"name": "crc32c"}],
-        }
-        return {
-            "shape": shape,
-            "data_type": dtype,
-            "fill_value": 0,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
-            "codecs": [{"name": "sharding_indexed", "configuration": inner}],
-            "dimension_names": names,
-        }
-
-    n, points = info.slots, FOREGROUND_POINTS
-    volume = ("x", "y", "z")
-    return {
-        "foreground": array(
-            "int16", (n, points, 3), (per_shard, points, 3), (1, points, 3), ("subject", "point", "axis")
-        ),
-        "labels": array(
-            "uint8",
-            (n, protocols, *info.grid),
-            (per_shard, protocols, *sides),
-            (1, protocols, *cube),
-            ("subject", "protocol", *volume),
-        ),
-        "image": array("float32", (n, *info.grid), (per_shard, *sides), (1, *cube), ("subject", *volume)),
-    }
-
-
-def shard_key(name: str, number: int) -> str:
-    return f"{name}/c/{number}" + "/0" * {"foreground": 2, "labels": 4, "image": 3}[name]

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Num, UInt8
+from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboardX import summary
@@ -28,9 +28,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
-from neuronet_jax.labels import Protocol
 
 METRICS = "metrics.jsonl"
 SHOWN = ("loss", "dice")  # the metrics beside the progress bar
@@ -176,38 +174,6 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
         except ValueError:  # a crash or a full disk cut it short
             continue
     return lines
-
-
-def label_picture(
-    image: Num[np.ndarray, "x y z"],
-    labels: UInt8[np.ndarray, "x y z"],
-    reference: UInt8[np.ndarray, "x y z"],
-    protocol: Protocol,
-) -> UInt8[np.ndarray, "h w 3"]:
-    """The middle axial, coronal and sagittal slices: image, `labels` over it, `reference` over it, side by side.
-
-    Arrays are in RAS+ order and hold intensities and class indices of `protocol`. Anterior or superior is up, the
-    subject's left is on the left. Raises NeuronetError where the shapes differ.
-    """
-    if not image.shape == labels.shape == reference.shape:
-        raise NeuronetError(
-            f"image, labels and reference must share a shape, got {image.shape}, {labels.shape}, {reference.shape}"
-        )
-    low, high = np.percentile(image, (1, 99))
-    grey = np.clip((image - low) / max(high - low, 1e-6), 0, 1)[..., None] * np.full(3, 255.0)  # [x y z 3]
-    colors = np.array([structure.color for structure in protocol.structures], np.float64)  # [k 3]
-
-    def over(classes: np.ndarray) -> np.ndarray:
-        return np.where((classes > 0)[..., None], (grey + colors[classes]) / 2, grey)
-
-    panels = np.concatenate([grey, over(labels), over(reference)], axis=-1)  # [x y z 9]: three RGB volumes
-    rows = []
-    for axis in (2, 1, 0):
-        view = np.rot90(np.take(panels, panels.shape[axis] // 2, axis))  # [h w 9], the higher axis upwards
-        rows.append(np.concatenate(np.split(view, 3, axis=-1), axis=1))  # [h 3w 3]
-    width = max(row.shape[1] for row in rows)
-    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
-    return np.concatenate(rows).round().astype(np.uint8)
 
 
 def _finite(value: float) -> float | None:

@@ -24,7 +24,8 @@ from absl import flags
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.images.intensity import whiten
-from neuronet_jax.store.reader import Store, Subject
+from neuronet_jax.store.reader import Store
+from neuronet_jax.store.schema import Subject
 
 Batch = dict[str, np.ndarray]
 

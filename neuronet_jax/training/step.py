@@ -14,10 +14,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from neuronet_jax.training import augment, losses
 from neuronet_jax.config import Config, OptimizerConfig
-from neuronet_jax.training.mesh import batch_sharding, replicated
 from neuronet_jax.models.network import Network, build
+from neuronet_jax.training import augment, losses
+from neuronet_jax.training.mesh import batch_sharding, replicated
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]

@@ -15,7 +15,8 @@ import pytest
 from data_prep.build import build as build_store
 from neuronet_jax.files import Files
 from neuronet_jax.labels import MALP_EM_CENTROIDS_MM, MALP_EM_TO_TISSUE, PROTOCOLS
-from neuronet_jax.store.reader import Store, StoreWriter
+from neuronet_jax.store.reader import Store
+from neuronet_jax.store.writer import StoreWriter
 
 SHAPE = (40, 48, 40)
 AFFINE = np.array([[4.0, 0, 0, -78], [0, 4, 0, -112], [0, 0, 4, -66], [0, 0, 0, 1]])

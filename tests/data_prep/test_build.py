@@ -12,7 +12,8 @@ from data_prep.build import build as build_store
 from data_prep.build import default_grid, main, summary
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.store.reader import Store, StoreError
+from neuronet_jax.store.reader import Store
+from neuronet_jax.store.schema import StoreError
 
 GRID = (48, 56, 48)
 

@@ -17,7 +17,8 @@ from data_prep.build import TooManyRejects
 from data_prep.lease import lease
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
-from neuronet_jax.store.reader import Store, StoreError
+from neuronet_jax.store.reader import Store
+from neuronet_jax.store.schema import StoreError
 
 GRID = (48, 56, 48)
 

@@ -6,7 +6,8 @@ import pytest
 from data_prep import purge as purge_module
 from data_prep import verify
 from data_prep.purge import purge
-from neuronet_jax.store.reader import Store, StoreError
+from neuronet_jax.store.reader import Store
+from neuronet_jax.store.schema import StoreError
 
 GRID = (48, 56, 48)
 

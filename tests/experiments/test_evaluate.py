@@ -12,12 +12,14 @@ from flax import nnx
 
 from experiments import evaluate, report
 from experiments.flags import load
-from neuronet_jax.evaluation import quality, scoring
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.inference.segment import Model
+from neuronet_jax.evaluation import quality, scoring
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.readout import Readout
-from neuronet_jax.store.reader import Record, Store, StoreWriter, Subject, sample_foreground
+from neuronet_jax.runs.model import Model
+from neuronet_jax.store.reader import Store
+from neuronet_jax.store.schema import Record, Subject, sample_foreground
+from neuronet_jax.store.writer import StoreWriter
 
 GRID = (36, 40, 33)
 NAMES = ("fsl_fast", "fsl_first", "spm_tissue")  # of the store; the model predicts the first two

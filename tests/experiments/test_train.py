@@ -16,10 +16,11 @@ import pytest
 
 from experiments import train
 from experiments.flags import load
-from neuronet_jax.evaluation import quality
-from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.inference.segment import restore, segment
+from neuronet_jax.evaluation import quality
+from neuronet_jax.inference.segment import segment
+from neuronet_jax.runs.checkpoint import Checkpoints
+from neuronet_jax.runs.restore import restore
 from neuronet_jax.training.mesh import make_mesh
 from neuronet_jax.training.step import TrainState, init_state
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from experiments.flags import load
-from neuronet_jax.training import mesh, step
-from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.store.schema import StoreInfo
+from neuronet_jax.training import mesh, step
 
 RUN_PROTOCOLS = ("fsl_fast", "fsl_first")
 

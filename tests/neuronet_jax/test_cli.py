@@ -19,12 +19,12 @@ from flax import nnx
 
 import neuronet_jax
 from experiments.flags import load
-from neuronet_jax.results import cohort
-from neuronet_jax.inference import segment as inference
 from neuronet_jax.cli import _parser, main
 from neuronet_jax.errors import RejectError
-from neuronet_jax.inference.segment import Model
+from neuronet_jax.inference import segment as inference
 from neuronet_jax.inference.segmentation import Options
+from neuronet_jax.results import cohort
+from neuronet_jax.runs.model import Model
 
 ROOT = Path(__file__).resolve().parents[2]
 from neuronet_jax.labels import PROTOCOLS

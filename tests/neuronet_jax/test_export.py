@@ -21,12 +21,12 @@ from safetensors.numpy import load_file, save
 import neuronet_jax
 from experiments.flags import load
 from neuronet_jax import cli, export, restore, segment
-from neuronet_jax.images import intensity
-from neuronet_jax.evaluation import quality
 from neuronet_jax.errors import NeuronetError, RejectError
-from neuronet_jax.inference.segment import Model
+from neuronet_jax.evaluation import quality
+from neuronet_jax.images import intensity
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
+from neuronet_jax.runs.model import Model
 
 SHAPE = (64, 96, 32)
 

@@ -17,8 +17,8 @@ import pytest
 from flax import nnx
 
 from neuronet_jax import cli, dltk, restore, segment
-from neuronet_jax.dltk import tensorbundle
 from neuronet_jax.config import ModelConfig
+from neuronet_jax.dltk import tensorbundle
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build

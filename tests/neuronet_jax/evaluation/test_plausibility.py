@@ -12,9 +12,9 @@ import pytest
 from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 from scipy import ndimage
 
+from neuronet_jax.errors import RejectError
 from neuronet_jax.evaluation import agreement, plausibility
 from neuronet_jax.images import intensity, nifti
-from neuronet_jax.errors import RejectError
 from neuronet_jax.labels import PROTOCOLS
 
 Maps = dict[str, np.ndarray]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from neuronet_jax.evaluation import quality
 from neuronet_jax.errors import CodedWarning, NeuronetError
-from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.evaluation import quality
 from neuronet_jax.inference.segmentation import Confidence
+from neuronet_jax.labels import PROTOCOLS
 
 MALP_EM = PROTOCOLS["malp_em"].num_classes
 

@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from neuronet_jax.images import nifti
 from neuronet_jax.errors import NeuronetError, RejectError
+from neuronet_jax.images import nifti
 from neuronet_jax.images.nifti import Limits, read_image, read_labels, write_labels
 
 SHAPE = (40, 48, 40)  # at 4 mm a head's field of view

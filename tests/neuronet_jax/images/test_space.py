@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.funcs import as_closest_canonical
 
-from neuronet_jax.images import space
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.images import space
 from neuronet_jax.images.space import Grid
 
 RNG = np.random.default_rng(0)

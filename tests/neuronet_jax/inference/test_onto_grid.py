@@ -11,15 +11,16 @@ from flax import nnx
 from scipy.ndimage import map_coordinates
 
 from experiments.flags import load
-from neuronet_jax.images import nifti
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.inference.segment import segment, segment_volume
-from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
-from neuronet_jax.runs.model import Model, ensemble, weights_sha256
-from neuronet_jax.models.network import build
+from neuronet_jax.images import nifti
 from neuronet_jax.inference.onto_grid import Reading, axes, read
-from neuronet_jax.inference.volume import _shifts, read_volume
+from neuronet_jax.inference.segment import segment, segment_volume
 from neuronet_jax.inference.segmentation import Confidence, Options
+from neuronet_jax.inference.volume import _shifts, read_volume
+from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
+from neuronet_jax.models.network import build
+from neuronet_jax.runs.model import Model, ensemble
+from neuronet_jax.runs.restore import weights_sha256
 
 NAMES = ("fsl_first", "malp_em", "malp_em_tissue")
 CLASSES = tuple(PROTOCOLS[name].num_classes for name in NAMES)

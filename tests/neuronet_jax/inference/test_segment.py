@@ -10,17 +10,19 @@ from flax import nnx
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
 from experiments.flags import load
-from neuronet_jax.training import mesh, step
-from neuronet_jax.inference import tiling
-from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.errors import NeuronetError, RejectError
-from neuronet_jax.inference.segment import Model, predict, restore, segment
-from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.evaluation.metrics import dice_per_class, mean_dice
+from neuronet_jax.inference import tiling
+from neuronet_jax.inference.segment import predict, segment
+from neuronet_jax.inference.tiling import receptive_margin
+from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
 from neuronet_jax.models.readout import Readout
+from neuronet_jax.runs.checkpoint import Checkpoints
+from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.restore import restore
 from neuronet_jax.store.schema import StoreInfo
-from neuronet_jax.inference.tiling import receptive_margin
+from neuronet_jax.training import mesh, step
 
 FILTERS = (2, 4)
 PROTOCOL_NAMES = ("fsl_fast", "fsl_first")

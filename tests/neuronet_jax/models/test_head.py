@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neuronet_jax.training import losses
 from neuronet_jax.config import LossConfig
-from neuronet_jax.models import blocks, head
+from neuronet_jax.models import head
+from neuronet_jax.models import head_blocks as blocks
 from neuronet_jax.models.readout import Readout, scores, spans
+from neuronet_jax.training import losses
 
 CLASSES = (4, 16, 7)
 WEIGHTS = LossConfig(1.0, 1.0)

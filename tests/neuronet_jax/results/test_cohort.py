@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neuronet_jax.results import cohort, write as outputs
 from neuronet_jax.cli import main
 from neuronet_jax.files import Files
-from neuronet_jax.inference.segment import restore
+from neuronet_jax.images import nifti
+from neuronet_jax.results import bids, cohort
+from neuronet_jax.runs.restore import restore
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def _command(run: Path, heads: Path, out: Path, *more: str) -> list[str]:
@@ -55,7 +56,7 @@ def whole(tiny_run, noisy_heads, tmp_path_factory) -> dict[str, bytes]:
     assert main(_command(tiny_run, noisy_heads, out)) == 0
     tree = _tree(out)
     assert len(_summary(out / "summary.tsv")) == 8
-    labels = [outputs.nifti.read_labels(path).data for path in out.rglob("*fslfast*.nii.gz")]
+    labels = [nifti.read_labels(path).data for path in out.rglob("*fslfast*.nii.gz")]
     assert len({ids.tobytes() for ids in labels}) == 8 and min(len(np.unique(ids)) for ids in labels) > 1
     return tree
 
@@ -130,7 +131,7 @@ def test_shards_are_disjoint_complete_and_keep_their_summaries(tiny_run, noisy_h
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 11])
 def test_shards_cut_any_number_of_heads(tmp_path, count):
-    targets = [outputs.Target(tmp_path / f"{n}.nii", tmp_path, f"sub-{n}") for n in (3, 1, 0, 2, 7, 5, 6, 4)]
+    targets = [bids.Target(tmp_path / f"{n}.nii", tmp_path, f"sub-{n}") for n in (3, 1, 0, 2, 7, 5, 6, 4)]
     parts = [[target.stem for target in cohort.shard(targets, index, count)] for index in range(1, count + 1)]
     assert sorted(itertools.chain(*parts)) == sorted(target.stem for target in targets)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -154,7 +155,7 @@ def test_F07_one_device_equals_eight(tiny_run, noisy_heads, whole, tmp_path):
     for name in tree:
         (tmp_path / "eight.nii.gz").write_bytes(whole[name])
         if name.endswith("dseg.nii.gz"):
-            one, eight = (outputs.nifti.read_labels(tmp_path / path).data for path in (f"one/{name}", "eight.nii.gz"))
+            one, eight = (nifti.read_labels(tmp_path / path).data for path in (f"one/{name}", "eight.nii.gz"))
             assert np.mean(one == eight) >= 0.9999
         elif not name.endswith(("volumes.tsv", "agreement.tsv", "quality.tsv", ".html", ".nii.gz")):
             assert tree[name] == whole[name]
@@ -211,14 +212,14 @@ def test_a_failure_that_nobody_foresaw_does_not_stop_the_others(
 
 
 def test_a_full_disk_stops_the_command_and_leaves_a_summary(tiny_run, noisy_heads, tmp_path, monkeypatch, capsys):
-    write_labels = outputs.nifti.write_labels
+    write_labels = nifti.write_labels
 
     def fails(path, *rest):
         if "head3" in path.name:
             raise OSError(28, "No space left on device")
         write_labels(path, *rest)
 
-    monkeypatch.setattr(outputs.nifti, "write_labels", fails)
+    monkeypatch.setattr(nifti, "write_labels", fails)
     assert main(_command(tiny_run, noisy_heads, tmp_path)) == 1
     assert "No space left on device; make room" in capsys.readouterr().err
     assert [row["output"] for row in _summary(tmp_path / "summary.tsv")] == [f"sub-head{n}" for n in range(3)]

@@ -11,10 +11,11 @@ import pytest
 
 from neuronet_jax.evaluation import agreement, quality
 from neuronet_jax.images import nifti
-from neuronet_jax.results import write as outputs, reports
-from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.results.pictures import Planes, votes_colors
 from neuronet_jax.inference.segmentation import Confidence, Segmentation
+from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.results import bids, reports, tables
+from neuronet_jax.results.pictures import Planes, votes_colors
+from neuronet_jax.results.write import write_cohort, write_results
 
 ATTACK = "<script>alert(1)</script>"
 AFFINE = np.diag([2.0, 2.0, 2.5, 1.0])
@@ -37,16 +38,16 @@ def _result() -> Segmentation:
     return Segmentation(maps, sure, {})
 
 
-def _write(out: Path, stem: str, provenance: dict, affine: np.ndarray = AFFINE) -> outputs.Row:
-    target = outputs.Target(Path(f"{stem}{ATTACK}.nii.gz".replace("/", "")), out, stem)
-    return outputs.write(target, _volume(affine), _result(), False, provenance)
+def _write(out: Path, stem: str, provenance: dict, affine: np.ndarray = AFFINE) -> tables.Row:
+    target = bids.Target(Path(f"{stem}{ATTACK}.nii.gz".replace("/", "")), out, stem)
+    return write_results(target, _volume(affine), _result(), False, provenance)
 
 
 def test_G05_nothing_that_a_name_or_a_model_says_becomes_markup(tmp_path):
     provenance = {"config": ATTACK, "note": f"demonstration {ATTACK}"}
     row = _write(tmp_path, "sub-01", provenance)
-    rejected = outputs.Row(ATTACK, f"sub-{ATTACK}", "rejected", "E_CRC", ATTACK)
-    outputs.write_cohort(tmp_path, [row, rejected], provenance)
+    rejected = tables.Row(ATTACK, f"sub-{ATTACK}", "rejected", "E_CRC", ATTACK)
+    write_cohort(tmp_path, [row, rejected], provenance)
     cohort = (tmp_path / "report.html").read_text()
     head = (tmp_path / "sub-01" / "anat" / "sub-01_report.html").read_text()
     for page in (cohort, head):
@@ -59,7 +60,7 @@ def test_G05_nothing_that_a_name_or_a_model_says_becomes_markup(tmp_path):
 
 def test_pages_hold_everything_they_show(tmp_path):
     rows = [_write(tmp_path, f"sub-0{number}", {"note": "demonstration"}) for number in (1, 2)]
-    outputs.write_cohort(tmp_path, rows, {"note": "demonstration"})
+    write_cohort(tmp_path, rows, {"note": "demonstration"})
     for path in tmp_path.rglob("*report.html"):
         page = path.read_text()
         assert not re.findall(r"https?:|@import|<link|url\(", page)
@@ -79,11 +80,11 @@ def test_a_head_is_placed_among_the_others_however_often(tmp_path):
     ]  # ever larger heads
     pages = []
     for _ in range(2):
-        outputs.write_cohort(tmp_path, rows, {})
+        write_cohort(tmp_path, rows, {})
         pages.append((tmp_path / "sub-02" / "anat" / "sub-02_report.html").read_text())
     assert pages[0] == pages[1] and pages[0].count("Among the heads of this folder") == 1
     assert "3 heads, this one included" in pages[0]
-    table = outputs.volumes_of(tmp_path)
+    table = tables.volumes_of(tmp_path)
     assert table.heads == ("sub-01", "sub-02", "sub-03") and len(table.columns) == 3 + 15 + 3
     white = table.of("fsl_fast", (3,))
     np.testing.assert_allclose(white, [10 * 20 * 10 * 4 * 2.5 * n**0.1 for n in (1, 2, 3)], rtol=1e-6)
@@ -95,13 +96,13 @@ def test_unusual_volumes_are_listed_and_rightly_attributed():
     values = np.full((12, 2), 1000.0) + np.arange(12)[:, None]
     values[7, 1] = 1500
     heads = tuple(f"sub-{n}" for n in range(12))
-    found = reports._outliers(reports.Volumes(heads, ("fsl_fast.CSF", "malp_em.BrainStem"), values))
+    found = reports._outliers(tables.Volumes(heads, ("fsl_fast.CSF", "malp_em.BrainStem"), values))
     assert [(row["head"], row["name"], row["protocol"]) for row in found] == [("sub-7", "BrainStem", "malp_em")]
     # the others' deviations from their median of 1006 are 0 to 6, of which 3 is the median
     median = np.median(values[:, 1])
     spread = 1.4826 * np.median(np.abs(values[:, 1] - median))
     assert found[0]["z"] == pytest.approx((1500 - median) / spread) and found[0]["z"] > 80
-    assert reports._outliers(reports.Volumes(heads[:9], ("a.b", "c.d"), values[:9])) == []  # too few to say
+    assert reports._outliers(tables.Volumes(heads[:9], ("a.b", "c.d"), values[:9])) == []  # too few to say
 
 
 @pytest.mark.parametrize("turn", [((0, 1, 2), (1, 1, 1)), ((2, 0, 1), (-1, 1, -1)), ((1, 0, 2), (-1, -1, 1))])

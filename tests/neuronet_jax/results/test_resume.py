@@ -8,12 +8,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from neuronet_jax.images import nifti
-from neuronet_jax.results import write as outputs, resume as records
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.results.write import Row, Target
-from neuronet_jax.results.resume import Records, identify
+from neuronet_jax.images import nifti
 from neuronet_jax.inference.segmentation import Segmentation
+from neuronet_jax.results import resume as records
+from neuronet_jax.results.bids import Target
+from neuronet_jax.results.resume import Records, identify
+from neuronet_jax.results.tables import Row
+from neuronet_jax.results.write import write_results
 
 NAMES = ("fsl_fast", "fsl_first")
 RECORDS = Records({"step": 1, "posteriors": ("fsl_fast:GM",)}, NAMES)
@@ -32,7 +34,7 @@ def row(head) -> Row:
     volume = nifti.read_image(head.source)
     RECORDS.begin(head, identify(head.source))
     maps = {name: np.zeros(volume.data.shape, np.uint8) for name in NAMES}
-    row = outputs.write(head, volume, Segmentation(maps, {}, {}), True, {})
+    row = write_results(head, volume, Segmentation(maps, {}, {}), True, {})
     RECORDS.complete(head, row)
     return row
 

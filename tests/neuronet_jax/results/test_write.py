@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from neuronet_jax import __version__
-from neuronet_jax.images import nifti
-from neuronet_jax.results import write as outputs
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
-from neuronet_jax.results.inputs import Scan
+from neuronet_jax.images import nifti
 from neuronet_jax.inference.segmentation import Options, Segmentation
+from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
+from neuronet_jax.results import bids, tables
+from neuronet_jax.results.inputs import Scan
+from neuronet_jax.results.write import prepare, write_results
 
 NAMES = ("fsl_fast", "malp_em", "malp_em_tissue")
 OBLIQUE = np.array([[-1.3, 0.2, 0.1, 40], [0.3, 1.1, -0.4, -60], [0.1, 0.5, 1.9, -50], [0, 0, 0, 1]])
@@ -58,15 +59,15 @@ def _result(maps: dict[str, np.ndarray]) -> Segmentation:
 
 
 @pytest.fixture
-def target(tmp_path) -> outputs.Target:
-    return outputs.plan(_scans(tmp_path / "sub-01_ses-2_T1w.nii.gz"), tmp_path / "out", NAMES)[0]
+def target(tmp_path) -> bids.Target:
+    return bids.plan(_scans(tmp_path / "sub-01_ses-2_T1w.nii.gz"), tmp_path / "out", NAMES)[0]
 
 
 @pytest.fixture
-def written(tmp_path, target) -> tuple[nifti.Volume, dict[str, np.ndarray], outputs.Row]:
+def written(tmp_path, target) -> tuple[nifti.Volume, dict[str, np.ndarray], tables.Row]:
     volume, maps = _volume(target.source), _maps()
-    outputs.prepare(target.out, NAMES, {"config": "demo"}, False)
-    return volume, maps, outputs.write(target, volume, _result(maps), False, {})
+    prepare(target.out, NAMES, {"config": "demo"}, False)
+    return volume, maps, write_results(target, volume, _result(maps), False, {})
 
 
 @pytest.mark.parametrize(
@@ -82,19 +83,19 @@ def written(tmp_path, target) -> tuple[nifti.Volume, dict[str, np.ndarray], outp
     ],
 )
 def test_names_keep_bids_entities_or_become_alphanumeric(name, stem):
-    assert outputs._stem(name) == stem
+    assert bids._stem(name) == stem
 
 
 def test_A40_a_name_without_letters_and_digits_is_refused(tmp_path):
     with pytest.raises(NeuronetError, match="E_ID"):
-        outputs.plan(_scans(tmp_path / "--.nii.gz"), tmp_path, NAMES)
+        bids.plan(_scans(tmp_path / "--.nii.gz"), tmp_path, NAMES)
 
 
 def test_same_names_in_several_folders_are_told_apart(tmp_path):
-    targets = outputs.plan(_scans(tmp_path / "1000" / "T1.nii.gz", tmp_path / "1001" / "T1.nii.gz"), tmp_path, NAMES)
+    targets = bids.plan(_scans(tmp_path / "1000" / "T1.nii.gz", tmp_path / "1001" / "T1.nii.gz"), tmp_path, NAMES)
     assert [target.stem for target in targets] == ["sub-1000T1", "sub-1001T1"]
     with pytest.raises(NeuronetError, match="would both be sub-01"):
-        outputs.plan(_scans(tmp_path / "a" / "sub-01_T1w.nii", tmp_path / "b" / "sub-01_T1w.nii"), tmp_path, NAMES)
+        bids.plan(_scans(tmp_path / "a" / "sub-01_T1w.nii", tmp_path / "b" / "sub-01_T1w.nii"), tmp_path, NAMES)
 
 
 def test_F02_header_of_a_label_map(target, written):
@@ -116,9 +117,9 @@ def test_F02_header_of_a_label_map(target, written):
 
 def test_F07_the_same_head_gives_the_same_bytes(tmp_path, target, written):
     volume, maps, row = written
-    again = outputs.plan(_scans(target.source), tmp_path / "again", NAMES)[0]
-    outputs.prepare(again.out, NAMES, {"config": "demo"}, False)
-    assert outputs.write(again, volume, _result(maps), False, {}) == row
+    again = bids.plan(_scans(target.source), tmp_path / "again", NAMES)[0]
+    prepare(again.out, NAMES, {"config": "demo"}, False)
+    assert write_results(again, volume, _result(maps), False, {}) == row
     files = sorted(path.relative_to(target.out) for path in target.out.rglob("*") if path.is_file())
     assert (
         len(files) == 1 + 1 + 2 * 3 + 1 + 2 * 4 + 3
@@ -137,10 +138,10 @@ def test_F08_gzip_is_deterministic_and_a_failed_write_leaves_no_file(target, wri
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(nifti.Files, "write", fails)
-    fresh = outputs.Target(target.source, target.out, "sub-02")
+    fresh = bids.Target(target.source, target.out, "sub-02")
     for place in (fresh, target):
         with pytest.raises(NeuronetError, match="No space left"):
-            outputs.write(place, volume, _result(maps), True, {})
+            write_results(place, volume, _result(maps), True, {})
     assert path.read_bytes() == before
     assert list(fresh.folder.glob("*.nii.gz*")) == []
 
@@ -168,31 +169,31 @@ def test_F09_an_input_is_never_overwritten(target, written):
     link = label_map.parent / "sub-01_ses-2_T1w.nii.gz"
     link.symlink_to(label_map)
     with pytest.raises(NeuronetError, match="is an input and would be overwritten"):
-        outputs.plan(_scans(link), target.out, NAMES)
+        bids.plan(_scans(link), target.out, NAMES)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
 def test_F09_a_read_only_folder_is_refused_before_the_network_runs(tmp_path):
     (tmp_path / "out").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(NeuronetError, match="cannot write"):
-        outputs.prepare(tmp_path / "out", NAMES, {}, False)
+        prepare(tmp_path / "out", NAMES, {}, False)
 
 
 def test_F09_a_place_that_is_no_folder_is_refused_before_the_network_runs(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(NeuronetError, match="cannot write"):
-        outputs.prepare(tmp_path / "out", NAMES, {}, False)
+        prepare(tmp_path / "out", NAMES, {}, False)
 
 
 def test_F09_another_dataset_or_model_is_not_mixed_in(tmp_path):
-    outputs.prepare(tmp_path, NAMES, {"step": 1}, False)
-    outputs.prepare(tmp_path, NAMES, {"step": 1}, False)
+    prepare(tmp_path, NAMES, {"step": 1}, False)
+    prepare(tmp_path, NAMES, {"step": 1}, False)
     with pytest.raises(NeuronetError, match="another model"):
-        outputs.prepare(tmp_path, NAMES, {"step": 2}, False)
-    outputs.prepare(tmp_path, NAMES, {"step": 2}, True)
+        prepare(tmp_path, NAMES, {"step": 2}, False)
+    prepare(tmp_path, NAMES, {"step": 2}, True)
     (tmp_path / "dataset_description.json").write_text('{"Name": "my raw data", "BIDSVersion": "1.8.0"}')
     with pytest.raises(NeuronetError, match="another dataset, 'my raw data'"):
-        outputs.prepare(tmp_path, NAMES, {}, True)
+        prepare(tmp_path, NAMES, {}, True)
 
 
 def test_F10_volumes_are_counts_times_the_determinant(target, written):
@@ -209,7 +210,7 @@ def test_F10_volumes_are_counts_times_the_determinant(target, written):
 
 
 def test_F10_tables_do_not_depend_on_the_locale():
-    expected = outputs.volume_table({"fsl_fast": np.ones((3, 3, 3), np.uint8)}, np.diag([1.5, 1, 1, 1]))
+    expected = tables.volume_table({"fsl_fast": np.ones((3, 3, 3), np.uint8)}, np.diag([1.5, 1, 1, 1]))
     assert "\t27\t40.5\n" in expected
     saved = locale.setlocale(locale.LC_ALL)
     try:
@@ -218,7 +219,7 @@ def test_F10_tables_do_not_depend_on_the_locale():
                 locale.setlocale(locale.LC_ALL, name)
             except locale.Error:
                 continue
-            assert outputs.volume_table({"fsl_fast": np.ones((3, 3, 3), np.uint8)}, np.diag([1.5, 1, 1, 1])) == expected
+            assert tables.volume_table({"fsl_fast": np.ones((3, 3, 3), np.uint8)}, np.diag([1.5, 1, 1, 1])) == expected
     finally:
         locale.setlocale(locale.LC_ALL, saved)
 
@@ -232,7 +233,7 @@ def test_G06_look_up_tables_and_description(target, written):
         ("3", "WM", "2"),
     ]
     assert all(len(row["color"]) == 7 and int(row["color"][1:], 16) >= 0 for row in rows)
-    first = outputs.label_table(PROTOCOLS["fsl_first"])
+    first = tables.label_table(PROTOCOLS["fsl_first"])
     assert "\n58\t" in first  # FIRST's own ids
     description = json.loads((target.out / "dataset_description.json").read_text())
     assert description["DatasetType"] == "derivative"
@@ -251,8 +252,8 @@ def test_posteriors_are_float32_on_the_grid_of_the_input(tmp_path, target):
     wanted = ("malp_em:LeftHippocampus", "malp_em:CerebellarVermalLobulesI-V")
     volume, maps = _volume(target.source), _maps()
     values = np.random.default_rng(0).random(volume.data.shape, np.float32)
-    outputs.prepare(target.out, NAMES, {}, False)
-    outputs.write(target, volume, Segmentation(maps, {}, dict.fromkeys(wanted, values)), False, {})
+    prepare(target.out, NAMES, {}, False)
+    write_results(target, volume, Segmentation(maps, {}, dict.fromkeys(wanted, values)), False, {})
     names = sorted(path.name for path in target.folder.glob("*_probseg.*"))
     stem = "sub-01_ses-2_seg-malpem_label"
     assert names == [
@@ -268,15 +269,15 @@ def test_posteriors_are_float32_on_the_grid_of_the_input(tmp_path, target):
     link = target.folder / "sub-01_ses-2_T1w.nii.gz"
     link.symlink_to(target.posterior(wanted[1]))
     with pytest.raises(NeuronetError, match="is an input and would be overwritten"):
-        outputs.plan(_scans(link), target.out, (), wanted)
+        bids.plan(_scans(link), target.out, (), wanted)
 
 
 def test_sidecars_say_what_made_the_map(tmp_path, target):
     volume = replace(_volume(target.source), warnings=("W_NAN", "W_OBLIQUE"))
     members = [{"config": "tissue", "weights_sha256": "aa"}, {"config": "tissue", "weights_sha256": "bb"}]
     provenance = {"ensemble": members, "note": "synthetic", **Options(flip=True).changed()}
-    outputs.prepare(target.out, NAMES, provenance, False)
-    outputs.write(target, volume, _result(_maps()), False, provenance)
+    prepare(target.out, NAMES, provenance, False)
+    write_results(target, volume, _result(_maps()), False, provenance)
     sidecar = json.loads(target.labels("malp_em").with_name("sub-01_ses-2_seg-malpem_dseg.json").read_text())
     assert sidecar["WeightsSHA256"] == ["aa", "bb"] and sidecar["Note"] == "synthetic"
     assert sidecar["Version"] == __version__ and sidecar["LabelTableSHA256"] == PROTOCOLS["malp_em"].version
@@ -285,14 +286,14 @@ def test_sidecars_say_what_made_the_map(tmp_path, target):
     assert json.loads(description)["flip"] is True
     assert json.loads(description)["label_tables_sha256"]["fsl_fast"] == PROTOCOLS["fsl_fast"].version
     with pytest.raises(NeuronetError, match="another model"):  # nor are results of other options mixed in
-        outputs.prepare(target.out, NAMES, {"ensemble": members, "note": "synthetic"}, False)
+        prepare(target.out, NAMES, {"ensemble": members, "note": "synthetic"}, False)
 
 
 def test_G06_the_tree_passes_the_bids_validator(target, written):
     validator = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent))
     if validator is None:
         pytest.skip("needs bids-validator-deno, as the dev extra brings it")
-    outputs.write_summary(target.out / "summary.tsv", [written[2]])
+    tables.write_summary(target.out / "summary.tsv", [written[2]])
     found = subprocess.run([validator, "--json", str(target.out)], capture_output=True, text=True, check=False)
     issues = json.loads(found.stdout)["issues"]["issues"]
     assert [issue for issue in issues if issue["severity"] == "error"] == []

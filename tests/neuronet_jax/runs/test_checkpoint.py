@@ -23,13 +23,13 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.flags import load
+from neuronet_jax.config import Config
+from neuronet_jax.errors import NeuronetError
 from neuronet_jax.runs import checksums
 from neuronet_jax.runs.checkpoint import SCHEMA, Checkpoints
 from neuronet_jax.runs.checksums import MANIFEST
-from neuronet_jax.config import Config
-from neuronet_jax.errors import NeuronetError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).parent / "goldens" / "checkpoint_v1"
 
 
@@ -274,7 +274,7 @@ def test_E02_step_without_manifest_or_empty_is_ignored_and_reported(open_run, co
     (folder / "notes").mkdir()
     with caplog.at_level(logging.WARNING):
         reader = open_run(read_only=True)
-    assert sorted(record.message for record in caplog.records if record.name == "neuronet_jax.checkpoint") == [
+    assert sorted(record.message for record in caplog.records if record.name == "neuronet_jax.runs.checkpoint") == [
         "checkpoint 3 was never finished and is ignored",
         "checkpoint 4 was never finished and is ignored",
     ]

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files, kvstore_spec
-from neuronet_jax.store.schema import subjects_from_tsv, subjects_to_tsv
-from neuronet_jax.store.reader import Record, Store, StoreError, StoreWriter, Subject, sample_foreground
+from neuronet_jax.store.reader import Store
+from neuronet_jax.store.schema import Record, StoreError, Subject, sample_foreground, subjects_from_tsv, subjects_to_tsv
+from neuronet_jax.store.writer import StoreWriter
 
 PROTOCOLS = ("fsl_fast", "fsl_first", "malp_em")
 SPLITS = ("train", "train", "", "validation", "test")

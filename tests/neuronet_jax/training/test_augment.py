@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neuronet_jax.training.augment import augment, change_intensity, draw, mirror, warp
 from neuronet_jax.config import AugmentConfig
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.training.augment import augment, change_intensity, draw, mirror, warp
 
 NAMES = ("malp_em", "fsl_first")
 FULL = AugmentConfig(flip=True, intensity=1.0, spatial=1.0)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from neuronet_jax.training import losses
 from neuronet_jax.config import LossConfig
 from neuronet_jax.models import head
+from neuronet_jax.training import losses
 
 CLASSES = (3,)
 

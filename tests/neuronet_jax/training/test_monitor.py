@@ -14,10 +14,11 @@ from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-from neuronet_jax.training import monitor
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.training.monitor import Monitor, label_picture, read_metrics
+from neuronet_jax.results.pictures import label_picture
+from neuronet_jax.training import monitor
+from neuronet_jax.training.monitor import Monitor, read_metrics
 
 
 def _events(run: Path) -> list[Event]:

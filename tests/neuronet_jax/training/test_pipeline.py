@@ -21,8 +21,9 @@ import pytest
 from experiments.flags import load
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.store.reader import Store
+from neuronet_jax.store.schema import Record, StoreError
 from neuronet_jax.training.pipeline import Batch, Draw, Reader, TrainingIterator, training_iterator, validation_subjects
-from neuronet_jax.store.reader import Record, Store, StoreError
 
 MakeStore = Callable[..., tuple[Store, dict[int, Record]]]
 SPLITS = ("train", "train", "", "train", "validation", "train", "train", "train", "train")  # seven to train on

@@ -15,7 +15,7 @@ import pytest
 
 from neuronet_jax.training.signals import EXIT_STALLED, StopRequest, Watchdog
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 LOOP = """
 import time

@@ -1,12 +1,16 @@
-"""What the network runs on, and how long a head will take there."""
+"""The process that a program runs in: its messages, its devices, its compiled programs and its peers."""
 
 import contextlib
-import math
+import hashlib
+import logging
 import os
+import platform
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +18,50 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from neuronet_jax.errors import CodedWarning
+from neuronet_jax.files import user_cache
 
-# Processor seconds for a million voxels, with five protocols and the numbers of channels that the shipped configs have:
-# of the network's own grid for the features and for reading labels and doubt from them, of another grid for the scores
-# that are interpolated there. Of four heads on an x86 server, whose share of brain differs, these miss by up to 40 %.
-FEATURES_CPU_S, READING_CPU_S, INTERPOLATION_CPU_S = 3.0, 3.0, 1.2
-# How long that takes on the clock: much of the network runs on one core however many there are, and others may be busy.
-ON_THE_CLOCK = (0.5, 1.2)
+# Messages.
+
+
+def plain() -> None:
+    """Makes this process write warnings and log messages to stderr as lines without file, logger and level.
+
+    Those names mean something to a developer; to a user, the code at the start of a warning does.
+    """
+    warnings.formatwarning = _line
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    for handler in logging.root.handlers:  # absl, which comes with Orbax, may have made one already
+        if type(handler) is logging.StreamHandler:  # not those by which tests listen
+            handler.setFormatter(logging.Formatter("%(message)s"))
+
+
+def _line(message: Any, *_: Any) -> str:
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
+# Compiled programs, kept between processes: a training step takes 20 s to compile on two cores, restarts are common.
+
+
+def keep_compiled() -> None:
+    """Turns on JAX's persistent compilation cache below the user's cache folder, unless the user has chosen one.
+
+    `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+    """
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]: made at import
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / f"xla-{_processor()}"))
+
+
+def _processor() -> str:
+    """A name for what this host's processor can do: in a shared home folder lies code for others."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
+
+
+# Devices.
 
 
 class Turns:
@@ -94,18 +135,25 @@ def over_cores(image: np.ndarray, axis: int, stride: int) -> Any:
     return jax.device_put(image, NamedSharding(mesh, PartitionSpec(*[None] * axis, "space")))
 
 
-def expected_s(
-    shape: Sequence[int], spacing_mm: Sequence[float], voxel_size_mm: float, passes: int = 1
-) -> tuple[float, float] | None:
-    """Least and most seconds that a head of so many voxels of that size will probably take, once compiled.
+def memory_bytes() -> int:
+    """What the first device can hold; on CPU, the machine's memory or what the container or job may use of it."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if limit := statistics.get("bytes_limit"):
+        return limit
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    granted = Path("/sys/fs/cgroup/memory.max")
+    text = granted.read_text().strip() if granted.exists() else "max"
+    return machine if text == "max" else min(machine, int(text))
 
-    `passes` is how often the network runs over it, for an average. None on accelerators, where seconds are few.
-    """
-    if jax.default_backend() != "cpu":
-        return None
-    millions = math.prod(shape) / 1e6
-    own = millions * math.prod(side / voxel_size_mm for side in spacing_mm)
-    cpu_s = own * (FEATURES_CPU_S * passes + READING_CPU_S)
-    if any(abs(side - voxel_size_mm) > 1e-3 for side in spacing_mm):
-        cpu_s += millions * INTERPOLATION_CPU_S
-    return cpu_s * (ON_THE_CLOCK[0] if cores() > 1 else 1.0), cpu_s * ON_THE_CLOCK[1]
+
+# Peers.
+
+
+def join_cluster() -> None:
+    """Joins the other processes under Slurm, on a TPU pod or wherever JAX_COORDINATOR_ADDRESS says; alone otherwise."""
+    environment = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_NUM_PROCESSES" in environment:
+        count, index = int(environment["JAX_NUM_PROCESSES"]), int(environment["JAX_PROCESS_ID"])
+        jax.distributed.initialize(environment["JAX_COORDINATOR_ADDRESS"], count, index)
+    elif int(environment.get("SLURM_NTASKS", "1")) > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize()

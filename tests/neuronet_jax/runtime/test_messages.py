@@ -7,7 +7,7 @@ from pathlib import Path
 
 from neuronet_jax.evaluation import quality
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def _said(*command: str) -> list[str]:
@@ -20,7 +20,7 @@ def test_warnings_and_log_messages_are_plain_lines():
     code = (
         "import logging, warnings\n"
         "logging.basicConfig()\n"  # as importing absl does, with level and logger in front
-        "from neuronet_jax import messages; messages.plain()\n"
+        "from neuronet_jax import messages; runtime.plain()\n"
         "warnings.warn('W_SOMETHING: a reason\\n  in two lines'); logging.getLogger('any').warning('take care')"
     )
     assert _said("-c", code) == ["warning: W_SOMETHING: a reason in two lines", "take care"]

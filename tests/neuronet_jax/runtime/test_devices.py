@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from experiments.flags import load
-from neuronet_jax import devices
-from neuronet_jax.runs.model import Model
-from neuronet_jax.models.network import build
+from neuronet_jax import runtime
+from neuronet_jax.inference import cost
 from neuronet_jax.inference.tiling import with_smaller_tiles
+from neuronet_jax.models.network import build
+from neuronet_jax.runs.model import Model
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,12 +30,12 @@ def test_F06_an_accelerator_that_is_not_there_gives_way_to_the_cpu(platform):
     if any(device.platform != "cpu" for device in jax.devices()):
         pytest.skip("needs a machine without an accelerator")
     code = (
-        "from neuronet_jax import devices; print(devices.start()); import jax; print(jax.device_get(jax.numpy.ones(1)))"
+        "from neuronet_jax import runtime; print(runtime.start()); import jax; print(jax.device_get(jax.numpy.ones(1)))"
     )
     result = _python(code, JAX_PLATFORMS=platform)
     assert result.returncode == 0, result.stderr
     assert f"JAX_PLATFORMS={platform}: " in result.stderr and "going on with the CPU" in result.stderr
-    assert result.stdout == f"no GPU or TPU found, running on {devices.cores()} CPU cores\n[1.]\n"
+    assert result.stdout == f"no GPU or TPU found, running on {runtime.cores()} CPU cores\n[1.]\n"
 
 
 LIMITED = """
@@ -42,7 +43,8 @@ import resource
 from dataclasses import replace
 import numpy as np
 from experiments.flags import load
-from neuronet_jax.inference.segment import Model, segment
+from neuronet_jax.runs.model import Model
+from neuronet_jax.inference.segment import segment
 from neuronet_jax.models.network import build
 
 config = load("all_targets:demo")
@@ -85,26 +87,26 @@ def test_threads_take_turns_on_the_device_and_their_time_is_counted():
         time.sleep(0.02)
         at_work.pop()
 
-    before_s = devices.TURNS.taken_s
+    before_s = runtime.TURNS.taken_s
     threads = [threading.Thread(target=with_smaller_tiles, args=(run, (8,) * 3, 512, 8, 8)) for _ in range(5)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert most == [1] * 5
-    assert 0.1 <= devices.TURNS.taken_s - before_s < 1
+    assert 0.1 <= runtime.TURNS.taken_s - before_s < 1
 
 
 def test_the_expected_time_is_that_of_the_voxels_of_both_grids(monkeypatch):
-    monkeypatch.setattr(devices, "cores", lambda: 8)
-    own_s = devices.FEATURES_CPU_S + devices.READING_CPU_S
-    assert devices.expected_s((100, 100, 100), (2.0, 2.0, 2.0), 2.0) == pytest.approx((own_s / 2, own_s * 1.2))
-    finer_s = own_s + 6.4 * devices.INTERPOLATION_CPU_S  # 100³ voxels of 2 mm, and what is interpolated from them
-    assert devices.expected_s((200, 200, 160), (1, 1, 1.25), 2.0) == pytest.approx((finer_s / 2, finer_s * 1.2))
-    twice_s = finer_s + devices.FEATURES_CPU_S  # scores are read and interpolated of the mean alone
-    assert devices.expected_s((200, 200, 160), (1, 1, 1.25), 2.0, 2) == pytest.approx((twice_s / 2, twice_s * 1.2))
-    monkeypatch.setattr(devices, "cores", lambda: 1)
-    assert devices.expected_s((100, 100, 100), (2.0, 2.0, 2.0), 2.0) == pytest.approx((own_s, own_s * 1.2))
+    monkeypatch.setattr(runtime, "cores", lambda: 8)
+    own_s = cost.FEATURES_CPU_S + cost.READING_CPU_S
+    assert cost.expected_s((100, 100, 100), (2.0, 2.0, 2.0), 2.0) == pytest.approx((own_s / 2, own_s * 1.2))
+    finer_s = own_s + 6.4 * cost.INTERPOLATION_CPU_S  # 100³ voxels of 2 mm, and what is interpolated from them
+    assert cost.expected_s((200, 200, 160), (1, 1, 1.25), 2.0) == pytest.approx((finer_s / 2, finer_s * 1.2))
+    twice_s = finer_s + cost.FEATURES_CPU_S  # scores are read and interpolated of the mean alone
+    assert cost.expected_s((200, 200, 160), (1, 1, 1.25), 2.0, 2) == pytest.approx((twice_s / 2, twice_s * 1.2))
+    monkeypatch.setattr(runtime, "cores", lambda: 1)
+    assert cost.expected_s((100, 100, 100), (2.0, 2.0, 2.0), 2.0) == pytest.approx((own_s, own_s * 1.2))
 
 
 def test_a_volume_is_split_over_the_cores_and_labelled_the_same(monkeypatch):
@@ -112,10 +114,10 @@ def test_a_volume_is_split_over_the_cores_and_labelled_the_same(monkeypatch):
     config = replace(config, model=replace(config.model, filters=(4, 6), compute_dtype="float32"))
     model = Model(build(config.model, config.protocols, seed=3), config, 2.0)
     image = np.random.default_rng(0).normal(size=(1, 8, 24, 8, 1)).astype(np.float32)
-    monkeypatch.setattr(devices, "cores", lambda: 1)  # more devices than cores: somebody tests sharding
+    monkeypatch.setattr(runtime, "cores", lambda: 1)  # more devices than cores: somebody tests sharding
     whole = model.labels(image)
-    assert isinstance(devices.over_cores(image, 2, 2), np.ndarray)
-    monkeypatch.setattr(devices, "cores", lambda: 8)
-    split = devices.over_cores(image, 2, 2)
+    assert isinstance(runtime.over_cores(image, 2, 2), np.ndarray)
+    monkeypatch.setattr(runtime, "cores", lambda: 8)
+    split = runtime.over_cores(image, 2, 2)
     assert split.sharding.num_devices == 6  # 24 is cut into six by multiples of 2; eight would cut a coarse voxel
     np.testing.assert_array_equal(model.labels(image), whole)

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from neuronet_jax.compilation import keep_compiled
+from neuronet_jax.runtime import keep_compiled
 
 
 def folder() -> str | None:

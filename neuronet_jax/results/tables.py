@@ -1,0 +1,120 @@
+"""The tables beside the label maps, as tab-separated text."""
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from neuronet_jax.files import Files
+from neuronet_jax.labels import PROTOCOLS, Protocol
+from neuronet_jax.results.pictures import votes_colors
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of summary.tsv."""
+
+    input: str  # file name
+    output: str  # stem of the results
+    status: str  # "done" or "rejected"
+    code: str = "n/a"  # E_… of a rejected input
+    reason: str = "n/a"
+    warnings: str = "n/a"  # W_…, separated by commas
+    agreement: str = "n/a"  # of the two MALP-EM heads: mean Dice over tissues
+    predicted_dice: str = "n/a"  # mean over protocols and structures, see `quality`
+    calibrated: str = "n/a"  # "yes" or "no": whether the run's validation heads stand behind it
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """mm³ of the structures of heads."""
+
+    heads: tuple[str, ...]
+    columns: tuple[str, ...]  # protocol.Structure
+    values: np.ndarray  # float64 [head column], NaN where a head lacks the protocol
+
+    def rows(self) -> list[list[str]]:
+        return [
+            [head, *("n/a" if math.isnan(value) else f"{value:.10g}" for value in values)]
+            for head, values in zip(self.heads, self.values, strict=True)
+        ]
+
+    def of(self, protocol: str, ids: Sequence[int]) -> np.ndarray:
+        """float64 [head]: what the ids of a protocol fill together; NaN where a head lacks it."""
+        names = {f"{protocol}.{s.name}" for s in PROTOCOLS[protocol].structures if s.id in ids}
+        found = [index for index, column in enumerate(self.columns) if column in names]
+        return self.values[:, found].sum(axis=1) if found else np.full(len(self.heads), np.nan)
+
+
+def label_table(protocol: Protocol) -> str:
+    """A dseg.tsv: the values in the label map with name, colour and id among BIDS' common labels."""
+    rows = [["index", "name", "color", "mapping"]]
+    for s in protocol.structures:
+        rows.append(
+            [str(s.id), s.name, "#{:02x}{:02x}{:02x}".format(*s.color), "n/a" if s.mapping is None else str(s.mapping)]
+        )
+    return tsv(rows)
+
+
+def color_table(protocol: Protocol) -> str:
+    """As FreeSurferColorLUT.txt, which FreeView, FSLeyes and 3D Slicer read. There, A is 0 throughout."""
+    rows = [f"{s.id:<4}{s.name:<40}{s.color[0]:>4}{s.color[1]:>4}{s.color[2]:>4}   0\n" for s in protocol.structures]
+    return f"# {protocol.name}\n#No. Label Name:                               R   G   B   A\n" + "".join(rows)
+
+
+def votes_table(voters: int) -> str:
+    """The dseg.tsv of the map of votes."""
+    colors = votes_colors(voters)
+    names = ["NoTissue", *(f"{votes}Of{voters}ProtocolsAgree" for votes in range(1, voters + 1))]
+    rows = [[str(i), name, "#{:02x}{:02x}{:02x}".format(*colors[i])] for i, name in enumerate(names)]
+    return tsv([["index", "name", "color"], *rows])
+
+
+def volume_table(maps: dict[str, np.ndarray], affine: np.ndarray) -> str:
+    """Voxels and volume of every structure, background included, so that each protocol sums to the field of view.
+
+    A voxel has |det(affine)| mm³: right for anisotropic and oblique grids alike.
+    """
+    voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
+    rows = [["protocol", "index", "name", "voxels", "volume_mm3"]]
+    for name, ids in maps.items():
+        counts = np.sum([np.bincount(plane.ravel(), minlength=256) for plane in ids], axis=0)  # planes fit the cache
+        for s in PROTOCOLS[name].structures:
+            rows.append([name, str(s.id), s.name, str(counts[s.id]), f"{counts[s.id] * voxel_mm3:.10g}"])
+    return tsv(rows)
+
+
+def volumes_of(out: Path) -> Volumes:
+    """mm³ of every structure of every head below `out`, from the heads' own tables, by head."""
+    heads: dict[str, dict[str, float]] = {}
+    for path in sorted({*out.glob("sub-*/anat/*_volumes.tsv"), *out.glob("sub-*/ses-*/anat/*_volumes.tsv")}):
+        heads[path.name.removesuffix("_volumes.tsv")] = {
+            f"{row['protocol']}.{row['name']}": float(row["volume_mm3"])
+            for row in read_tsv(path)
+            if row["index"] != "0"
+        }
+    columns = dict.fromkeys(column for volumes in heads.values() for column in volumes)
+    values = [[volumes.get(column, np.nan) for column in columns] for volumes in heads.values()]
+    return Volumes(tuple(heads), tuple(columns), np.array(values, np.float64).reshape(len(heads), len(columns)))
+
+
+def write_summary(path: Path, rows: Sequence[Row]) -> None:
+    """What became of every input, in the order given."""
+    header = [field.name for field in fields(Row)]
+    write_text(path, tsv([header, *([" ".join(v.split()) for v in asdict(row).values()] for row in rows)]))
+
+
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def tsv(rows: Sequence[Sequence[str]]) -> str:
+    return "".join("\t".join(row) + "\n" for row in rows)
+
+
+def write_text(path: Path, text: str) -> None:
+    Files(str(path.parent.absolute())).write(path.name, text.encode())
