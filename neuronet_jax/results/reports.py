@@ -21,13 +21,12 @@ from neuronet_jax.evaluation.agreement import Agreement
 from neuronet_jax.evaluation.quality import Calibration, Quality
 from neuronet_jax.images.nifti import Volume
 from neuronet_jax.labels import PROTOCOLS, REGIONS
+from neuronet_jax.results.bids import Target
 from neuronet_jax.results.pictures import Planes, colors_of, votes_colors
+from neuronet_jax.results.tables import Row, Volumes
 
 if TYPE_CHECKING:
     import jinja2
-
-    from neuronet_jax.results.bids import Target
-from neuronet_jax.results.tables import Row, Volumes
 
 WARNINGS = {
     "W_AGREEMENT": "The two MALP-EM outputs contradict each other: the network is unsure what it sees.",
