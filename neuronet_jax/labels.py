@@ -1,7 +1,7 @@
-"""The label tables: the only source of ids, names, sides, partners, tissues, colours and BIDS mapping of the protocols.
+"""The label tables: the only source of the protocols' ids, names, sides, partners, tissues, colours and BIDS mapping.
 
-A *class* is the index of a structure within its protocol (what the network predicts); an *id* is the number that the
-tool writes. The MALP-EM table is data, `data/malp_em.tsv`: names, Neuromorphometrics ids and tissues are those of
+A *class* is the index of a structure within its protocol, which the network predicts; an *id* is the number that the
+tool writes. The MALP-EM table is data, `data/malp_em.tsv`. Its names, Neuromorphometrics ids and tissues are those of
 MALP-EM's own source (ledigchr/MALPEM); centroids (RAS+ mm) and volumes (mm³) in MNI space were measured on the
 maximum-probability Neuromorphometrics map that SPM12 carries. FIRST's ids are those of FreeSurfer's colour table.
 """
@@ -29,18 +29,18 @@ class Structure:
     """One class of a protocol."""
 
     index: int  # class index within the protocol; 0 is background
-    id: int  # what the tool writes
+    id: int  # the number that the tool writes
     name: str  # unique within the protocol
     side: str  # "left", "right", "midline", or "NA" where sides have no meaning (background, whole-brain tissues)
-    partner: int  # class index of the same structure on the other side; its own index where there is none
-    tissue: int | None  # class of `malp_em_tissue` that holds it, where one does
+    partner: int  # class index of the same structure on the other side, else its own index
+    tissue: int | None  # class of `malp_em_tissue` that contains it, if any
     color: tuple[int, int, int]  # sRGB, 0 to 255
     mapping: int | None  # id among BIDS' common labels (the `mapping` column of a dseg.tsv)
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """The label map of one tool: its classes in order, and the way between ids and classes."""
+    """The label map of one tool: its classes in order, and the conversion between ids and classes."""
 
     name: str
     tool: str
@@ -53,32 +53,32 @@ class Protocol:
 
     @cached_property
     def ids(self) -> np.ndarray:
-        """int64[k], read-only: the tool's id of every class."""
+        """The tool's id of every class, int64[k], read-only."""
         return _frozen([structure.id for structure in self.structures], np.int64)
 
     @cached_property
     def partners(self) -> np.ndarray:
-        """int32[k], read-only: the class on the other side. An involution."""
+        """The class on the other side, int32[k], read-only. An involution."""
         return _frozen([structure.partner for structure in self.structures], np.int32)
 
     @cached_property
     def version(self) -> str:
-        """SHA-256 of the table: another one as soon as a label means something else. Colours mean nothing."""
+        """SHA-256 of the table. It changes as soon as a label changes its meaning; colours do not count."""
         rows = [(s.index, s.id, s.name, s.side, s.partner, s.tissue, s.mapping) for s in self.structures]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     @cached_property
     def _classes(self) -> np.ndarray:
-        """int16[largest id + 1]: class of an id, -1 where no class has it."""
+        """The class of each id, int16[largest id + 1], -1 for ids without a class."""
         table = np.full(self.ids.max() + 1, -1, np.int16)
         table[self.ids] = np.arange(self.num_classes)
         return table
 
     def to_classes(self, ids: np.ndarray) -> np.ndarray:
-        """Class indices, uint8 of the same shape, from the tool's ids.
+        """Returns class indices, uint8 of the same shape, from the tool's ids.
 
-        Raises RejectError E_LABEL_SET, listing the values, where an id is not in the table: a label outside the table
-        is an error, never background.
+        Raises RejectError E_LABEL_SET, listing the values, if an id is not in the table. Such a label is an error,
+        never background.
         """
         ids = np.asarray(ids)
         if ids.dtype.kind not in "iu":
@@ -91,7 +91,7 @@ class Protocol:
         return classes.astype(np.uint8)
 
     def to_ids(self, classes: np.ndarray) -> np.ndarray:
-        """The tool's ids, uint8 of the same shape, from class indices: the exact inverse of `to_classes`."""
+        """Returns the tool's ids, uint8 of the same shape, from class indices: the exact inverse of `to_classes`."""
         classes = np.asarray(classes)
         if classes.dtype.kind not in "iu" or (
             classes.size and (classes.min() < 0 or classes.max() >= self.num_classes)
@@ -103,7 +103,7 @@ class Protocol:
         return self.ids.astype(np.uint8)[classes]
 
     def mirror(self, classes: np.ndarray, axis: int = 0) -> np.ndarray:
-        """The label map of the mirrored head: reversed along `axis` (left-right), partners swapped; same dtype."""
+        """Returns the label map of the mirrored head: `axis` (left-right) reversed, partners swapped, same dtype."""
         return self.partners.astype(classes.dtype)[np.flip(classes, axis)]
 
     def _refuse(self, ids: np.ndarray) -> None:
@@ -126,7 +126,7 @@ def _frozen(values: list, dtype: type) -> np.ndarray:
 
 
 def _read_malp_em() -> list[dict[str, str]]:
-    """The rows of `data/malp_em.tsv`, in class order."""
+    """Returns the rows of `data/malp_em.tsv`, in class order."""
     text = resources.files("neuronet_jax").joinpath("data", "malp_em.tsv").read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines(), delimiter="\t"))
 
@@ -146,7 +146,7 @@ _TISSUES = (  # name, colour, BIDS mapping (deep GM holds the brain stem too: gr
 
 
 def _malp_em_color(pair: int, side: str, tissue: int) -> tuple[int, int, int]:
-    """Hue and lightness by number of the pair, right darker than left: neighbours differ, partners look alike."""
+    """Returns a colour for a left-right pair: neighbours differ, partners look alike, and right is darker than left."""
     lightness = (0.44, 0.54, 0.64)[pair % 3] + {"left": 0.025, "right": -0.025}.get(side, 0)
     lightness, saturation = (lightness + 0.24, 0.35) if tissue == 4 else (lightness, 0.62)
     red, green, blue = colorsys.hls_to_rgb(pair * _GOLDEN % 1, lightness, saturation)
@@ -160,7 +160,7 @@ def _malp_em_mapping(index: int, tissue: int) -> int | None:
         return _CEREBELLUM
     if index == 18:
         return _CSF
-    if index == 35:  # the optic chiasm is a tract, though MALP-EM counts it to deep grey matter
+    if index == 35:  # the optic chiasm is a tract, although MALP-EM counts it as deep grey matter
         return _WM
     return {1: _CSF, 2: _SUBCORTICAL_GM, 3: _CORTICAL_GM, 4: _WM}.get(tissue)  # exterior and vessel: none
 
@@ -177,7 +177,7 @@ def _malp_em() -> tuple[Structure, ...]:
 
 
 def _fsl_first(malp_em: tuple[Structure, ...]) -> tuple[Structure, ...]:
-    """FIRST segments structures that MALP-EM has too: everything but the id follows from the MALP-EM table."""
+    """Derives FIRST's table from MALP-EM's: MALP-EM has all its structures, so everything but the id is known."""
     twins = sorted((int(row["fsl_first_id"]), malp_em[int(row["index"])]) for row in _ROWS if row["fsl_first_id"])
     classes = {twin.index: index for index, (_, twin) in enumerate(twins, start=1)}
     return (
@@ -217,21 +217,21 @@ def _protocols() -> dict[str, Protocol]:
 
 PROTOCOLS: dict[str, Protocol] = _protocols()
 
-# uint8[139]: class of `malp_em_tissue` of every class of `malp_em`; the tissue map is this merge, exactly.
+# uint8[139]: the `malp_em_tissue` class of every `malp_em` class. The tissue map is exactly this merge.
 MALP_EM_TO_TISSUE = _frozen([int(row["malp_em_tissue"]) for row in _ROWS], np.uint8)
 
-# float64[139, 3] in RAS+ mm and float64[139] in mm³, MNI space; NaN and 0 where the source map lacks the structure.
+# float64[139, 3] in RAS+ mm and float64[139] in mm³, MNI space; NaN and 0 if the source map lacks the structure.
 MALP_EM_CENTROIDS_MM = _frozen([[float(row[f"mni_{a}_mm"] or "nan") for a in "xyz"] for row in _ROWS], np.float64)
 MALP_EM_VOLUMES_MM3 = _frozen([float(row["mni_volume_mm3"] or 0) for row in _ROWS], np.float64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """What several protocols label, each with its own classes."""
+    """A tissue or structure that several protocols label, each with its own ids."""
 
     kind: str  # "tissue" or "structure"
     name: str
-    ids: dict[str, tuple[int, ...]]  # per protocol: the tool's ids that make it up
+    ids: dict[str, tuple[int, ...]]  # per protocol: the tool's ids that belong to it
 
 
 TISSUES = ("CSF", "GM", "WM")  # in the order of their brightness in T1-weighted images
@@ -239,11 +239,11 @@ _TISSUE_OF_MAPPING = {_CSF: "CSF", _GM: "GM", _CORTICAL_GM: "GM", _SUBCORTICAL_G
 
 
 def tissue_of(structure: Structure) -> str | None:
-    """CSF, GM or WM, as the tool itself counts the structure; None where it does not say.
+    """Returns CSF, GM or WM, as the tool itself classifies the structure, or None if it does not say.
 
-    MALP-EM merges its structures into tissues, and that merge decides where it decides: it counts the brain stem to
-    deep grey matter, which FAST and SPM, who see intensities, call white. That is a way in which the tools disagree,
-    not one to hide. Its fifth tissue, "other", says nothing: there the structure's own common label does (CSF).
+    MALP-EM merges its structures into tissues, and that merge decides first. It counts the brain stem as deep grey
+    matter, whereas FAST and SPM, which go by intensity, call it white. The tools do disagree there, and the comparison
+    should show it. For MALP-EM's fifth tissue, "other", the structure's own BIDS label decides (CSF).
     """
     merged = None if structure.tissue is None else _TISSUES[structure.tissue][2]
     return _TISSUE_OF_MAPPING.get(merged or structure.mapping or 0)
@@ -264,4 +264,4 @@ def _regions() -> tuple[Region, ...]:
     return (*(Region("tissue", name, ids) for name, ids in tissues.items()), *shared)
 
 
-REGIONS: tuple[Region, ...] = _regions()  # everything that more than one protocol has
+REGIONS: tuple[Region, ...] = _regions()  # all regions that more than one protocol labels

@@ -1,1 +1,1 @@
-"""Images: NIfTI files, the space they lie in, their intensities."""
+"""Images: NIfTI input and output, voxel grids, and intensity normalisation."""

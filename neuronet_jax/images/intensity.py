@@ -1,7 +1,7 @@
-"""Intensities of a head: spikes removed, then whitened by the mean and standard deviation of the whole volume.
+"""Intensity normalisation: spikes are clipped, then the volume is whitened by its mean and standard deviation.
 
-The published network whitens over all voxels, background included; statistics are those of the conformed volume, before
-padding or cropping to a store's grid, so that training and inference see the same numbers.
+The published network whitens over all voxels, background included. The statistics are those of the conformed volume,
+before it is padded or cropped to a store's grid, so that training and inference see the same numbers.
 """
 
 import dataclasses
@@ -13,14 +13,16 @@ from neuronet_jax.errors import RejectError
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
+    """Mean and standard deviation of a volume."""
+
     mean: float
     std: float
 
 
 def statistics(image: np.ndarray) -> Statistics:
-    """Mean and (biased) standard deviation over all voxels, accumulated in float64.
+    """Returns the mean and the (biased) standard deviation over all voxels, accumulated in float64.
 
-    Raises RejectError E_NAN where they are not finite, E_CONSTANT where the image holds nothing to see.
+    Raises RejectError E_NAN if they are not finite, and E_CONSTANT if the image is constant.
     """
     mean = float(np.mean(image, dtype=np.float64))
     std = float(np.std(image, dtype=np.float64, mean=np.float64(mean).reshape((1,) * image.ndim)))
@@ -32,17 +34,17 @@ def statistics(image: np.ndarray) -> Statistics:
 
 
 def whiten(image: np.ndarray, mean: float, std: float) -> np.ndarray:
-    """float32 of the same shape with zero mean and unit variance over the volume that `mean` and `std` came from."""
+    """Returns float32 of the same shape, with mean 0 and variance 1 over the volume that gave `mean` and `std`."""
     return (image.astype(np.float32) - np.float32(mean)) * np.float32(1 / std)
 
 
 def clip_spikes(image: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Clips voxels far outside the range of the rest; ordinary images pass unchanged, bit by bit.
+    """Clips voxels far outside the range of the others. Ordinary images pass unchanged, bit for bit.
 
-    The range is that of the 0.1st to the 99.9th percentile of the non-zero voxels (exact zeros are defacing, skull
-    stripping or padding), widened by three times its width on both sides: fat and vessels stay, one voxel of 10⁶ does
-    not ruin the whitening. Returns W_INTENSITY where voxels were clipped, or where more than 0.1 % are negative
-    (wrapped integers, or no T1w magnitude). Raises RejectError E_CONSTANT where all voxels are zero.
+    The range spans the 0.1st to the 99.9th percentile of the non-zero voxels (exact zeros come from defacing, skull
+    stripping or padding) and is widened by three times its width on both sides. Fat and vessels stay within it, and one
+    voxel of 10⁶ does not ruin the whitening. Returns W_INTENSITY if voxels were clipped, or if more than 0.1 % are
+    negative (wrapped integers, or not a T1w magnitude image). Raises RejectError E_CONSTANT if all voxels are zero.
     """
     values = image[image != 0]
     if values.size == 0:

@@ -1,8 +1,9 @@
-"""Reading and writing of brain images: a strict guard in front of nibabel.
+"""Reads and writes brain images: a strict guard in front of nibabel.
 
-One pass over the bytes: the header is checked before anything is allocated, the voxels are inflated into one buffer of
-the size that the header states, and the rest of the stream is drained, bounded, so that the gzip CRC is always checked.
-Whatever cannot be trusted is a `RejectError`; whatever is accepted with a doubt is named in `Volume.warnings`.
+A file is read in one pass. The header is checked before anything is allocated. The voxels are inflated into one buffer
+of the size that the header states. The rest of the stream is then drained, up to a limit, so that the gzip CRC is
+always checked. A file that cannot be trusted raises `RejectError`; a file that is accepted with a doubt has a code in
+`Volume.warnings`.
 """
 
 import dataclasses
@@ -24,9 +25,7 @@ from nibabel.wrapstruct import WrapStructError
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.files import Files
 
-_SILENT = logging.getLogger(
-    "neuronet_jax.nifti.silent"
-)  # nibabel logs what it repairs; here it counts only what raises
+_SILENT = logging.getLogger("neuronet_jax.nifti.silent")  # nibabel logs its repairs; only its errors matter here
 _SILENT.addHandler(logging.NullHandler())
 _SILENT.propagate = False
 _NIFTI = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by sizeof_hdr
@@ -37,25 +36,24 @@ _CONVERT = "convert it with dcm2niix (DICOM) or mri_convert, and give a .nii, .n
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What an input may be. The defaults fit adult human heads at any clinical resolution."""
+    """Limits on an input. The defaults fit adult human heads at any clinical resolution."""
 
     voxels: int = 512**3  # a 0.5 mm whole head; more is a damaged or hostile header
     bytes: int = 2**30  # 512³ voxels of 8 bytes
-    trailing_bytes: int = 2**20  # padding that some writers leave behind the voxels; more is a gzip bomb
+    trailing_bytes: int = 2**20  # some writers pad the end of the file; more is a gzip bomb
     spacing_mm: tuple[float, float] = (0.2, 10.0)  # below: microscopy or wrong units; above: a localiser
     fov_mm: tuple[float, float] = (80.0, 600.0)  # per axis; a brain is about 140 × 180 × 130 mm
-    nan_fraction: float = 1e-3  # more than stray NaN voxels is a failed tool
-    transform: Literal["sform", "qform", "reject"] = "sform"  # which one counts where the two differ
-    assume_ras: bool = False  # accept a file without any orientation; left and right are then a guess
+    nan_fraction: float = 1e-3  # a few NaN voxels are noise; more means that a tool failed
+    transform: Literal["sform", "qform", "reject"] = "sform"  # which one to use if the two differ
+    assume_ras: bool = False  # accept a file without an orientation; left and right are then a guess
 
 
 @dataclasses.dataclass(frozen=True)
 class Volume:
     """A checked image or label map on its own grid.
 
-    `data` is [x y z] in file order (float32 for images, integers for labels), `affine` maps voxels to RAS+ mm,
-    `header` is kept for writing results back with the same qform, sform and codes, `warnings` holds the stable W_…
-    codes.
+    `data` is [x y z] in file order (float32 for images, integers for labels). `affine` maps voxels to RAS+ mm. `header`
+    supplies the qform, sform and codes of results written on the same grid. `warnings` holds the stable W_… codes.
     """
 
     data: np.ndarray
@@ -72,37 +70,38 @@ DEFAULT_LIMITS = Limits()
 
 
 def read_image(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Volume:
-    """The image as float32 [x y z], scaling applied, stray NaN and Inf voxels set to 0 (W_NAN).
+    """Reads an image as float32 [x y z], with scaling applied and stray NaN and Inf voxels set to 0 (W_NAN).
 
-    Raises RejectError with E_FORMAT, E_TRUNCATED, E_CRC, E_TRAILING, E_HEADER, E_HEADER_SIZE, E_NDIM, E_DTYPE,
-    E_SCALE, E_UNITS, E_NO_XFORM, E_XFORM, E_AFFINE, E_ZOOM or E_NAN; E_IO where the file cannot be read at all.
+    Raises RejectError with E_FORMAT, E_TRUNCATED, E_CRC, E_TRAILING, E_HEADER, E_HEADER_SIZE, E_NDIM, E_DTYPE, E_SCALE,
+    E_UNITS, E_NO_XFORM, E_XFORM, E_AFFINE, E_ZOOM or E_NAN, and with E_IO if the file cannot be read at all.
     """
     return _image(_read(path, limits), limits)
 
 
 def check_image(image: SpatialImage, limits: Limits = Limits()) -> Volume:
-    """As `read_image`, for a nibabel image: its bytes as a NIfTI file pass the same guard."""
+    """Checks a nibabel image as `read_image` checks a file: its bytes as a NIfTI file pass the same guard."""
     if math.prod(image.shape) > limits.voxels:
         raise RejectError("E_HEADER_SIZE", f"{image.shape} voxels exceed the limit of {limits.voxels}")
     try:
         content = nib.Nifti1Image.from_image(image).to_bytes()
     except HeaderDataError as error:
         raise RejectError("E_DTYPE", f"the image cannot be stored as NIfTI: {error}") from error
-    except (OSError, EOFError) as error:  # voxels are read from the image's file only now
+    except (OSError, EOFError) as error:  # nibabel reads the voxels from the file only now
         raise RejectError("E_IO", f"the voxels of the image cannot be read: {error}") from error
     return _image(_parse(io.BytesIO(content), "image.nii", limits), limits)
 
 
 def _image(volume: Volume, limits: Limits) -> Volume:
-    with np.errstate(over="ignore"):  # beyond float32 becomes Inf, counted below
+    with np.errstate(over="ignore"):  # values beyond float32 become Inf, which is counted below
         data, warnings = _finite(volume.data.astype(np.float32, copy=False), limits)
     return dataclasses.replace(volume, data=data, warnings=volume.warnings + warnings)
 
 
 def read_labels(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Volume:
-    """The label map as integers [x y z]; floats within 1e-3 of an integer are rounded, stray NaN voxels are background.
+    """Reads a label map as integers [x y z]. Floats within 1e-3 of an integer are rounded; stray NaN voxels are
+    background.
 
-    Raises RejectError as `read_image` does, and E_LABEL_FLOAT where voxels are no integers.
+    Raises RejectError as `read_image` does, and E_LABEL_FLOAT if voxels are not integers.
     """
     volume = _read(path, limits)
     data, warnings = volume.data, ()
@@ -124,15 +123,16 @@ def read_labels(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Volume:
 def write_labels(path: str | Path, labels: np.ndarray, like: Volume, overwrite: bool = False) -> None:
     """Writes the ids `labels` [x y z] as .nii.gz on the grid of `like`, under the final name only when complete.
 
-    The smallest unsigned type, no scaling, `like`'s qform, sform and codes, and nothing else of its header:
-    descriptions and extensions may name the participant. The same labels give the same bytes. Raises NeuronetError
-    where the shape differs, a label is negative or above 65535, or the file exists without `overwrite`.
+    The file has the smallest unsigned type, no scaling, and the qform, sform and codes of `like`. Nothing else of that
+    header is copied, because descriptions and extensions may name the participant. The same labels give the same bytes.
+    Raises NeuronetError if the shapes differ, if a label is negative or above 65535, or if the file exists and
+    `overwrite` is not set.
     """
     _write(Path(path), labels, _labels_header(labels, like), overwrite)
 
 
 def write_posterior(path: str | Path, probability: np.ndarray, like: Volume, overwrite: bool = False) -> None:
-    """As `write_labels`, for probabilities [x y z] from 0 to 1, as float32."""
+    """Writes probabilities [x y z] from 0 to 1 as float32, otherwise as `write_labels` does."""
     header = _result_header(probability, like, np.float32, b"NeuroNet-JAX posterior")
     header["cal_max"] = 1
     _write(Path(path), probability, header, overwrite)
@@ -142,14 +142,14 @@ def _write(path: Path, volume: np.ndarray, header: nib.Nifti1Header, overwrite: 
     if not path.name.endswith(".nii.gz"):
         raise NeuronetError(f"results are written as .nii.gz, got the name {path.name!r}")
     if path.exists() and not overwrite:
-        raise NeuronetError(f"{path} exists; ask to overwrite it, or choose another output folder")
+        raise NeuronetError(f"{path} exists; allow overwriting, or choose a different output folder")
     voxels = volume.astype(header.get_data_dtype()).tobytes(order="F")
     content = igzip.compress(header.binaryblock + b"\0" * 4 + voxels, compresslevel=3, mtime=0)
     Files(str(path.parent.absolute())).write(path.name, content)
 
 
 def labels_image(labels: np.ndarray, like: Volume) -> nib.Nifti1Image:
-    """The same in memory: a NIfTI image with the header that `write_labels` writes, on the grid of `like`."""
+    """Returns a NIfTI image in memory, with the header that `write_labels` writes, on the grid of `like`."""
     header = _labels_header(labels, like)
     return nib.Nifti1Image(labels.astype(header.get_data_dtype()), header.get_best_affine(), header)
 
@@ -164,7 +164,7 @@ def _labels_header(labels: np.ndarray, like: Volume) -> nib.Nifti1Header:
 
 
 def _result_header(volume: np.ndarray, like: Volume, dtype: type, description: bytes) -> nib.Nifti1Header:
-    """Of a result on the grid of `like`."""
+    """Returns the header of a result on the grid of `like`."""
     if volume.shape != like.data.shape:
         raise NeuronetError(f"voxels of shape {volume.shape} do not fit the image's grid {like.data.shape}")
     header = nib.Nifti1Header(endianness="<")
@@ -172,11 +172,11 @@ def _result_header(volume: np.ndarray, like: Volume, dtype: type, description: b
     header.set_data_dtype(dtype)
     for field in ("pixdim", *_TRANSFORM_FIELDS):
         header[field] = like.header[field]
-    header.set_xyzt_units("mm")  # as the image was read, which may say nothing of it
+    header.set_xyzt_units("mm")  # the image was read as mm even if its header states no unit
     header["pixdim"][4:] = 0  # a squeezed time axis has no step
     header.set_slope_inter(1, 0)
     header["descrip"] = description
-    header["vox_offset"] = 352  # header and the four bytes that say: no extension
+    header["vox_offset"] = 352  # header, and four bytes that mean no extension
     return header
 
 
@@ -188,14 +188,14 @@ _TRANSFORM_FIELDS = (
 )
 
 
-# ---- reading, in the order in which things are trusted --------------------------------------------------------------
+# ---- reading, in the order of the checks ----------------------------------------------------------------------------
 
 
 def _read(path: str | Path, limits: Limits) -> Volume:
     path = Path(path)
     try:
         if path.is_dir():
-            raise RejectError("E_FORMAT", f"a folder is no image; {_CONVERT}")
+            raise RejectError("E_FORMAT", f"this is a folder, not an image; {_CONVERT}")
         with path.open("rb") as file:
             return _parse(file, path.name, limits)
     except OSError as error:
@@ -205,12 +205,12 @@ def _read(path: str | Path, limits: Limits) -> Volume:
 def _parse(file: IO[bytes], name: str, limits: Limits) -> Volume:
     suffix = next((s for s in (".nii.gz", ".nii", ".mgz") if name.lower().endswith(s)), None)
     if suffix is None:
-        raise RejectError("E_FORMAT", f"unknown kind of file {Path(name).suffix!r}; {_CONVERT}")
+        raise RejectError("E_FORMAT", f"unknown file type {Path(name).suffix!r}; {_CONVERT}")
     magic = file.read(2)
     file.seek(0)
     if not magic or (magic == b"\x1f\x8b") != (suffix != ".nii"):
-        found = "gzip data" if magic == b"\x1f\x8b" else "no gzip data" if magic else "an empty file"
-        raise RejectError("E_FORMAT", f"a {suffix} file holds {found}; rename or export it again")
+        found = "gzip data" if magic == b"\x1f\x8b" else "data that are not gzip" if magic else "no data"
+        raise RejectError("E_FORMAT", f"this {suffix} file holds {found}; rename it or export it again")
     if suffix == ".nii":
         return _inflate(file, _read_nifti_header, limits)
     stream: Any = igzip.IGzipFile(fileobj=file, mode="rb")
@@ -218,7 +218,7 @@ def _parse(file: IO[bytes], name: str, limits: Limits) -> Volume:
         try:
             return _inflate(stream, _read_mgh_header if suffix == ".mgz" else _read_nifti_header, limits)
         except RejectError as error:
-            if error.code != "E_TRAILING":  # the header may be wrong because the stream is: the CRC says so
+            if error.code != "E_TRAILING":  # the header may be wrong because the stream is damaged; the CRC tells
                 _drain(stream, limits.bytes)
             raise
     except EOFError as error:
@@ -263,18 +263,18 @@ def _inflate(stream: IO[bytes], read_header: Any, limits: Limits) -> Volume:
 
 
 def _read_nifti_header(stream: IO[bytes]) -> tuple[Any, tuple[int, ...], np.dtype, int]:
-    """The header with its shape, voxel type and the bytes between the header and the voxels."""
+    """Reads the header. Returns it with the shape, the voxel type and the number of bytes between header and voxels."""
     start = _read_exactly(stream, 348)
     size = {int.from_bytes(start[:4], order): order for order in ("big", "little")}
     known = next((s for s in _NIFTI if s in size), None)
     if known is None:
         if start[344:347] in (b"n+1", b"ni1"):
             raise RejectError("E_HEADER", f"sizeof_hdr must be 348 or 540, got {int.from_bytes(start[:4], 'little')}")
-        raise RejectError("E_FORMAT", f"the content is no NIfTI image; {_CONVERT}")
+        raise RejectError("E_FORMAT", f"the content is not a NIfTI image; {_CONVERT}")
     block = start + _read_exactly(stream, known - 348)
     magic = block[344:348] if known == 348 else block[4:8]
     if magic[:3] in (b"ni1", b"ni2") or magic == b"\0\0\0\0":
-        raise RejectError("E_FORMAT", f"Analyze and .hdr/.img pairs are not read; {_CONVERT}")
+        raise RejectError("E_FORMAT", f"Analyze files and .hdr/.img pairs are not supported; {_CONVERT}")
     order = "<" if size[known] == "little" else ">"
     try:
         header = _NIFTI[known](block, endianness=order, check=False)
@@ -284,23 +284,25 @@ def _read_nifti_header(stream: IO[bytes]) -> tuple[Any, tuple[int, ...], np.dtyp
         if not np.all(np.isfinite(header["pixdim"][:4])) or np.any(header["pixdim"][1 : 1 + min(dims[0], 3)] <= 0):
             raise RejectError("E_AFFINE", f"voxel sizes must be positive, got {header['pixdim'][1:4].tolist()}")
         bitpix = int(header["bitpix"])
-        header.check_fix(logger=_SILENT, error_level=40)  # 40: nibabel's own level for what it cannot repair
+        header.check_fix(logger=_SILENT, error_level=40)  # 40: nibabel's level for errors that it cannot repair
         dtype = header.get_data_dtype()
     except (HeaderDataError, WrapStructError) as error:
         raise RejectError("E_HEADER", f"the NIfTI header is invalid: {error}") from error
     if bitpix != dtype.itemsize * 8:
-        raise RejectError("E_HEADER", f"bitpix is {bitpix} where the datatype {dtype} has {dtype.itemsize * 8}")
+        raise RejectError("E_HEADER", f"bitpix is {bitpix}, but the datatype {dtype} has {dtype.itemsize * 8} bits")
     offset = float(header["vox_offset"])
     if not known + 4 <= offset <= 2**24 or offset != int(offset):  # 16 MiB of header extensions is already absurd
         raise RejectError("E_HEADER", f"vox_offset must be within {known + 4} and {2**24}, got {offset}")
     unit = header.get_xyzt_units()[0]
     if unit not in ("mm", "unknown"):
-        raise RejectError("E_UNITS", f"voxel sizes must be in mm, the header says {unit}; correct xyzt_units")
+        raise RejectError("E_UNITS", f"voxel sizes must be in mm, but the header says {unit}; correct xyzt_units")
     return header, tuple(dims[1 : 1 + dims[0]]), dtype, int(offset) - known
 
 
 def _read_mgh_header(stream: IO[bytes]) -> tuple[Any, tuple[int, ...], np.dtype, int]:
-    """As for NIfTI, with the header turned into a NIfTI one, so that results can be written back on its grid."""
+    """Reads an MGH header as a NIfTI one, so that results can be written back on its grid; returns as
+    `_read_nifti_header`.
+    """
     block = _read_exactly(stream, _MGH_HEADER_BYTES)
     try:
         mgh: Any = MGHHeader(block[:90] + b"\0" * (MGHHeader.template_dtype.itemsize - 90), check=True)
@@ -331,9 +333,10 @@ def _scaling(header: Any) -> tuple[float, float]:
 
 
 def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.ndarray, list[str]]:
-    """The affine that counts and its warnings.
+    """Returns the affine to use and its warnings.
 
-    Sform and qform of different handedness contradict each other on left and right: no policy can choose, so E_AFFINE.
+    A sform and a qform of different handedness contradict each other about left and right. No policy can choose between
+    them, so this raises E_AFFINE.
     """
     notes: list[str] = []
     zooms = np.array(header["pixdim"][1:4], np.float64)
@@ -348,7 +351,7 @@ def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.nda
     for name, affine in candidates.items():
         if not np.all(np.isfinite(affine)):
             raise RejectError("E_AFFINE", f"the {name} holds NaN or Inf")
-        if abs(np.linalg.det(affine[:3, :3])) < 1e-6 * zooms.prod():  # a proper one equals the voxel volume
+        if abs(np.linalg.det(affine[:3, :3])) < 1e-6 * zooms.prod():  # a valid one equals the voxel volume
             raise RejectError("E_AFFINE", f"the {name} is singular")
     if len(candidates) == 2:
         corners = np.array([[*corner, 1.0] for corner in itertools.product(*((0, side - 1) for side in shape))])
@@ -356,14 +359,15 @@ def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.nda
         if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
             raise RejectError("E_AFFINE", "sform and qform disagree about left and right; correct the header")
         gap_mm = float(np.max(np.abs(corners @ (sform - qform).T)))
-        if gap_mm > 0.1:  # a tenth of a millimetre moves no label; quaternion rounding stays far below
+        if gap_mm > 0.1:  # 0.1 mm moves no label, and quaternion rounding stays far below
             if limits.transform == "reject":
                 raise RejectError("E_XFORM", f"sform and qform differ by {gap_mm:.3g} mm")
             notes.append("W_XFORM")
     if not candidates:
         if not limits.assume_ras:
             raise RejectError(
-                "E_NO_XFORM", "sform_code and qform_code are 0: left and right are unknown (--assume_ras accepts)"
+                "E_NO_XFORM",
+                "sform_code and qform_code are 0: left and right are unknown (--assume_ras accepts the file)",
             )
         affine = np.diag([*zooms, 1.0])
         affine[:3, 3] = -zooms * (np.array(shape) - 1) / 2  # centred
@@ -374,7 +378,7 @@ def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.nda
     spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
     if np.any(np.abs(spacing_mm - zooms) > 1e-3):
         raise RejectError(
-            "E_ZOOM", f"pixdim says {zooms.tolist()} mm, the affine {spacing_mm.tolist()} mm; correct the header"
+            "E_ZOOM", f"pixdim says {zooms.tolist()} mm, but the affine {spacing_mm.tolist()} mm; correct the header"
         )
     low, high = limits.spacing_mm
     if np.any(spacing_mm < low) or np.any(spacing_mm > high):
@@ -384,7 +388,8 @@ def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.nda
     fov_mm, (low, high) = spacing_mm * shape, limits.fov_mm
     if np.any(fov_mm < low) or np.any(fov_mm > high):
         raise RejectError(
-            "E_UNITS", f"a field of view of {fov_mm.round(1).tolist()} mm is no head ({low} to {high} mm per axis)"
+            "E_UNITS",
+            f"a field of view of {fov_mm.round(1).tolist()} mm does not fit a head ({low} to {high} mm per axis)",
         )
     if _is_oblique(affine[:3, :3] / spacing_mm):
         notes.append("W_OBLIQUE")
@@ -392,7 +397,7 @@ def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.nda
 
 
 def _is_oblique(directions: np.ndarray) -> bool:
-    """More than 15 degrees from the body's axes (beyond how heads lie in scanners), or sheared."""
+    """Tells whether the axes are sheared, or more than 15 degrees off the body's axes (heads in scanners are less)."""
     tilted = np.max(np.abs(directions), axis=0).min() < np.cos(np.deg2rad(15))
     sheared = np.max(np.abs(directions.T @ directions - np.eye(3))) > 1e-3
     return bool(tilted or sheared)
@@ -405,7 +410,7 @@ def _finite(data: np.ndarray, limits: Limits) -> tuple[np.ndarray, tuple[str, ..
         return data, ()
     if bad > limits.nan_fraction * data.size:
         raise RejectError(
-            "E_NAN", f"{bad} of {data.size} voxels are NaN or Inf; at most {limits.nan_fraction:.2%} may be"
+            "E_NAN", f"{bad} of {data.size} voxels are NaN or Inf; at most {limits.nan_fraction:.2%} are accepted"
         )
     return np.where(finite, data, data.dtype.type(0)), ("W_NAN",)
 
@@ -433,7 +438,7 @@ def _skip(stream: IO[bytes], count: int) -> None:
 
 
 def _drain(stream: IO[bytes], limit: int) -> int:
-    """Reads to the end of the stream, or until more than `limit` bytes came; returns how many did."""
+    """Reads to the end of the stream, or until more than `limit` bytes have come. Returns the number of bytes read."""
     drained = 0
     while drained <= limit and (block := stream.read(2**16)):
         drained += len(block)

@@ -1,7 +1,8 @@
-"""Grids in RAS+ mm: to the orientation and voxel size of the network, and back to the grid of the input.
+"""Moves volumes between the grid of the input and the network's grid, both in RAS+ mm.
 
-The way there is a flip and permutation of axes (exact) and a resampling axis by axis; nothing is rotated, so an oblique
-scan stays oblique and only its affine says so. Where the voxel size already fits, voxels pass through bit by bit.
+To reach the network's grid, axes are flipped and permuted (exactly) and resampled one by one. Nothing is rotated: an
+oblique scan stays oblique, and only its affine shows it. If the voxel size already fits, voxels pass unchanged, bit for
+bit.
 """
 
 import dataclasses
@@ -13,34 +14,34 @@ import scipy.sparse
 
 from neuronet_jax.errors import NeuronetError
 
-_SPACING_TOLERANCE_MM = 1e-3  # over 200 voxels a fifth of a voxel: less than interpolating would cost
+_SPACING_TOLERANCE_MM = 1e-3  # a fifth of a voxel over 200 voxels: less error than interpolating adds
 _FWHM = 2 * np.sqrt(2 * np.log(2))  # full width at half maximum of a Gaussian, in sigmas
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Voxels along x, y, z and where they lie: `affine` float64 [4 4] maps voxels to RAS+ mm."""
+    """The shape of a voxel grid and its place: `affine` float64 [4 4] maps voxels to RAS+ mm."""
 
     shape: tuple[int, int, int]
     affine: np.ndarray
 
     @property
     def spacing_mm(self) -> np.ndarray:
-        """float64 [3]"""
+        """Voxel size along each axis, float64 [3]."""
         return spacing_mm(self.affine)
 
 
 def spacing_mm(affine: np.ndarray) -> np.ndarray:
-    """float64 [3]: voxel size along each axis."""
+    """Returns the voxel size along each axis, float64 [3]."""
     return np.linalg.norm(affine[:3, :3], axis=0)
 
 
 def conform(
     data: np.ndarray, affine: np.ndarray, voxel_size_mm: float, is_label: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The volume [x y z] in RAS+ order with voxels of `voxel_size_mm`, C-contiguous, and its affine.
+    """Returns the volume [x y z] in RAS+ order with voxels of `voxel_size_mm`, C-contiguous, and its affine.
 
-    Images (float32) are interpolated linearly after a Gaussian that removes what a coarser grid cannot hold; labels
+    Images (float32) are interpolated linearly after a Gaussian that removes detail too fine for a coarser grid. Labels
     take the nearest voxel. Images and labels of one grid land on one grid. `to_grid` is the way back.
     """
     data, affine = reorient(data, affine)
@@ -48,9 +49,9 @@ def conform(
 
 
 def orientation(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """For each of the body's axes (right, anterior, superior): the array's axis closest to it, and its sign.
+    """Returns, for each axis of the body (right, anterior, superior), the closest axis of the array and its sign.
 
-    The assignment of axes has the largest sum of direction cosines; the given order wins ties, so it is idempotent.
+    The assignment has the largest sum of direction cosines. Ties keep the given order, so the function is idempotent.
     """
     cosines = affine[:3, :3] / spacing_mm(affine)  # [body axis, array axis]
     orders = list(itertools.permutations(range(3)))
@@ -61,7 +62,9 @@ def orientation(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, in
 
 
 def reorient(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Axes permuted and flipped so that they point closest to right, anterior, superior. Exact; a view of `data`."""
+    """Permutes and flips the axes so that they point closest to right, anterior, superior. Exact; returns a view of
+    `data`.
+    """
     order, signs = orientation(affine)
     shape = [data.shape[axis] for axis in order]
     to_input = np.zeros((4, 4))  # output voxel → input voxel
@@ -76,10 +79,12 @@ def reorient(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def resample(
     data: np.ndarray, affine: np.ndarray, voxel_size_mm: float, is_label: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The volume with cubic voxels of `voxel_size_mm`, axis by axis, C-contiguous, and its affine. See `conform`."""
+    """Resamples to cubic voxels of `voxel_size_mm`, axis by axis. Returns a C-contiguous volume and its affine. See
+    `conform`.
+    """
     affine = np.array(affine, np.float64)
-    memory = np.argsort([-abs(stride) for stride in data.strides], kind="stable")  # axes, the slowest first
-    for axis in (2, 1, 0):  # always in this order: how the file was oriented must not show in the last bit
+    memory = np.argsort([-abs(stride) for stride in data.strides], kind="stable")  # axes, slowest first
+    for axis in (2, 1, 0):  # a fixed order, so that the file's orientation does not change the last bit
         spacing = float(spacing_mm(affine)[axis])
         if abs(spacing - voxel_size_mm) <= _SPACING_TOLERANCE_MM:
             continue
@@ -97,7 +102,7 @@ def resample(
 
 
 def _along(weights: scipy.sparse.csr_array, volume: np.ndarray, axis: int) -> np.ndarray:
-    """`weights` [new old] applied along `axis` of a C-contiguous volume, plane by plane within the cache."""
+    """Applies `weights` [new old] along `axis` of a C-contiguous volume, plane by plane to stay within the cache."""
     if axis == 0:
         return (weights @ volume.reshape(len(volume), -1)).reshape(-1, *volume.shape[1:])
     planes = [weights @ plane if axis == 1 else (weights @ plane.T).T for plane in volume]
@@ -105,9 +110,9 @@ def _along(weights: scipy.sparse.csr_array, volume: np.ndarray, axis: int) -> np
 
 
 def to_grid(labels: np.ndarray, affine: np.ndarray, target: Grid) -> np.ndarray:
-    """`labels` [x y z] at `affine` seen on `target`: the nearest voxel, 0 beyond one voxel outside.
+    """Returns `labels` [x y z] at `affine` on the grid `target`: the nearest voxel, and 0 from one voxel outside on.
 
-    Exact where only flips, permutations, padding and cropping lie between the two.
+    Exact if only flips, permutations, padding and cropping lie between the two grids.
     """
     walk = walked(affine, target)
     if walk is None:
@@ -124,8 +129,9 @@ def to_grid(labels: np.ndarray, affine: np.ndarray, target: Grid) -> np.ndarray:
 
 
 def walked(affine: np.ndarray, target: Grid) -> tuple[tuple[int, ...], list[np.ndarray]] | None:
-    """For each axis of a grid at `affine`: the axis of `target` that walks it, and where its voxels lie, float64 [n]
-    in voxels of the grid. None where the axes are not parallel.
+    """Returns, for each axis of a grid at `affine`, the parallel axis of `target` and the positions of its voxels.
+
+    Positions are float64 [n], in voxels of the grid. Returns None if the axes are not parallel.
     """
     to_source = np.linalg.inv(affine) @ target.affine  # target voxel → voxel of the grid
     order, _ = orientation(to_source)
@@ -141,7 +147,7 @@ def walked(affine: np.ndarray, target: Grid) -> tuple[tuple[int, ...], list[np.n
 
 
 def _to_rotated_grid(labels: np.ndarray, to_source: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """`to_grid` where every voxel needs a look of its own, one plane of the target after the other."""
+    """Does the work of `to_grid` for rotated grids, which need a look-up per voxel, plane by plane of the target."""
     result = np.zeros(shape, labels.dtype)
     voxels = np.indices((1, *shape[1:])).reshape(3, -1)  # [3, y z] of one plane
     for x in range(shape[0]):
@@ -154,7 +160,9 @@ def _to_rotated_grid(labels: np.ndarray, to_source: np.ndarray, shape: tuple[int
 
 
 def place(array: np.ndarray, shape: Sequence[int], origin: Sequence[int]) -> np.ndarray:
-    """The box of `shape` that starts at voxel `origin` of `array` (negative: outside); zeros where there is nothing."""
+    """Returns the box of `shape` that starts at voxel `origin` of `array` (negative: outside), with zeros outside
+    `array`.
+    """
     result = np.zeros(tuple(shape), array.dtype)
     source, target = [], []
     for side, size, start in zip(array.shape, shape, origin, strict=True):
@@ -168,8 +176,11 @@ def place(array: np.ndarray, shape: Sequence[int], origin: Sequence[int]) -> np.
 def crop_origin(
     shape: Sequence[int], size: Sequence[int], low: Sequence[int], high: Sequence[int]
 ) -> tuple[int, int, int]:
-    """Where a box of `size` starts in a volume of `shape`: centred padding where it is larger; where it is smaller,
-    centred on the voxels `low` to `high` (excluded) as far as the volume allows."""
+    """Returns the first voxel of a box of `size` in a volume of `shape`.
+
+    Where the box is larger than the volume, the padding is centred. Where it is smaller, the box is centred on the
+    voxels `low` to `high` (excluded) as far as the volume allows.
+    """
     origin = []
     for side, box, first, last in zip(shape, size, low, high, strict=True):
         if box >= side:
@@ -181,17 +192,18 @@ def crop_origin(
 
 
 def shifted(affine: np.ndarray, origin: Sequence[int]) -> np.ndarray:
-    """The affine of a box that starts at voxel `origin`."""
+    """Returns the affine of a box that starts at voxel `origin`."""
     result = np.array(affine, np.float64)
     result[:3, 3] += result[:3, :3] @ np.asarray(origin, np.float64)
     return result
 
 
 def _samples(side: int, step: float) -> tuple[int, float, int]:
-    """First sample, step and count along an axis of `side` voxels: within the voxel centres, centred.
+    """Returns the first sample, the step and the count along an axis of `side` voxels: centred, within the voxel
+    centres.
 
-    The first sample is a voxel centre, so that halving the resolution picks voxels instead of splitting ties between
-    them, and labels and image shift by nothing.
+    The first sample is a voxel centre. Halving the resolution therefore picks voxels instead of splitting ties between
+    them, and image and labels are not shifted against each other.
     """
     if side < 1 or step <= 0:
         raise NeuronetError(f"an axis needs voxels and a positive step, got {side} voxels and a step of {step}")
@@ -203,15 +215,16 @@ def _samples(side: int, step: float) -> tuple[int, float, int]:
 
 
 def _nearest(positions: np.ndarray) -> np.ndarray:
-    """Ties go down, whatever the rounding error of the positions."""
+    """Rounds to the nearest voxel. Ties go down, whatever the rounding error of the positions."""
     return np.floor(positions + 0.5 - 1e-6).astype(np.intp)
 
 
 def _interpolation(side: int, positions: np.ndarray, step: float) -> scipy.sparse.csr_array:
-    """float32 [sample, voxel]: linear interpolation at `positions`, after a Gaussian where `step` exceeds one voxel.
+    """Returns weights, float32 [sample, voxel], of linear interpolation at `positions`, anti-aliased if `step` exceeds
+    1.
 
-    The Gaussian widens a voxel's response to that of the new voxel (Cardoso et al., "Scale factor point spread function
-    matching", MICCAI 2015): FWHM² = step² − 1. Beyond the border the outermost voxel continues.
+    The anti-aliasing Gaussian widens a voxel's response to that of the new voxel (Cardoso et al., "Scale factor point
+    spread function matching", MICCAI 2015): FWHM² = step² − 1. Beyond the border the outermost voxel continues.
     """
     low = np.floor(positions).astype(np.intp)
     fraction = positions - low

@@ -308,7 +308,6 @@ def _x(value: float, least: float, most: float, width: int) -> float:
 
 
 def _link(stem: str) -> str:
-
     return Target(Path(), Path(), stem).report.as_posix()
 
 

@@ -1,4 +1,4 @@
-"""Laws of the label tables, and the facts in which they are easily got wrong."""
+"""Laws of the label tables, and the facts that are easily got wrong."""
 
 import dataclasses
 import itertools
@@ -118,7 +118,7 @@ def test_whole_brain_tissues(name):
 
 
 def test_first_ids():
-    # hand-copied from FreeSurfer's colour table
+    # copied by hand from FreeSurfer's colour table
     expected = {10: "LeftThalamusProper", 11: "LeftCaudate", 12: "LeftPutamen", 13: "LeftPallidum", 16: "BrainStem"}
     expected |= {17: "LeftHippocampus", 18: "LeftAmygdala", 26: "LeftAccumbensArea", 49: "RightThalamusProper"}
     expected |= {50: "RightCaudate", 51: "RightPutamen", 52: "RightPallidum", 53: "RightHippocampus"}
@@ -172,8 +172,8 @@ def test_the_tables_import_without_jax():
     assert run.stdout == "5 False\n"
 
 
-def test_a_table_has_a_name_of_its_own():
-    """That changes with what a label means, not with its colour."""
+def test_the_version_of_a_table_identifies_its_meaning():
+    """The version changes with the meaning of a label, not with its colour."""
     first, *others = PROTOCOLS["fsl_fast"].structures
     swapped = (first, dataclasses.replace(others[0], name="GM"), *others[1:])
     painted = (first, dataclasses.replace(others[0], color=(1, 2, 3)), *others[1:])

@@ -14,7 +14,7 @@ def test_statistics_by_hand():
 
 
 def test_statistics_accumulate_in_float64():
-    """A float32 sum over a head of 16-bit values loses the mean in its rounding."""
+    """A float32 sum over a head of 16-bit values would lose the mean in rounding."""
     image = np.tile(np.array([40000, 40001], np.float32), 2**22).reshape(2**9, 2**7, 2**7)
     result = statistics(image)
     assert result.mean == 40000.5
@@ -30,7 +30,7 @@ def test_whitened_volumes_have_zero_mean_and_unit_variance():
 
 
 def test_whitening_ignores_units():
-    """Contrast is what counts: scaling and shifting the scanner's units changes nothing."""
+    """Scaling and shifting the scanner's units changes nothing: only contrast counts."""
     one, other = statistics(HEAD), statistics(HEAD * 7 + 100)
     np.testing.assert_allclose(
         whiten(HEAD, one.mean, one.std), whiten(HEAD * 7 + 100, other.mean, other.std), atol=1e-4
@@ -46,7 +46,7 @@ def test_A25_constant_volumes_are_rejected(value):
             clip_spikes(np.zeros((8, 8, 8), np.float32))
 
 
-def test_A25_nothing_but_rounding_is_constant():
+def test_A25_rounding_noise_counts_as_constant():
     image = np.full((8, 8, 8), 1e6, np.float32)
     image[0, 0, 0] = np.nextafter(np.float32(1e6), np.float32(2e6))
     with pytest.raises(RejectError, match="E_CONSTANT"):
@@ -83,7 +83,7 @@ def test_A26_a_negative_spike_is_clipped():
 
 
 def test_A26_wrapped_integers_are_noted():
-    """Bright voxels of an unsigned image that was saved as int16 turn negative: kept, finite, noted."""
+    """Bright voxels of an unsigned image saved as int16 turn negative; they are kept, and a warning is given."""
     image = (HEAD * 300).astype(np.uint16).astype(np.int16).astype(np.float32)
     assert image.min() < 0
     result, warnings = clip_spikes(image)
@@ -92,7 +92,7 @@ def test_A26_wrapped_integers_are_noted():
 
 
 def test_A26_defaced_background_does_not_hide_the_head():
-    """With 99.95 % exact zeros a percentile of all voxels would clip the head away."""
+    """With 99.95 % exact zeros, a percentile over all voxels would clip the head away."""
     image = np.zeros((100, 100, 100), np.float32)
     image[:8, :8, :8] = HEAD[:8, :8, :8]
     result, warnings = clip_spikes(image)

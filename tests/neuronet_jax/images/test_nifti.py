@@ -1,4 +1,4 @@
-"""The guard in front of nibabel: every fault of a file is injected into real bytes and read by the real path."""
+"""The guard in front of nibabel. Every fault is injected into real bytes and read through the real code path."""
 
 import gzip
 import tracemalloc
@@ -22,7 +22,7 @@ VOXELS = np.random.default_rng(0).integers(0, 1000, SHAPE).astype(np.int16)
 def image_bytes(
     data: np.ndarray = VOXELS, affine: np.ndarray = AFFINE, big_endian: bool = False, **fields: Any
 ) -> bytes:
-    """A NIfTI file, sform and qform set, with header fields overwritten behind nibabel's back."""
+    """Returns a NIfTI file with sform and qform set, then header fields overwritten behind nibabel's back."""
     header: Any = nib.Nifti1Header(endianness=">" if big_endian else "<")
     header.set_data_shape(data.shape)
     header.set_data_dtype(data.dtype)
@@ -77,7 +77,7 @@ def test_A01_truncated_gzip(tmp_path, fraction):
 
 
 def test_A01_voxels_end_before_the_header_says(tmp_path):
-    """The gzip stream itself is whole: the file was cut before it was compressed."""
+    """The gzip stream itself is complete: the file was cut before compression."""
     assert code(save(tmp_path, image_bytes()[:-1000])) == "E_TRUNCATED"
     assert code(save(tmp_path, image_bytes()[:-1], "T1.nii")) == "E_TRUNCATED"
 
@@ -93,7 +93,7 @@ def test_A02_flipped_byte_in_the_payload(tmp_path, position):
 
 @pytest.mark.parametrize("from_end", [8, 5, 4])
 def test_A02_flipped_byte_in_the_trailer(tmp_path, from_end):
-    """CRC (8 to 5) and length (4 to 1): the voxels themselves are right, only draining to the end shows it."""
+    """CRC (8 to 5) and length (4 to 1): the voxels are right, and only reading to the end shows the fault."""
     path = save(tmp_path, image_bytes())
     content = bytearray(path.read_bytes())
     content[-from_end] ^= 1
@@ -162,7 +162,7 @@ def test_A05_gzip_bomb_is_bounded(tmp_path):
     tracemalloc.stop()
 
 
-def test_A05_little_padding_is_accepted(tmp_path):
+def test_A05_a_little_padding_is_accepted(tmp_path):
     assert read_image(save(tmp_path, image_bytes() + bytes(1000))).data.shape == SHAPE
 
 
@@ -235,7 +235,7 @@ def test_A09_no_orientation(tmp_path):
     ids=["nan", "inf", "singular", "zero zoom", "negative zoom", "handedness", "quaternion"],
 )
 def test_A10_impossible_affines(tmp_path, fields):
-    """A flipped determinant is read as sform against qform: LAS and RAS alone are both legal, contradiction is not."""
+    """A flipped determinant is judged as sform against qform: LAS and RAS are legal alone, a contradiction is not."""
     assert code(save(tmp_path, image_bytes(**fields))) == "E_AFFINE"
 
 

@@ -1,4 +1,4 @@
-"""Laws of going to the network's grid and back, and parity with nibabel and scipy."""
+"""Laws of moving to the network's grid and back, and parity with nibabel and scipy."""
 
 import itertools
 
@@ -26,7 +26,7 @@ ORIENTATIONS = [
 
 
 def oriented(data: np.ndarray, affine: np.ndarray, codes: str) -> tuple[np.ndarray, np.ndarray]:
-    """The same brain as another scanner stores it, by nibabel."""
+    """Returns the same brain as a different scanner stores it, by nibabel."""
     turn = nib.orientations.ornt_transform(
         nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(codes)
     )
@@ -35,7 +35,7 @@ def oriented(data: np.ndarray, affine: np.ndarray, codes: str) -> tuple[np.ndarr
 
 
 def rotation(axis: int, degrees: float) -> np.ndarray:
-    """4×4"""
+    """Returns a rotation about one axis, float64 [4 4]."""
     angle = np.deg2rad(degrees)
     matrix = np.eye(4)
     i, j = (a for a in range(3) if a != axis)
@@ -61,7 +61,7 @@ def test_there_are_48_orientations():
 
 @pytest.mark.parametrize("codes", ["LAS", "LPS", "PSR", "ARI"])
 def test_A13_any_orientation_gives_the_same_resampled_image(codes):
-    """Not only flips: with resampling the grids still fall on each other."""
+    """The grids still coincide when resampling is added to the flips."""
     affine = RAS @ np.diag([0.35, 0.5, 0.6, 1.0])
     expected, expected_affine = space.conform(IMAGE, affine, 1.1, is_label=False)
     result, result_affine = space.conform(*oriented(IMAGE, affine, codes), 1.1, is_label=False)
@@ -81,7 +81,7 @@ def test_reorientation_is_that_of_nibabel(codes):
 @settings(max_examples=100, deadline=None)
 @given(st.tuples(*[st.floats(-180, 180)] * 3), st.floats(-0.5, 0.5))
 def test_A14_reorientation_is_idempotent_and_invertible(degrees, shear):
-    """Also near 45 degrees and sheared, where the closest axes are nearly a tie."""
+    """Holds near 45 degrees and under shear too, where the closest axes are nearly tied."""
     affine = rotation(0, degrees[0]) @ rotation(1, degrees[1]) @ rotation(2, degrees[2]) @ np.diag([1.0, 2, 3, 1])
     affine = affine @ np.array([[1, shear, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     once, once_affine = space.reorient(LABELS, affine)
@@ -109,7 +109,7 @@ def test_conforming_twice_changes_nothing(voxel_size_mm):
     np.testing.assert_allclose(space.spacing_mm(once_affine), voxel_size_mm)
 
 
-def test_fitting_voxels_pass_bit_by_bit():
+def test_voxels_of_the_right_size_pass_bit_for_bit():
     affine = np.diag([1.0004, 0.9996, 1.0, 1.0])
     result, result_affine = space.conform(IMAGE, affine, 1.0, is_label=False)
     assert result.tobytes() == IMAGE.tobytes()
@@ -118,7 +118,7 @@ def test_fitting_voxels_pass_bit_by_bit():
 
 @pytest.mark.parametrize(("voxel_size_mm", "border"), [(0.6, 0), (0.99, 0), (2.0, 3), (1.7, 3)])
 def test_a_linear_function_is_resampled_exactly(voxel_size_mm, border):
-    """f(x, y, z) in mm keeps its values at the new voxels; the anti-alias filter needs its 4 sigmas to the border."""
+    """f(x, y, z) in mm keeps its values at the new voxels. The anti-alias filter needs its 4 sigmas to the border."""
     shape, affine = (
         (30, 31, 32),
         rotation(2, 10) @ np.array([[1.0, 0, 0, 3], [0, 1, 0, -5], [0, 0, 1, 7], [0, 0, 0, 1]]),
@@ -137,7 +137,7 @@ def test_a_linear_function_is_resampled_exactly(voxel_size_mm, border):
 
 
 def test_linear_resampling_is_that_of_scipy():
-    """Upsampling: no anti-alias filter, so plain linear interpolation at the same points."""
+    """Upsampling needs no anti-alias filter, so this is plain linear interpolation at the same points."""
     image, affine = space.conform(IMAGE, np.diag([2.0, 2, 2, 1]), 0.7, is_label=False)
     reference = scipy.ndimage.affine_transform(
         IMAGE.astype(np.float64),
@@ -150,7 +150,7 @@ def test_linear_resampling_is_that_of_scipy():
 
 
 def test_anti_alias_filter_is_that_of_scipy():
-    """Downsampling by 2: a Gaussian of FWHM √(2² − 1) voxels, then every second voxel."""
+    """Downsampling by 2 applies a Gaussian of FWHM √(2² − 1) voxels, then takes every second voxel."""
     image, _ = space.conform(IMAGE, np.eye(4), 2.0, is_label=False)
     sigma = np.sqrt(3) / np.sqrt(8 * np.log(2))
     reference = scipy.ndimage.gaussian_filter(
@@ -184,7 +184,7 @@ def test_image_and_labels_share_the_grid():
 
 @pytest.mark.parametrize("voxel_size_mm", [0.5, 1.0, 1.5])
 def test_upsampled_labels_return_exactly(voxel_size_mm):
-    """Every input voxel has a finer one nearest to its centre, so going there and back is the identity."""
+    """The finer grid has a voxel nearest to every input voxel's centre, so going there and back is the identity."""
     labels, affine = space.conform(*oriented(LABELS, RAS, "PIR"), voxel_size_mm, is_label=True)
     np.testing.assert_array_equal(space.to_grid(labels, affine, Grid(SHAPE, RAS)), LABELS)
 
@@ -201,7 +201,7 @@ def test_padding_and_cropping_are_undone():
         np.testing.assert_array_equal(restored[inside], expected[inside])
         far = np.ones(SHAPE, bool)
         far[tuple(slice(max(i.start - 1, 0), i.stop + 1) for i in inside)] = False
-        assert not restored[far].any()  # nothing is invented beyond the voxel next to the border
+        assert not restored[far].any()  # no label appears beyond the voxel next to the border
 
 
 def test_A27_place_pads_and_crops():
@@ -218,7 +218,7 @@ def test_A27_crops_follow_the_labels_within_the_volume():
 
 
 def test_labels_of_a_rotated_grid_follow_the_nearest_voxel():
-    """Grids that differ by a rotation: parity with an explicit loop over voxels."""
+    """The grids differ by a rotation; an explicit loop over voxels gives the reference."""
     target = Grid(
         (6, 6, 6), rotation(1, 30) @ np.array([[2.0, 0, 0, 0.3], [0, 2, 0, 6.1], [0, 0, 2, 3.3], [0, 0, 0, 1]])
     )
@@ -232,6 +232,6 @@ def test_labels_of_a_rotated_grid_follow_the_nearest_voxel():
             assert result[voxel] == 0
 
 
-def test_a_wrong_step_is_named():
+def test_a_wrong_voxel_size_is_named():
     with pytest.raises(NeuronetError, match="positive step"):
         space.conform(IMAGE, RAS, -1.0, is_label=False)
