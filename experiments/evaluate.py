@@ -28,13 +28,13 @@ from rich.table import Table
 from data_prep.demo.cohort import ensure_demo_store
 from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.evaluation import quality
 from neuronet_jax.evaluation.metrics import DiceTable, Summary, mean_dice, summarise
 from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score, score_surfaces
 from neuronet_jax.evaluation.surfaces import SurfaceSummary, SurfaceTable, summarise_surfaces
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.results.pictures import save_comparison, save_strip
+from neuronet_jax.runs.calibration import save_calibration
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.runtime import keep_compiled, one_per_core
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.calibrate:
             check(model, store, "validation")
             calibration = calibrate_on(model, store, store.split("validation"))
-            quality.save(args.run, calibration)
+            save_calibration(args.run, calibration)
             print(f"predicted Dice: {calibration.describe()}")
             return 0
         result = evaluate(model, store, args.split, args.out, args.surfaces)

@@ -26,12 +26,12 @@ from experiments import flags
 from neuronet_jax import runtime
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.evaluation import quality
 from neuronet_jax.evaluation.metrics import mean_dice
 from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.results.pictures import label_picture
+from neuronet_jax.runs.calibration import save_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.restore import restore
@@ -124,7 +124,7 @@ def train(
 def calibrate(workdir: str, store: Store, subjects: Sequence[Any], watchdog: Watchdog) -> None:
     """Writes quality.json for the checkpoint that `restore` will choose. Without it the run is merely uncalibrated."""
     try:
-        quality.save(workdir, calibrate_on(restore(workdir), store, subjects, watchdog.progress))
+        save_calibration(workdir, calibrate_on(restore(workdir), store, subjects, watchdog.progress))
     except NeuronetError as error:
         log.warning("no quality.json: %s", error)
 

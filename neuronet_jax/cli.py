@@ -172,13 +172,13 @@ def _segment(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from neuronet_jax import runtime
-    from neuronet_jax.evaluation import quality
     from neuronet_jax.images import nifti
     from neuronet_jax.inference.segmentation import Options
     from neuronet_jax.results import bids, cohort, reports, tables
     from neuronet_jax.results import inputs as scans
     from neuronet_jax.results.resume import Records
     from neuronet_jax.results.write import prepare, write_cohort
+    from neuronet_jax.runs.calibration import load_calibration, uncalibrated
     from neuronet_jax.runs.restore import restore
     from neuronet_jax.runtime import keep_compiled
 
@@ -192,9 +192,9 @@ def _segment(args: argparse.Namespace) -> int:
     derived = ("malp_em_tissue",) if options.consistent_tissue else ()
     protocols = _choose(args.protocols, (*model.config.protocols, *derived))
     if len(args.run) == 1:
-        calibration = quality.load(args.run[0], model.provenance.get("step", 0))
+        calibration = load_calibration(args.run[0], model.provenance.get("step", 0))
     else:
-        calibration = quality.uncalibrated("an ensemble is another model than any of its runs")
+        calibration = uncalibrated("an ensemble is another model than any of its runs")
     provenance = {**model.provenance, **calibration.provenance(), **options.changed()}
     targets = bids.plan(found, args.out, protocols, options.posteriors)
     summary = "summary.tsv"
@@ -323,12 +323,12 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from neuronet_jax.evaluation import quality
     from neuronet_jax.export import export
+    from neuronet_jax.runs.calibration import load_calibration
     from neuronet_jax.runs.restore import restore
 
     model = restore(args.run)
-    calibration = quality.load(args.run, model.provenance.get("step", 0))
+    calibration = load_calibration(args.run, model.provenance.get("step", 0))
     export(model, args.out, args.shape, calibration)
     print(f"{args.out} holds the program, its weights and what they mean; sha256sum -c manifest.sha256 checks them")
     print(f"predicted Dice of `segment --run={args.out}`: {calibration.describe()}")

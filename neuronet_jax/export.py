@@ -36,10 +36,10 @@ from jax import export as jax_export
 from jaxtyping import Array, Bool, Float, Int
 
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.evaluation.quality import UNKNOWN, Calibration
 from neuronet_jax.inference.volume import BUCKET
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
+from neuronet_jax.runs.calibration import UNKNOWN, Calibration
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.release import Program, release, weight_name
 

@@ -9,13 +9,14 @@ import nibabel as nib
 import numpy as np
 
 from neuronet_jax.evaluation.metrics import DiceTable, dice_per_class
-from neuronet_jax.evaluation.quality import Calibration, Sample, calibrate, expected_dice
+from neuronet_jax.evaluation.quality import Sample, calibrate, expected_dice
 from neuronet_jax.evaluation.surfaces import SurfaceTable, surfaces_per_class
 from neuronet_jax.images.intensity import whiten
 from neuronet_jax.images.nifti import Volume
 from neuronet_jax.images.space import place
 from neuronet_jax.inference.segment import predict, segment_volume
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.runs.calibration import Calibration
 from neuronet_jax.runs.model import Model
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Subject

@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError, RejectError
-from neuronet_jax.evaluation.quality import UNKNOWN, Calibration
 from neuronet_jax.images import nifti
 from neuronet_jax.inference import cost
 from neuronet_jax.inference.segment import segment_volume
@@ -24,6 +23,7 @@ from neuronet_jax.results.bids import Target
 from neuronet_jax.results.resume import Records, identify
 from neuronet_jax.results.tables import Row
 from neuronet_jax.results.write import write_results
+from neuronet_jax.runs.calibration import UNKNOWN, Calibration
 from neuronet_jax.runs.model import Model
 
 Item = TypeVar("Item")

@@ -18,12 +18,13 @@ import numpy as np
 
 from neuronet_jax import __version__
 from neuronet_jax.evaluation.agreement import Agreement
-from neuronet_jax.evaluation.quality import Calibration, Quality
+from neuronet_jax.evaluation.quality import Quality
 from neuronet_jax.images.nifti import Volume
 from neuronet_jax.labels import PROTOCOLS, REGIONS
 from neuronet_jax.results.bids import Target
 from neuronet_jax.results.pictures import Planes, colors_of, votes_colors
 from neuronet_jax.results.tables import Row, Volumes
+from neuronet_jax.runs.calibration import Calibration
 
 if TYPE_CHECKING:
     import jinja2

@@ -26,6 +26,7 @@ from neuronet_jax.results.tables import (
     votes_table,
     write_text,
 )
+from neuronet_jax.runs.calibration import UNKNOWN, Calibration
 
 # What was done to an input that has the warning.
 REPAIRS = {
@@ -81,7 +82,7 @@ def write_results(
     result: Segmentation,
     overwrite: bool,
     provenance: dict[str, Any],
-    calibration: quality.Calibration = quality.UNKNOWN,
+    calibration: Calibration = UNKNOWN,
     report: bool = True,
 ) -> Row:
     """Writes one head's results, each file under its final name only when complete.
@@ -137,7 +138,7 @@ def write_cohort(
     out: Path,
     rows: Sequence[Row],
     provenance: dict[str, Any],
-    calibration: quality.Calibration = quality.UNKNOWN,
+    calibration: Calibration = UNKNOWN,
     report: bool = True,
 ) -> None:
     """OUT/volumes.tsv over all heads below `out`; with `report`, report.html, and each head of `rows` put among them.

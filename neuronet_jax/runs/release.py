@@ -2,7 +2,7 @@
 
     DIR/weights.safetensors    every parameter and moment by its path (`encoder/stem/kernel`), float32
         release.json           config, protocols and their label tables, voxel size, provenance, version, checksums
-        quality.json           calibration of predicted Dice, where the run had one (see `quality.py`)
+        quality.json           calibration of predicted Dice, where the run had one (see `calibration.py`)
         *.jax_export           programs, where they were exported (see `export.py`)
         manifest.sha256        checksum of every file above; `sha256sum -c` reads it
 
@@ -26,10 +26,10 @@ from safetensors.numpy import load, save
 from neuronet_jax import __version__
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.evaluation import quality
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
+from neuronet_jax.runs.calibration import QUALITY, UNKNOWN, Calibration, calibration_to_json
 from neuronet_jax.runs.checksums import MANIFEST
 from neuronet_jax.runs.model import Model
 
@@ -53,12 +53,12 @@ def release(
     model: Model,
     folder: str | os.PathLike[str],
     programs: Sequence[Program] = (),
-    calibration: quality.Calibration = quality.UNKNOWN,
+    calibration: Calibration = UNKNOWN,
 ) -> None:
     """Writes the model's weights and all that `restore` needs into `folder` (local or gs://).
 
-    `calibration` is what `quality.load` finds in the run. Raises NeuronetError where the folder holds a release already
-    or cannot be written.
+    `calibration` is that of the model's run (`load_calibration`). Raises NeuronetError where the folder already holds a
+    release or cannot be written.
     """
     files = Files(os.fspath(folder))
     if files.read(MANIFEST) is not None or files.read(RELEASE) is not None:
@@ -67,7 +67,7 @@ def release(
     weights = {weight_name(path): np.asarray(variable[...]) for path, variable in variables}
     contents = {WEIGHTS: save(weights), **{program.file: program.content for program in programs}}
     if calibration.heads:
-        contents[quality.FILE] = quality.to_json(calibration)
+        contents[QUALITY] = calibration_to_json(calibration)
     config = dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, store=""))  # a place of ours
     description = {
         "schema": SCHEMA,

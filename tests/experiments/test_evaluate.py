@@ -16,6 +16,7 @@ from neuronet_jax.errors import NeuronetError
 from neuronet_jax.evaluation import quality, scoring
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.readout import Readout
+from neuronet_jax.runs.calibration import QUALITY, load_calibration
 from neuronet_jax.runs.model import Model
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Record, Subject, sample_foreground
@@ -153,7 +154,7 @@ def test_calibrate_writes_what_the_validation_heads_say(model, store, tmp_path, 
     monkeypatch.setattr(Store, "split", lambda store, name: [store.subjects[0], store.subjects[2]])
     assert evaluate.main(command) == 0
     assert "calibrated on 2 validation heads, too few for a threshold" in capsys.readouterr().out
-    found = quality.load(str(tmp_path), 7)
+    found = load_calibration(str(tmp_path), 7)
     assert found is not None and found.heads == 2 and set(found.lines) == {"fsl_fast", "fsl_first"}
     # the only head with this reference: half of what is predicted is right, and a line fits that but for the prior
     line = found.lines["fsl_first"]
@@ -162,7 +163,7 @@ def test_calibrate_writes_what_the_validation_heads_say(model, store, tmp_path, 
     assert true[1] == pytest.approx(2 / 3) and true[2] == 0
     calibrated = quality._predict(line, expected)
     assert abs(calibrated[1] - true[1]) < abs(expected[1] - true[1])
-    assert "person" not in (tmp_path / quality.FILE).read_text()
+    assert "person" not in (tmp_path / QUALITY).read_text()
 
 
 def test_refusals_say_what_to_change(model, store, tmp_path):

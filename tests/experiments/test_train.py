@@ -17,8 +17,8 @@ import pytest
 from experiments import train
 from experiments.flags import load
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.evaluation import quality
 from neuronet_jax.inference.segment import segment
+from neuronet_jax.runs.calibration import load_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.training.mesh import make_mesh
@@ -112,7 +112,7 @@ def test_D03_sigterm_saves_and_the_run_goes_on(store: Path, tmp_path: Path) -> N
     labels = segment(model, np.random.default_rng(0).normal(100, 20, (20, 24, 17)).astype(np.float32))
     assert set(labels) == {"fsl_fast", "fsl_first"} and labels["fsl_first"].shape == (20, 24, 17)
     text = "".join(path.read_text(errors="ignore") for path in run.rglob("*") if path.is_file())
-    calibration = quality.load(str(run), model.provenance["step"])  # written at the end, for the checkpoint restored
+    calibration = load_calibration(str(run), model.provenance["step"])  # for the checkpoint that is restored
     assert calibration is not None and calibration.heads == 1 and calibration.threshold is None
     assert "subject0" not in text  # A41: no identifier of a participant in a run's folder
 

@@ -22,10 +22,10 @@ import neuronet_jax
 from experiments.flags import load
 from neuronet_jax import cli, export, restore, segment
 from neuronet_jax.errors import NeuronetError, RejectError
-from neuronet_jax.evaluation import quality
 from neuronet_jax.images import intensity
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
+from neuronet_jax.runs.calibration import Calibration, Line, Threshold, load_calibration, save_calibration
 from neuronet_jax.runs.model import Model
 
 SHAPE = (64, 96, 32)
@@ -199,13 +199,13 @@ def test_a_release_is_restored_like_a_run(folder, model, head, labels, tmp_path)
 
 
 def test_a_release_keeps_the_calibration_of_its_run(model, tmp_path, capsys):
-    line = quality.Line(1.0, (0.0,) * PROTOCOLS["fsl_fast"].num_classes, None)
-    calibration = quality.Calibration(7, 3, {"fsl_fast": line}, quality.Threshold(0.5, 0, 3, 0.63))
+    line = Line(1.0, (0.0,) * PROTOCOLS["fsl_fast"].num_classes, None)
+    calibration = Calibration(7, 3, {"fsl_fast": line}, Threshold(0.5, 0, 3, 0.63))
     neuronet_jax.release(model, tmp_path / "run")
-    quality.save(str(tmp_path / "run"), calibration)
+    save_calibration(str(tmp_path / "run"), calibration)
     assert cli.main(["export", f"--run={tmp_path / 'run'}", f"--out={tmp_path / 'release'}"]) == 0
     assert "calibrated on 3 validation heads; heads under 0.500 are flagged" in capsys.readouterr().out
-    assert quality.load(str(tmp_path / "release"), 7) == calibration
+    assert load_calibration(str(tmp_path / "release"), 7) == calibration
     content = (tmp_path / "release" / "quality.json").read_bytes()
     assert (
         f"{hashlib.sha256(content).hexdigest()}  quality.json" in (tmp_path / "release" / "manifest.sha256").read_text()

@@ -1,12 +1,10 @@
 """Predicted Dice: hand-derived values, what calibration must and must not do, and false alarms as promised."""
 
-import json
-
 import numpy as np
 import pytest
 from scipy import stats
 
-from neuronet_jax.errors import CodedWarning, NeuronetError
+from neuronet_jax.errors import NeuronetError
 from neuronet_jax.evaluation import quality
 from neuronet_jax.inference.segmentation import Confidence
 from neuronet_jax.labels import PROTOCOLS
@@ -127,32 +125,3 @@ def test_a_head_below_the_threshold_is_flagged(tmp_path):
     assert quality.assess({"malp_em": bad, "fsl_fast": tissue}, calibration).warnings == ()
     rows = quality.table(found)
     assert rows[0] == ["protocol", "index", "name", "entropy_nats", "predicted_dice"] and len(rows) == MALP_EM
-
-
-def test_the_file_round_trips_and_damage_is_said(tmp_path):
-    run = str(tmp_path)
-    assert quality.load(run, 3).describe() == "uncalibrated: the run has no quality.json"  # not said: it need not have
-    calibration = quality.calibrate(_samples(4), 3)
-    quality.save(run, calibration)
-    assert quality.load(run, 3) == calibration
-    with pytest.warns(
-        CodedWarning, match=rf"^W_UNCALIBRATED: .* of step 3, its weights .* 4: .* --run={run} --calibrate"
-    ):
-        stale = quality.load(run, 4)
-    assert stale.describe() == "uncalibrated: the run's quality.json is of step 3, its weights are of step 4"
-    path = tmp_path / quality.FILE
-    text = path.read_text()
-    for damaged, message in (
-        (text.replace('"heads": 4', '"heads": 9'), "checksum"),
-        (text[: len(text) // 2], "cannot be used"),
-        ("[]", "cannot be used"),
-        ("{}", "sha256"),
-    ):
-        path.write_text(damaged)
-        with pytest.warns(CodedWarning, match=message):
-            assert quality.load(run, 3).heads == 0
-    newer = json.loads(text) | {"schema_version": 2}
-    newer.pop("sha256")
-    path.write_text(json.dumps({**newer, "sha256": quality._digest(newer)}))
-    with pytest.warns(CodedWarning, match="schema version"):
-        assert quality.load(run, 3).heads == 0

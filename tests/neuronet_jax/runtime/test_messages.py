@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from neuronet_jax.evaluation import quality
+from neuronet_jax.runs.calibration import Calibration, Line, save_calibration
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -20,17 +20,17 @@ def test_warnings_and_log_messages_are_plain_lines():
     code = (
         "import logging, warnings\n"
         "logging.basicConfig()\n"  # as importing absl does, with level and logger in front
-        "from neuronet_jax import messages; runtime.plain()\n"
+        "from neuronet_jax import runtime; runtime.plain()\n"
         "warnings.warn('W_SOMETHING: a reason\\n  in two lines'); logging.getLogger('any').warning('take care')"
     )
     assert _said("-c", code) == ["warning: W_SOMETHING: a reason in two lines", "take care"]
 
 
 def test_a_stale_calibration_is_one_line_with_its_code(tiny_run, noisy_heads, tmp_path):
-    line = quality.Line(1.0, (0.0,) * 4, None)
+    line = Line(1.0, (0.0,) * 4, None)
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
-    quality.save(str(run), quality.Calibration(5, 3, {"fsl_fast": line}, None))
+    save_calibration(str(run), Calibration(5, 3, {"fsl_fast": line}, None))
     scan = str(noisy_heads / "head0.nii.gz")
     lines = _said("-m", "neuronet_jax", "segment", scan, f"--run={run}", f"--out={tmp_path / 'out'}")
     why = "the run's quality.json is of step 5, its weights are of step 1"
