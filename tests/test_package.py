@@ -60,3 +60,15 @@ def test_the_installed_command_answers(wheel, tmp_path):
     code = "import neuronet_jax.labels as l; print(l.__file__, l.PROTOCOLS['malp_em'].num_classes)"
     where, classes = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).split()
     assert Path(where).is_relative_to(site) and classes == "139"
+
+
+def test_importing_the_library_loads_nothing_heavy():
+    """JAX takes seconds to import; its users may only want `--help` or the label tables."""
+    code = """
+import sys, neuronet_jax
+assert {"segment", "restore", "Options"} <= set(dir(neuronet_jax))
+print(*sorted({name.partition('.')[0] for name in sys.modules} & {"jax", "numpy", "nibabel", "flax", "orbax"}))
+assert neuronet_jax.PROTOCOLS["malp_em"].num_classes == 139
+print("jax" in sys.modules)
+"""
+    assert _run(sys.executable, "-c", code, cwd=ROOT).splitlines() == ["", "False"]
