@@ -1,1 +1,1 @@
-"""Results: which inputs to segment, and the BIDS derivatives, tables and pages written for them."""
+"""Results: finding the input scans, and writing BIDS derivatives, tables and report pages."""

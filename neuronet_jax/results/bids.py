@@ -1,19 +1,19 @@
 """Label maps and tables as a BIDS derivative dataset (Brain Imaging Data Structure, "Derivatives: segmentations").
 
-    OUT/dataset_description.json               which program, weights and training data
+    OUT/dataset_description.json               program, weights and training data
     OUT/seg-fslfast_dseg.tsv                   look-up table of a protocol: index, name, color, mapping to BIDS' ids
-    OUT/seg-fslfast_lut.txt                    the same for viewers: index name R G B A, as FreeSurfer writes it
+    OUT/seg-fslfast_lut.txt                    the same for viewers: index name R G B A, in FreeSurfer's format
     OUT/sub-01/anat/sub-01_seg-fslfast_dseg.nii.gz, .json
-    OUT/sub-01/anat/sub-01_seg-fslfirst_label-LeftHippocampus_probseg.nii.gz, .json     where posteriors are wanted
+    OUT/sub-01/anat/sub-01_seg-fslfirst_label-LeftHippocampus_probseg.nii.gz, .json     posteriors, on request
     OUT/sub-01/anat/sub-01_volumes.tsv         voxels and mm³ of every structure of every protocol
-    OUT/sub-01/anat/sub-01_agreement.tsv       Dice between protocols on all that they share
-    OUT/sub-01/anat/sub-01_desc-agreement_dseg.nii.gz, .json    how many protocols agree on the tissue
+    OUT/sub-01/anat/sub-01_agreement.tsv       Dice between protocols, for every region that they share
+    OUT/sub-01/anat/sub-01_desc-agreement_dseg.nii.gz, .json    number of protocols that agree on the tissue
     OUT/sub-01/anat/sub-01_quality.tsv         entropy and predicted Dice of every structure
-    OUT/sub-01/anat/sub-01_report.html         all that with pictures, on one page
-    OUT/sub-01/anat/sub-01_provenance.json     what they come from, and that they are complete (see `records`)
-    OUT/volumes.tsv                            mm³: a row per head, a column per structure of each protocol
-    OUT/report.html                            the heads beside each other
-    OUT/summary.tsv                            one row per input; of a shard: summary_shard-3-of-8.tsv
+    OUT/sub-01/anat/sub-01_report.html         all of the above with pictures, on one page
+    OUT/sub-01/anat/sub-01_provenance.json     origin of the results, and whether they are complete (see `resume`)
+    OUT/volumes.tsv                            mm³: a row per scan, a column per structure of each protocol
+    OUT/report.html                            all scans on one page
+    OUT/summary.tsv                            one row per input; for a shard: summary_shard-3-of-8.tsv
 
 BIDS values are letters and digits only, so a protocol's label is its name without underscores: `seg-malpemtissue`.
 """
@@ -27,13 +27,13 @@ from neuronet_jax.errors import NeuronetError
 from neuronet_jax.results.inputs import Scan
 
 GENERATOR = "NeuroNet-JAX"
-_DROPPED = ("space", "hemi", "seg", "scale", "res", "den", "label", "desc")  # say what the input is, not whose
+_DROPPED = ("space", "hemi", "seg", "scale", "res", "den", "label", "desc")  # these describe the image, not the subject
 _ENTITY = re.compile(r"([a-z]+)-[A-Za-z0-9]+")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the results of one input go: `OUT/sub-01/ses-1/anat/sub-01_ses-1_…`."""
+    """The result files of one input: `OUT/sub-01/ses-1/anat/sub-01_ses-1_…`."""
 
     source: Path
     out: Path
@@ -49,7 +49,7 @@ class Target:
         return self.folder / f"{self.stem}_seg-{bids_label(protocol)}_dseg.nii.gz"
 
     def posterior(self, wanted: str) -> Path:
-        """Of "PROTOCOL:STRUCTURE"."""
+        """Returns the file of the posterior "PROTOCOL:STRUCTURE"."""
         protocol, _, structure = wanted.partition(":")
         label = re.sub("[^A-Za-z0-9]", "", structure)
         return self.folder / f"{self.stem}_seg-{bids_label(protocol)}_label-{label}_probseg.nii.gz"
@@ -82,14 +82,15 @@ def bids_label(protocol: str) -> str:
 
 
 def plan(scans: Sequence[Scan], out: Path, protocols: Sequence[str], posteriors: Sequence[str] = ()) -> list[Target]:
-    """Where every scan's results go. A BIDS name keeps its entities; any other gives sub-<its letters and digits>.
+    """Returns where each scan's results go. A BIDS name keeps its entities; any other becomes sub-<its letters and
+    digits>.
 
-    Raises NeuronetError, before anything is read or written, for two scans of one name, and for results that would
-    replace an input.
+    Raises NeuronetError, before anything is read or written, if two scans have one name or a result would replace an
+    input.
     """
     names = [_stem(scan.name) for scan in scans]
     stems = [
-        # T1.nii.gz in many subjects' folders: the folder tells them apart
+        # many subjects' folders may each hold a T1.nii.gz: the folder's name tells them apart
         _stem(f"{scan.path.absolute().parent.name}{scan.name}")
         if names.count(name) > 1 and name != _bids(scan.name)
         else name
@@ -100,13 +101,13 @@ def plan(scans: Sequence[Scan], out: Path, protocols: Sequence[str], posteriors:
     for (path, _), stem in zip(scans, stems, strict=True):
         if stem in targets:
             raise NeuronetError(
-                f"{targets[stem].source} and {path} would both be {stem}: run them with two --out folders, or name "
-                "them by the column `id` of a list"
+                f"{targets[stem].source} and {path} would both be named {stem}: use two --out folders, or name "
+                "them in the column `id` of a list"
             )
         target = targets[stem] = Target(path, out, stem)
         for result in target.results(protocols, posteriors):
             if result.resolve() in inputs:
-                raise NeuronetError(f"{result} is an input and would be overwritten: choose another --out folder")
+                raise NeuronetError(f"{result} is an input and would be overwritten: choose a different --out folder")
     return list(targets.values())
 
 
@@ -116,13 +117,13 @@ def _stem(name: str) -> str:
     letters = re.sub("[^A-Za-z0-9]", "", _bare(name))
     if not letters:
         raise NeuronetError(
-            f"E_ID: results are named by letters and digits (A-Z, a-z, 0-9), {name!r} has none: rename it"
+            f"E_ID: names of results use letters and digits (A-Z, a-z, 0-9), and {name!r} has none: rename it"
         )
     return f"sub-{letters}"
 
 
 def _bids(name: str) -> str:
-    """The entities of a BIDS file name that tell whose and which scan it is; empty for any other name."""
+    """Returns the entities of a BIDS file name that identify subject and scan, or an empty string for other names."""
     *entities, suffix = _bare(name).split("_")
     if not entities or not entities[0].startswith("sub-") or not suffix.isalnum():
         return ""

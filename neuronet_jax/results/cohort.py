@@ -1,4 +1,4 @@
-"""Many heads: a shard's part of them, several at work at once, and what became of each."""
+"""Segments many scans: a shard of them, several at a time, with the outcome of each."""
 
 import time
 import traceback
@@ -27,25 +27,26 @@ from neuronet_jax.runs.calibration import UNKNOWN, Calibration
 from neuronet_jax.runs.model import Model
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+Output = TypeVar("Output")
 _PLAIN: dict[str, Any] = {
     "markup": False,
     "highlight": False,
     "soft_wrap": True,
-}  # names of files are not rich's markup
+}  # file names must not be read as rich's markup
 
 
 def shard(targets: Sequence[Target], index: int, count: int) -> list[Target]:
-    """The `index`th of `count` parts, from 1. Together the parts are everything, no two overlap, sizes differ by one.
+    """Returns the `index`th of `count` parts, counted from 1. The parts cover everything, are disjoint and differ by
+    one.
 
-    By the sorted names of the results, so every machine of a job array cuts the same heads alike.
+    The split goes by the sorted names of the results, so that every machine of a job array makes the same one.
     """
     return sorted(targets, key=lambda target: target.stem)[index - 1 :: count]
 
 
 @dataclass
 class Cohort:
-    """How each head is segmented: by which model, with which options, of which files, and where this is recorded."""
+    """The model, options and records with which each scan is segmented."""
 
     model: Model
     protocols: Sequence[str]
@@ -53,12 +54,12 @@ class Cohort:
     limits: nifti.Limits
     records: Records
     calibration: Calibration = UNKNOWN  # of the run, for predicted Dice
-    report: bool = True  # a page for each head
-    elapsed_s: float = field(default=0.0, init=False)  # of the last `run`, and how long its network was at work
-    network_s: float = field(default=0.0, init=False)
+    report: bool = True  # write a page for each scan
+    elapsed_s: float = field(default=0.0, init=False)  # duration of the last `run`
+    network_s: float = field(default=0.0, init=False)  # the part of it in which the network was busy
 
     def segment(self, target: Target) -> Row:
-        """Reads one head, segments it and writes its results. Raises RejectError for a file that cannot be used."""
+        """Reads one scan, segments it and writes its results. Raises RejectError for a file that cannot be used."""
         volume = nifti.read_image(target.source, self.limits)
         source = identify(target.source)
         result = segment_volume(self.model, volume, self.protocols, self.options)
@@ -68,9 +69,9 @@ class Cohort:
         return row
 
     def run(self, targets: Sequence[Target], console: Console) -> Iterator[Row]:
-        """What became of each head, in order, as soon as it is known; progress and problems go to the console.
+        """Yields the outcome of each scan, in order, as soon as it is known. Progress and problems go to the console.
 
-        Whatever is wrong with one head, the others go on. Raises NeuronetError where results cannot be written.
+        A fault of one scan does not stop the others. Raises NeuronetError if results cannot be written.
         """
         if expected := self._expected(targets):
             console.print(expected, **_PLAIN)
@@ -94,42 +95,42 @@ class Cohort:
                 _report(row, console, f"[{number}/{len(targets)}]", left)
                 yield row
 
-    def timing(self, heads: int) -> str:
-        """How long the last `run` took, and which part of that the network was at work."""
-        share = f"the network was at work {self.network_s / self.elapsed_s:.0%} of the time"
-        each = f"{heads} heads in {duration(self.elapsed_s)}, " if heads > 1 else "one head: "
-        return f"{each}{duration(self.elapsed_s / heads)}{' each' if heads > 1 else ''}; {share}"
+    def timing(self, scans: int) -> str:
+        """Describes how long the last `run` took, and in which share of that time the network was busy."""
+        share = f"the network was busy {self.network_s / self.elapsed_s:.0%} of the time"
+        each = f"{scans} scans in {duration(self.elapsed_s)}, " if scans > 1 else "one scan: "
+        return f"{each}{duration(self.elapsed_s / scans)}{' each' if scans > 1 else ''}; {share}"
 
     def _expected(self, targets: Sequence[Target]) -> str:
-        """How long the first head will take, by its header; nothing where that cannot be read, or hardly counts."""
+        """Estimates how long the first scan will take, from its header. Returns "" if that is unknown or negligible."""
         passes = len(self.model.members) * self.options.passes
         try:
             header: Any = nib.load(targets[0].source).header  # type: ignore[attr-defined]
             shape, spacing_mm = header.get_data_shape()[:3], header.get_zooms()[:3]
             expected = cost.expected_s(shape, spacing_mm, self.model.voxel_size_mm, passes)
-        except Exception:  # reading the head will say what is wrong with it
+        except Exception:  # reading the scan will report the fault
             return ""
         if expected is None:
             return ""
         least, most = (duration(seconds) for seconds in expected)
-        return f"a head like the first takes about {least} to {most}, the first of its shape longer, to compile"
+        return f"a scan like the first takes about {least} to {most}, plus compilation once per shape"
 
 
 def _row(target: Target, future: "Future[Row]", console: Console) -> Row:
-    """What became of a head."""
+    """Returns the outcome of a scan."""
     error = future.exception()
     if error is None:
         return future.result()
     if not isinstance(error, Exception) or (isinstance(error, NeuronetError) and not isinstance(error, RejectError)):
-        raise error  # nothing can be written, or the program is to end
-    if not isinstance(error, RejectError):  # none of the known faults: the next head may still go well
+        raise error  # nothing can be written, or the program must end
+    if not isinstance(error, RejectError):  # an unforeseen fault: the next scan may still succeed
         console.print("".join(traceback.format_exception(error)), **_PLAIN)
         error = RejectError("E_INTERNAL", f"{type(error).__name__}: {error}; please report it")
     return Row(target.source.name, target.stem, "rejected", error.code, error.reason)
 
 
 def _report(row: Row, console: Console, number: str, left: str) -> None:
-    """A line for each head; beside a progress bar only for those with something to say."""
+    """Prints a line for each scan, or only for scans with problems if there is a progress bar."""
     if row.status == "rejected":
         text = f"{row.output} ({row.input}): rejected, {row.code}: {row.reason}"
     else:
@@ -142,18 +143,20 @@ def _report(row: Row, console: Console, number: str, left: str) -> None:
 
 
 def _workers() -> int:
-    """Heads at work at a time, each holding its volumes in memory; on the device they take turns."""
+    """Returns how many scans are processed at a time. Each holds its volumes in memory; the device serves one."""
     if jax.default_backend() == "cpu":
-        return 2  # one is read or written while the network has the other; more would share the same cores
-    return min(6, runtime.cores())  # what a head needs besides the network takes several times as long
+        return 2  # one is read or written while the network segments the other; more would compete for the cores
+    return min(6, runtime.cores())  # reading and writing take several times as long as the network
 
 
 def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int
-) -> "Generator[tuple[Item, Future[Result]], None, None]":
-    """Each item with its finished future, in order. `workers` are at work at a time, as many again may be finished."""
+    function: Callable[[Item], Output], items: Iterable[Item], workers: int
+) -> "Generator[tuple[Item, Future[Output]], None, None]":
+    """Yields each item with its finished future, in order. Up to `workers` run at a time; as many more may wait
+    finished.
+    """
     pool = ThreadPoolExecutor(workers)
-    begun: deque[tuple[Item, Future[Result]]] = deque()
+    begun: deque[tuple[Item, Future[Output]]] = deque()
     try:
         for item in items:
             begun.append((item, pool.submit(function, item)))
@@ -161,17 +164,17 @@ def in_order(
                 yield _wait(*begun.popleft())
         while begun:
             yield _wait(*begun.popleft())
-    finally:  # also where the caller stops: what has not begun never does
+    finally:  # if the caller stops, items that have not begun are dropped
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _wait(item: Item, future: "Future[Result]") -> "tuple[Item, Future[Result]]":
+def _wait(item: Item, future: "Future[Output]") -> "tuple[Item, Future[Output]]":
     future.exception()
     return item, future
 
 
 def duration(seconds: float) -> str:
-    """For people: 6.4 s, 42 s, 2 min 3 s, 1 h 5 min."""
+    """Formats a duration for people: 6.4 s, 42 s, 2 min 3 s, 1 h 5 min."""
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

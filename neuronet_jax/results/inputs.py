@@ -1,4 +1,4 @@
-"""Which scans a command line means: files, folders, BIDS datasets and lists."""
+"""Finds the scans that a command line names: files, folders, BIDS datasets and lists."""
 
 import csv
 import json
@@ -11,18 +11,21 @@ from typing import NamedTuple
 from neuronet_jax.errors import NeuronetError
 
 IMAGES = (".nii.gz", ".nii", ".mgz")
-_NOT_SCANS = ("derivatives", "sourcedata")  # of a BIDS dataset: results, and what was there before its conversion
+_NOT_SCANS = ("derivatives", "sourcedata")  # in a BIDS dataset: results, and the data before conversion
 
 
 class Scan(NamedTuple):
+    """An input file and the name of its results."""
+
     path: Path
-    name: str  # what its results are named after: its file name, or the id that a list gives it
+    name: str  # the results take this name: the file name, or the id from a list
 
 
 def find(inputs: Sequence[str]) -> list[Scan]:
-    """The scans that are meant, each once: files, folders, BIDS datasets and lists (`@FILE`), in the order given.
+    """Returns the scans of files, folders, BIDS datasets and lists (`@FILE`), each once, in the order given.
 
-    A file need not exist: it is one bad input among others. Raises NeuronetError for a folder or list without scans.
+    A file need not exist; a missing one is rejected later like any other bad input. Raises NeuronetError for a folder
+    or list without scans.
     """
     found: dict[str, Scan] = {}
     for text in inputs:
@@ -39,9 +42,9 @@ def find(inputs: Sequence[str]) -> list[Scan]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """The T1w images of a BIDS dataset or of a part of one; of any other folder also the images directly in it.
+    """Returns the T1w images of a BIDS dataset or a part of one. In any other folder, images directly in it count too.
 
-    Of those, BIDS names of other kinds (`sub-01_T2w.nii.gz`) count only where there is nothing else.
+    Of those, images with other BIDS suffixes (`sub-01_T2w.nii.gz`) count only if there is nothing else.
     """
     is_bids = _is_raw_bids(folder)
     scans = []
@@ -55,14 +58,16 @@ def _in_folder(folder: Path) -> list[Path]:
     scans = sorted({path for path in scans if not path.name.startswith(".")})
     if not scans:
         raise NeuronetError(
-            f"{folder} holds no *_T1w.nii.gz at any depth, and no .nii.gz, .nii or .mgz itself: name the files, such "
-            f"as {folder}/*/T1.nii.gz (DICOM files: convert them with dcm2niix)"
+            f"{folder} has no *_T1w.nii.gz at any depth, and no .nii.gz, .nii or .mgz directly in it: name the files, "
+            f"such as {folder}/*/T1.nii.gz (convert DICOM files with dcm2niix)"
         )
     return scans
 
 
 def _is_raw_bids(folder: Path) -> bool:
-    """Whether this is the root of a raw BIDS dataset. Raises NeuronetError for one of another type."""
+    """Tells whether `folder` is the root of a raw BIDS dataset. Raises NeuronetError for a BIDS dataset of a different
+    type.
+    """
     description = folder / "dataset_description.json"
     if not description.exists():
         return False
@@ -71,23 +76,26 @@ def _is_raw_bids(folder: Path) -> bool:
     except (OSError, ValueError, AttributeError) as error:
         raise NeuronetError(f"{description} cannot be read: {error}") from error
     if kind != "raw":
-        raise NeuronetError(f"{folder} is a BIDS dataset of the type {kind!r}: give the raw one, or name its images")
+        raise NeuronetError(f"{folder} is a BIDS dataset of type {kind!r}: give the raw dataset, or name the images")
     return True
 
 
 def _listed(path: Path) -> list[Scan]:
-    """One path per line, or a table (.csv, .tsv) with the column `t1` and, to name the results by, `id`.
+    """Reads a list: one path per line, or a table (.csv, .tsv) with the column `t1` and, optionally, `id` for result
+    names.
 
-    Paths are absolute or relative to the list, as in the manifest of `data_prep.build`, which is such a table.
+    Paths are absolute or relative to the list. The manifest of `data_prep.build` is such a table.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # without the mark that spreadsheets put at the start
+        text = path.read_text(encoding="utf-8-sig")  # -sig drops the byte order mark that spreadsheets add
     except (OSError, ValueError) as error:
         raise NeuronetError(f"the list {path} cannot be read: {error}") from error
     if path.suffix in (".csv", ".tsv"):
         table = csv.DictReader(text.splitlines(), delimiter="," if path.suffix == ".csv" else "\t")
         if "t1" not in (table.fieldnames or []):
-            raise NeuronetError(f"{path} has the columns {table.fieldnames}, but no 't1': name the column of the scans")
+            raise NeuronetError(
+                f"{path} has the columns {table.fieldnames}, but no 't1': give the scans' column that name"
+            )
         rows = [((row["t1"] or "").strip(), (row.get("id") or "").strip()) for row in table]
     else:
         rows = [(line.strip(), "") for line in text.splitlines() if not line.startswith("#")]
@@ -98,8 +106,8 @@ def _listed(path: Path) -> list[Scan]:
 
 
 def _name(identity: str) -> str:
-    """As BIDS would name the scan of a subject; empty without an id."""
+    """Returns the BIDS name of a subject's scan, or an empty string without an id."""
     label = identity.removeprefix("sub-")
     if identity and not re.fullmatch("[A-Za-z0-9]+", label):
-        raise NeuronetError(f"E_ID: an id is letters and digits (A-Z, a-z, 0-9), got {identity!r}")
+        raise NeuronetError(f"E_ID: an id must consist of letters and digits (A-Z, a-z, 0-9), got {identity!r}")
     return f"sub-{label}_T1w.nii.gz" if identity else ""

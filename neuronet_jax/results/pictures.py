@@ -1,4 +1,4 @@
-"""Pictures of heads with their label maps, for evaluations, reports and the README."""
+"""Pictures of scans with their label maps, for evaluations, reports and the README."""
 
 import io
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ from neuronet_jax.images.space import reorient, spacing_mm
 from neuronet_jax.labels import PROTOCOLS, Protocol
 
 _DPI = 100
-_PANEL_INCHES = 2.2  # a 1 mm head at about its own resolution
-_PIXEL_MM = 1.0  # of the planes in reports: three of them are about as wide as a page
+_PANEL_INCHES = 2.2  # shows a 1 mm scan at about its own resolution
+_PIXEL_MM = 1.0  # of the slices in reports: three of them are about as wide as a page
 _OPACITY = 0.6  # of labels over the image: the anatomy stays visible
 
 
-class Planes:
-    """Axial, coronal and sagittal planes through the middle of one head, to draw label maps on.
+class Slices:
+    """Axial, coronal and sagittal slices through the middle of the labelled voxels, as a background for label maps.
 
-    Anterior or superior is up and the subject's left is on the left, whatever the file's orientation; an oblique scan
+    Anterior or superior is up and the subject's left is on the left, whatever the file's orientation. An oblique scan
     is shown along its own axes. Pixels are 1 mm.
     """
 
     def __init__(self, volume: Volume, labelled: np.ndarray):
-        """`labelled` bool [x y z], in file order: what to show the middle of; the image's middle where it is empty."""
+        """Cuts slices at the middle of `labelled` (bool [x y z], file order), or of the image if that is empty."""
         self._affine = volume.affine
         image, affine = reorient(volume.data, volume.affine)
         inside, _ = reorient(labelled, volume.affine)
@@ -39,10 +39,13 @@ class Planes:
         ]
         self._grey = [_grey(self._cut(image, axis)) for axis in (2, 1, 0)]
 
-    def png(self, labels: np.ndarray | None = None, colors: np.ndarray | None = None, planes: int = 3) -> bytes:
-        """A PNG of the first planes side by side, `labels` [x y z] (file order) over them in `colors` [label 3]."""
+    def png(self, labels: np.ndarray | None = None, colors: np.ndarray | None = None, count: int = 3) -> bytes:
+        """Returns a PNG of the first `count` slices side by side, under `labels` [x y z] in `colors` [label 3].
+
+        `labels` are in file order.
+        """
         panels = []
-        for axis, grey in list(zip((2, 1, 0), self._grey, strict=True))[:planes]:
+        for axis, grey in list(zip((2, 1, 0), self._grey, strict=True))[:count]:
             panel = grey * 255
             if labels is not None and colors is not None:
                 found = self._cut(reorient(labels, self._affine)[0], axis)
@@ -52,7 +55,7 @@ class Planes:
         return png(np.concatenate([_centred(panel, height) for panel in panels], axis=1))
 
     def _cut(self, array: np.ndarray, axis: int) -> np.ndarray:
-        """[h w] of the plane across `axis`, with square pixels: the nearest voxel of each."""
+        """Returns the slice across `axis` as [h w] with square pixels, each the nearest voxel."""
         rest = [other for other in range(3) if other != axis]
         view = np.take(array, self._middle[axis], axis)
         for number, other in enumerate(rest):
@@ -63,14 +66,17 @@ class Planes:
 
 
 def colors_of(protocol: Protocol) -> np.ndarray:
-    """float64 [id 3]: sRGB of every id that the tool writes."""
+    """Returns the sRGB colour of every id that the tool writes, float64 [id 3]."""
     colors = np.zeros((256, 3))
     colors[protocol.ids] = [structure.color for structure in protocol.structures]
     return colors
 
 
 def votes_colors(voters: int) -> list[tuple[int, int, int]]:
-    """sRGB of 0 to `voters` votes: all blue, all but one amber, fewer red (told apart with colour-blind eyes too)."""
+    """Returns sRGB colours for 0 to `voters` votes, told apart by colour-blind eyes too.
+
+    All votes are blue, all but one amber, fewer red.
+    """
     return [(0, 0, 0)] + [
         (69, 117, 180) if votes == voters else (253, 184, 99) if votes == voters - 1 else (215, 48, 39)
         for votes in range(1, voters + 1)
@@ -78,7 +84,7 @@ def votes_colors(voters: int) -> list[tuple[int, int, int]]:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """The PNG of sRGB values [h w 3] from 0 to 255."""
+    """Returns the PNG of sRGB values [h w 3] from 0 to 255."""
     from matplotlib.image import imsave
 
     stream = io.BytesIO()
@@ -87,7 +93,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def _along(mask: np.ndarray, axis: int) -> np.ndarray:
-    """How many voxels of each plane across `axis` are set."""
+    """Counts the voxels of `mask` that are set in each plane across `axis`."""
     return mask.sum(axis=tuple(other for other in range(3) if other != axis))
 
 
@@ -99,7 +105,7 @@ def _centred(panel: np.ndarray, height: int) -> np.ndarray:
 def save_comparison(
     path: Path, image: np.ndarray, reference: np.ndarray, predicted: np.ndarray, protocol: Protocol
 ) -> None:
-    """Three orthogonal middle slices of image, reference and prediction as PNG.
+    """Saves three orthogonal middle slices of image, reference and prediction as PNG.
 
     `image` [x y z] holds intensities, the others class indices, all in RAS+ order.
     """
@@ -115,9 +121,10 @@ def save_comparison(
 
 
 def save_strip(path: Path, image: np.ndarray, maps: Mapping[str, np.ndarray], titles: Mapping[str, str]) -> None:
-    """One head and its label maps side by side, axial above coronal, as PNG.
+    """Saves one scan and its label maps side by side as PNG, axial above coronal.
 
-    `image` [x y z] holds intensities, `maps` class indices per protocol, in RAS+ order; `titles` go below the tools.
+    `image` [x y z] holds intensities, `maps` class indices per protocol, in RAS+ order. `titles` go below the tools'
+    names.
     """
     columns = len(maps) + 1
     labelled = np.argwhere(np.any(list(maps.values()), axis=0))
@@ -141,7 +148,7 @@ def save_strip(path: Path, image: np.ndarray, maps: Mapping[str, np.ndarray], ti
 
 
 def save_curves(path: Path | IO[bytes], metrics: Mapping[str, list[tuple[int, float]]]) -> None:
-    """Curves over training steps, one panel per metric, as PNG."""
+    """Saves curves over training steps as PNG, one panel per metric."""
     figure = Figure(figsize=(4 * len(metrics), 2.6), dpi=_DPI, layout="constrained")
     for axes, (name, points) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics.items(), strict=True):
         axes.plot(*zip(*points, strict=True), marker="." if len(points) < 20 else "")
@@ -156,10 +163,11 @@ def label_picture(
     reference: UInt8[np.ndarray, "x y z"],
     protocol: Protocol,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The middle axial, coronal and sagittal slices: image, `labels` over it, `reference` over it, side by side.
+    """Returns the middle axial, coronal and sagittal slices: image, `labels` over it, `reference` over it, side by
+    side.
 
-    Arrays are in RAS+ order and hold intensities and class indices of `protocol`. Anterior or superior is up, the
-    subject's left is on the left. Raises NeuronetError where the shapes differ.
+    Arrays are in RAS+ order and hold intensities and class indices of `protocol`. Anterior or superior is up, and the
+    subject's left is on the left. Raises NeuronetError if the shapes differ.
     """
     if not image.shape == labels.shape == reference.shape:
         raise NeuronetError(
@@ -183,6 +191,6 @@ def label_picture(
 
 
 def _grey(view: np.ndarray) -> np.ndarray:
-    """[h w 3] within 0 and 1."""
+    """Returns [h w 3] within 0 and 1."""
     low, high = np.percentile(view, (1, 99))
     return np.clip((view - low) / max(high - low, 1e-6), 0, 1)[..., None] * np.ones(3)

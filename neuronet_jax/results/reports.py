@@ -1,7 +1,7 @@
-"""Pages for people: one for each head, one for a cohort, each a single file that holds everything it shows.
+"""HTML report pages: one for each scan and one for the cohort, each a single self-contained file.
 
-A head's page is written with its results; where the head lies among the others is known only at the end of a cohort,
-and is then put between two markers of the page.
+A scan's page is written with its results. Its comparison with the other scans is known only at the end of a cohort, and
+is then inserted between two markers of the page.
 """
 
 import base64
@@ -22,7 +22,7 @@ from neuronet_jax.evaluation.quality import Quality
 from neuronet_jax.images.nifti import Volume
 from neuronet_jax.labels import PROTOCOLS, REGIONS
 from neuronet_jax.results.bids import Target
-from neuronet_jax.results.pictures import Planes, colors_of, votes_colors
+from neuronet_jax.results.pictures import Slices, colors_of, votes_colors
 from neuronet_jax.results.tables import Row, Volumes
 from neuronet_jax.runs.calibration import Calibration
 
@@ -31,28 +31,28 @@ if TYPE_CHECKING:
 
 WARNINGS = {
     "W_AGREEMENT": "The two MALP-EM outputs contradict each other: the network is unsure what it sees.",
-    "W_BRAIN_VOLUME": "The labelled volume is no adult's brain: look whether it is whole and nothing else is labelled.",
+    "W_BRAIN_VOLUME": "The labelled volume fits no adult brain: check that it is whole and that nothing else is there.",
     "W_CONTRAST": "This does not look T1-weighted: brightness should rise from CSF over grey to white matter.",
     "W_CUT": "The brain ends at the border of the image: volumes of structures there are too small.",
     "W_INTENSITY": "Stray bright voxels were clipped, or many voxels are negative.",
-    "W_LR_UNSAFE": "The file does not say where left is: left and right are a guess.",
-    "W_NAN": "Some voxels were not numbers, and were taken as background.",
+    "W_LR_UNSAFE": "The file states no orientation: left and right are a guess.",
+    "W_NAN": "Some voxels were NaN or infinite and were set to 0.",
     "W_NDIM": "The file has a fourth dimension of length one, which was dropped.",
-    "W_NO_BRAIN": "There is no brain to be seen, or nothing in the shares of a brain.",
-    "W_OBLIQUE": "The scan is tilted or sheared by more than heads usually are.",
-    "W_QUALITY": "The predicted Dice is below the threshold of the run's validation heads.",
-    "W_XFORM": "The file's sform and qform differ; the sform was taken.",
+    "W_NO_BRAIN": "No brain is visible, or the share of grey matter does not fit a brain.",
+    "W_OBLIQUE": "The scan is tilted or sheared more than usual.",
+    "W_QUALITY": "The predicted Dice is below the threshold from the run's validation subjects.",
+    "W_XFORM": "The file's sform and qform differ; the sform was used.",
 }
 FAR = 3.5  # robust deviations of an outlier (Iglewicz and Hoaglin, "How to detect and handle outliers", 1993)
-LEAST_FOR_OUTLIERS = 10  # heads: with fewer, the median absolute deviation is hardly known
-MOST_OUTLIERS, MOST_THUMBNAILS, LOWEST = 40, 200, 5  # what a person looks through; 200 pictures are 5 MB
-_BEGIN, _END = "<!-- among others -->", "<!-- /among others -->"  # of head.html; no other text can contain them
+LEAST_FOR_OUTLIERS = 10  # scans: with fewer, the median absolute deviation is hardly known
+MOST_OUTLIERS, MOST_THUMBNAILS, LOWEST = 40, 200, 5  # as many as a person looks through; 200 pictures are 5 MB
+_BEGIN, _END = "<!-- among others -->", "<!-- /among others -->"  # in scan.html; no other text can contain them
 _KEY = 8  # classes whose colours a caption can explain
 
 
 @dataclass(frozen=True)
-class Head:
-    """What a head's page shows."""
+class ScanPage:
+    """The contents of one scan's page."""
 
     name: str
     volume: Volume
@@ -65,7 +65,7 @@ class Head:
 
 @cache
 def environment() -> "jinja2.Environment":
-    """Templates with `base.html`, which escape whatever they are given."""
+    """Returns the template environment, which escapes every inserted value."""
     import jinja2
 
     found = jinja2.Environment(
@@ -79,58 +79,58 @@ def environment() -> "jinja2.Environment":
 
 
 def embed(png: bytes) -> str:
-    """A picture as the address of itself."""
+    """Returns a picture as a data URL."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def head_page(head: Head) -> str:
-    """The page of one head."""
-    voxel_mm3 = abs(float(np.linalg.det(head.volume.affine[:3, :3])))
+def render_scan(page: ScanPage) -> str:
+    """Returns the page of one scan as HTML."""
+    voxel_mm3 = abs(float(np.linalg.det(page.volume.affine[:3, :3])))
     mm3 = {
         name: np.sum([np.bincount(plane.ravel(), minlength=256) for plane in ids], axis=0) * voxel_mm3
-        for name, ids in head.maps.items()
+        for name, ids in page.maps.items()
     }
-    planes = Planes(head.volume, np.any([ids > 0 for ids in head.maps.values()], axis=0))
-    first = next(iter(head.maps))
-    return environment().get_template("head.html").render(
-        head=head.name,
-        note=head.provenance.get("note", ""),
-        warnings=[(code, WARNINGS.get(code, "")) for code in head.warnings],
-        score=head.quality.score,
-        calibration=head.quality.calibration,
-        unanimous=head.agreement.unanimous(),
-        consistency=head.agreement.consistency,
+    slices = Slices(page.volume, np.any([ids > 0 for ids in page.maps.values()], axis=0))
+    first = next(iter(page.maps))
+    return environment().get_template("scan.html").render(
+        scan=page.name,
+        note=page.provenance.get("note", ""),
+        warnings=[(code, WARNINGS.get(code, "")) for code in page.warnings],
+        score=page.quality.score,
+        calibration=page.quality.calibration,
+        unanimous=page.agreement.unanimous(),
+        consistency=page.agreement.consistency,
         brain_mm3=max(float(volumes[1:].sum()) for volumes in mm3.values()),
-        pictures=_pictures(planes, head),
-        thumbnail=embed(planes.png(head.maps[first], colors_of(PROTOCOLS[first]), planes=1)),
-        protocols=list(head.maps),
-        regions=_regions(head, mm3),
-        everything=[_everything(name, head.quality, volumes) for name, volumes in mm3.items()],
-        provenance=_facts(head.provenance),
+        pictures=_pictures(slices, page),
+        thumbnail=embed(slices.png(page.maps[first], colors_of(PROTOCOLS[first]), count=1)),
+        protocols=list(page.maps),
+        regions=_regions(page, mm3),
+        everything=[_everything(name, page.quality, volumes) for name, volumes in mm3.items()],
+        provenance=_facts(page.provenance),
     )  # fmt: skip
 
 
-def place_among(page: str, head: str, volumes: Volumes) -> str:
-    """The page with where the head lies among `volumes`, in place of what stood there."""
-    number = volumes.heads.index(head)
+def place_among(page: str, scan: str, volumes: Volumes) -> str:
+    """Returns the page of `scan` with its comparison with `volumes`, in place of an earlier one."""
+    number = volumes.scans.index(scan)
     rows = []
     for name, protocol, values in _shared(volumes):
         others = values[~np.isnan(values)]
         if not math.isnan(values[number]) and len(others) > 1:
             rows.append(_place(name, protocol, values[number], others))
-    text = environment().get_template("among.html").render(heads=len(volumes.heads), rows=rows)
+    text = environment().get_template("among.html").render(scans=len(volumes.scans), rows=rows)
     before, _, rest = page.partition(_BEGIN)
     _, _, after = rest.partition(_END)
     return f"{before}{_BEGIN}\n{text}\n{_END}{after}"
 
 
 def thumbnail(page: str) -> str:
-    """The small picture of a head's page, as an address."""
+    """Returns the small picture of a scan's page, as a data URL."""
     found = re.search(r'<img id="thumbnail" alt="" hidden src="(data:image/png;base64,[A-Za-z0-9+/=]*)">', page)
     return found[1] if found else ""
 
 
-def cohort_page(
+def render_cohort(
     rows: Sequence[Row],
     volumes: Volumes,
     agreements: Mapping[str, Sequence[Mapping[str, str]]],
@@ -138,9 +138,9 @@ def cohort_page(
     calibration: Calibration,
     provenance: Mapping[str, Any],
 ) -> str:
-    """The page of the heads of one command (`rows`), and of the volumes of all heads of its folder.
+    """Returns a page with the scans of one command (`rows`) and the volumes of all scans in its folder, as HTML.
 
-    `agreements` has the rows of each head's agreement table, `thumbnails` an address of each head's small picture.
+    `agreements` has the rows of each scan's agreement table, `thumbnails` a data URL of each scan's small picture.
     """
     shown = [
         {**vars(row), "remarks": row.warnings.replace("n/a", "").replace(",", ", "),
@@ -158,9 +158,9 @@ def cohort_page(
         lowest=[row.output for row in scored[:LOWEST]] if len(scored) > LOWEST else [],
         thumbnails=pictures[:MOST_THUMBNAILS],
         hidden=max(0, len(pictures) - MOST_THUMBNAILS),
-        heads=len(volumes.heads),
+        scans=len(volumes.scans),
         agreement=_agreement(agreements),
-        distribution=[_distribution(*shared) for shared in _shared(volumes)] if len(volumes.heads) > 1 else [],
+        distribution=[_distribution(*shared) for shared in _shared(volumes)] if len(volumes.scans) > 1 else [],
         outliers=_outliers(volumes),
         far=FAR,
         provenance=_facts(provenance),
@@ -168,13 +168,13 @@ def cohort_page(
 
 
 def explained(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
-    """Every warning of the heads, what it means, and how many of them have it."""
+    """Returns every warning code in `rows`, its meaning and the number of scans that have it."""
     counts = Counter(code for row in rows for code in row.warnings.split(",") if code != "n/a")
     return [(code, WARNINGS.get(code, ""), count) for code, count in sorted(counts.items())]
 
 
 def _facts(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the labels come from, the members of an ensemble side by side; the note is at the top."""
+    """Returns the origin of the labels, with the members of an ensemble side by side. The note has its own place."""
     members = provenance.get("ensemble", [provenance])
     shared = {name: value for name, value in provenance.items() if name not in ("note", "ensemble")}
     if len(members) == 1:
@@ -183,25 +183,25 @@ def _facts(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return shared | {name: ", ".join(str(member.get(name, "n/a")) for member in members) for name in names}
 
 
-def _pictures(planes: Planes, head: Head) -> list[dict[str, Any]]:
-    pictures = [{"title": "T1", "source": embed(planes.png()), "key": []}]
-    for name, ids in head.maps.items():
+def _pictures(slices: Slices, page: ScanPage) -> list[dict[str, Any]]:
+    pictures = [{"title": "T1", "source": embed(slices.png()), "key": []}]
+    for name, ids in page.maps.items():
         protocol = PROTOCOLS[name]
         few = protocol.structures[1:] if protocol.num_classes <= _KEY else ()
         pictures.append(
             {
                 "title": f"{protocol.tool} ({name})",
-                "source": embed(planes.png(ids, colors_of(protocol))),
+                "source": embed(slices.png(ids, colors_of(protocol))),
                 "key": [(s.name, _css(s.color)) for s in few],
             }
         )
-    if head.agreement.votes is not None:
-        voters = len(head.agreement.voters)
+    if page.agreement.votes is not None:
+        voters = len(page.agreement.voters)
         colors = votes_colors(voters)
         pictures.append(
             {
                 "title": "Agreement on tissue",
-                "source": embed(planes.png(head.agreement.votes, np.array(colors, np.float64))),
+                "source": embed(slices.png(page.agreement.votes, np.array(colors, np.float64))),
                 "key": [
                     (f"{votes} of {voters}", _css(colors[votes])) for votes in range(voters, 0, -1) if votes > 1
                 ],
@@ -210,13 +210,13 @@ def _pictures(planes: Planes, head: Head) -> list[dict[str, Any]]:
     return pictures
 
 
-def _regions(head: Head, mm3: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Of everything that more than one protocol has: volumes by protocol, and the mean Dice of the pairs."""
+def _regions(page: ScanPage, mm3: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Returns the volumes by protocol, and the mean Dice of the pairs, of each region that several protocols label."""
     rows = []
     for region in REGIONS:
         if len(region.ids.keys() & mm3.keys()) == 0:
             continue
-        pairs = [p.dice for p in head.agreement.pairs if (p.kind, p.region) == (region.kind, region.name)]
+        pairs = [p.dice for p in page.agreement.pairs if (p.kind, p.region) == (region.kind, region.name)]
         pairs = [dice for dice in pairs if not math.isnan(dice)]
         volumes = [float(mm3[name][list(region.ids[name])].sum()) if name in region.ids else math.nan for name in mm3]
         rows.append({"name": region.name, "volumes": volumes, "dice": float(np.mean(pairs)) if pairs else math.nan})
@@ -237,23 +237,23 @@ def _everything(name: str, quality: Quality, mm3: np.ndarray) -> dict[str, Any]:
 
 
 def _agreement(agreements: Mapping[str, Sequence[Mapping[str, str]]]) -> list[dict[str, Any]]:
-    """Mean and lowest Dice of every region and pair of protocols over the heads to which it applies."""
+    """Returns the mean and lowest Dice of every region and pair of protocols, over the scans to which it applies."""
     found: dict[tuple[str, ...], list[tuple[float, str]]] = defaultdict(list)
-    for head, rows in agreements.items():
+    for scan, rows in agreements.items():
         for row in rows:
             if row["kind"] != "merge" and row["dice"] != "n/a":
-                found[row["region"], row["first"], row["second"]].append((float(row["dice"]), head))
+                found[row["region"], row["first"], row["second"]].append((float(row["dice"]), scan))
     return [
         {
-            "region": region, "first": first, "second": second, "heads": len(values),
-            "mean": float(np.mean([dice for dice, _ in values])), "lowest": min(values)[0], "head": min(values)[1],
+            "region": region, "first": first, "second": second, "scans": len(values),
+            "mean": float(np.mean([dice for dice, _ in values])), "lowest": min(values)[0], "scan": min(values)[1],
         }
         for (region, first, second), values in found.items()
     ]  # fmt: skip
 
 
 def _shared(volumes: Volumes) -> list[tuple[str, str, np.ndarray]]:
-    """Name, protocol and mm³ [head] of everything that several protocols have, where any head has it."""
+    """Returns name, protocol and mm³ [scan] of every region that several protocols label and any scan has."""
     found = [(r.name, name, volumes.of(name, ids)) for r in REGIONS for name, ids in r.ids.items()]
     return [(name, protocol, values) for name, protocol, values in found if not np.isnan(values).all()]
 
@@ -275,7 +275,7 @@ def _place(name: str, protocol: str, value: float, values: np.ndarray) -> dict[s
 def _distribution(name: str, protocol: str, values: np.ndarray) -> dict[str, Any]:
     values = values[~np.isnan(values)]
     least, most = float(values.min()), float(values.max())
-    dots = sorted({_x(float(value), least, most, 220) for value in values})  # heads of one pixel are one dot
+    dots = sorted({_x(float(value), least, most, 220) for value in values})  # scans that share a pixel share a dot
     return {
         "name": name, "protocol": protocol, "least": least, "most": most, "median": float(np.median(values)),
         "dots": dots,
@@ -284,26 +284,26 @@ def _distribution(name: str, protocol: str, values: np.ndarray) -> dict[str, Any
 
 def _outliers(volumes: Volumes) -> list[dict[str, Any]]:
     rows = []
-    if len(volumes.heads) >= LEAST_FOR_OUTLIERS:
+    if len(volumes.scans) >= LEAST_FOR_OUTLIERS:
         for column, values in zip(volumes.columns, volumes.values.T, strict=True):
             protocol, _, name = column.partition(".")
             known = values[~np.isnan(values)]
-            for head, value in zip(volumes.heads, values, strict=True):
+            for scan, value in zip(volumes.scans, values, strict=True):
                 if not math.isnan(value) and abs(z := _deviations(known, value)) > FAR:
-                    rows.append({"head": head, "name": name, "protocol": protocol, "value": value, "z": z,
+                    rows.append({"scan": scan, "name": name, "protocol": protocol, "value": value, "z": z,
                                  "median": float(np.median(known))})  # fmt: skip
     return sorted(rows, key=lambda row: -abs(row["z"]))[:MOST_OUTLIERS]
 
 
 def _deviations(values: np.ndarray, value: float) -> float:
-    """How many robust standard deviations `value` is above the median; 0 where the values have no spread."""
+    """Returns how many robust standard deviations `value` is above the median, or 0 if the values have no spread."""
     median = np.median(values)
     spread = 1.4826 * np.median(np.abs(values - median))  # equals the standard deviation of a normal distribution
     return float((value - median) / spread) if spread > 0 else 0.0
 
 
 def _x(value: float, least: float, most: float, width: int) -> float:
-    """Where a value lies on a drawn line, in pixels."""
+    """Returns the position of a value on a drawn line, in pixels."""
     share = (value - least) / (most - least) if most > least else 0.5
     return round(6 + share * (width - 12), 1)
 

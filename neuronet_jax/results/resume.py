@@ -1,7 +1,7 @@
-"""Which heads have their results already: what a command given again, whatever ended the first, need not do again.
+"""Finds scans that are already segmented, so that a command run again skips them.
 
-Every head leaves a record beside its results, OUT/sub-01/anat/sub-01_provenance.json: which model, options and input
-they come from, and what was written. It is begun before the first result and completed after the last one.
+Every scan has a record beside its results, OUT/sub-01/anat/sub-01_provenance.json: the model, options and input that
+they come from, and the files written. The record is begun before the first result and completed after the last.
 """
 
 import contextlib
@@ -19,23 +19,23 @@ from neuronet_jax.results.bids import GENERATOR, Target
 from neuronet_jax.results.tables import Row
 
 PROGRAM = f"{GENERATOR} {__version__}"
-CALIBRATION = {"calibration_sha256": None}  # what of the provenance changes nothing but predicted Dice
-LISTED = 3  # heads that an error names: enough to see what is the matter
+CALIBRATION = {"calibration_sha256": None}  # the part of the provenance that affects predicted Dice only
+LISTED = 3  # scans that an error lists: enough to see the problem
 
 
 @dataclass(frozen=True)
 class Records:
-    """What says of each head whether its results are complete, and what they come from."""
+    """The records of all scans: whether results are complete, and where they come from."""
 
-    provenance: dict[str, Any]  # what results depend on beside the input: model and options, as JSON
+    provenance: dict[str, Any]  # model and options, as JSON: with the input, they determine the results
     protocols: Sequence[str]
     posteriors: Sequence[str] = ()
 
     def unfinished(self, targets: Sequence[Target], overwrite: bool) -> tuple[list[Target], dict[str, Row]]:
-        """The heads still to do, and by stem the rows of those that are complete.
+        """Returns the scans still to do and, by stem, the rows of those that are complete.
 
-        Raises NeuronetError, before anything is computed, where results of another model, input or options, or results
-        that somebody changed, would be replaced without `overwrite`.
+        Raises NeuronetError, before anything is computed, if results would be replaced without `overwrite` that come
+        from a different model, input or options, or that somebody has changed.
         """
         todo, finished, refused = [], {}, []
         for target in targets:
@@ -50,44 +50,44 @@ class Records:
             if len(refused) > LISTED:
                 refused[LISTED:] = [f"  and {len(refused) - LISTED} more"]
             raise NeuronetError(
-                "there are results that this command would not give:\n" + "\n".join(refused) + "\n"
-                "give --overwrite to replace them, or choose another --out folder"
+                "the output folder holds results that differ from this command's:\n" + "\n".join(refused) + "\n"
+                "add --overwrite to replace them, or choose a different --out folder"
             )
         return todo, finished
 
     def begin(self, target: Target, source: dict[str, Any]) -> None:
-        """Says that results of this model and input may lie under their names from now on, perhaps not all of them."""
+        """Records that results of this model and input may exist from now on, perhaps not all of them."""
         self._write(
             target, {"program": PROGRAM, "model": self.provenance, "input": source, "protocols": list(self.protocols)}
         )
 
     def complete(self, target: Target, row: Row) -> None:
-        """Says that everything of this head is written."""
+        """Records that all results of this scan are written."""
         begun = json.loads(target.record.read_text(encoding="utf-8"))
         files = {path.name: path.stat().st_size for path in target.results(self.protocols, self.posteriors)}
         self._write(target, {**begun, "files": files, "row": asdict(row)})
 
     def _look(self, target: Target) -> tuple[Row | None, str]:
-        """The row of a head that is complete; else why its results must not be replaced, empty if they may."""
+        """Returns the row of a complete scan, or the reason not to replace its results (empty if there is none)."""
         try:
             record = json.loads(target.record.read_text(encoding="utf-8"))
             program, model, source, protocols = (record[name] for name in ("program", "model", "input", "protocols"))
         except FileNotFoundError:
             there = [path.name for path in target.results(self.protocols, self.posteriors) if path.exists()]
-            return None, f"{there[0]} exists and nothing says where it comes from" if there else ""
+            return None, f"{there[0]} exists and its origin is not recorded" if there else ""
         except (OSError, ValueError, KeyError, TypeError) as error:
             return None, f"{target.record.name} cannot be read ({error})"
         wanted = json.loads(json.dumps(self.provenance))
         if (program, model) != (PROGRAM, wanted):
             if program == PROGRAM and {**model, **CALIBRATION} == {**wanted, **CALIBRATION}:
-                return None, "its predicted Dice is of another calibration of the run, or of none"
-            return None, "its results are of another model, of other options or of another release"
+                return None, "its predicted Dice comes from a different calibration of the run, or from none"
+            return None, "its results come from a different model, different options or a different release"
         if not _is_input(target.source, source):
-            return None, "its results are of another input file"
+            return None, "its results come from a different input file"
         if "row" not in record:  # begun, not completed
             return None, ""
         if not set(self.protocols) <= set(protocols):
-            return None, f"its results are of {', '.join(protocols)} only"
+            return None, f"it has results for {', '.join(protocols)} only"
         sizes = {name: _size(target.folder / name) for name in record["files"]}
         if changed := [name for name, size in sizes.items() if size not in (None, record["files"][name])]:
             return None, f"{changed[0]} was changed since it was written"
@@ -99,19 +99,19 @@ class Records:
 
 
 def identify(path: Path) -> dict[str, Any]:
-    """What tells an input file from any other, without its folder, which may say more than its name."""
+    """Returns the properties that identify an input file, without its folder, which may reveal more than its name."""
     with path.open("rb") as file:
         return {"file": path.name, **_stamp(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _is_input(path: Path, known: dict[str, Any]) -> bool:
-    """Whether the file is the one of a record: untouched since, or at least of the same content."""
+    """Tells whether the file is the recorded one: not modified since, or at least with the same content."""
     try:
         stamp = _stamp(path)
         if stamp == {name: known[name] for name in stamp}:
             return True
         return stamp["bytes"] == known["bytes"] and identify(path)["sha256"] == known["sha256"]
-    except OSError:  # a file that is gone; reading it will say so
+    except OSError:  # the file is gone; reading it will report that
         return False
 
 

@@ -1,4 +1,4 @@
-"""The tables beside the label maps, as tab-separated text."""
+"""The tab-separated tables that accompany the label maps."""
 
 import csv
 import math
@@ -23,34 +23,35 @@ class Row:
     code: str = "n/a"  # E_… of a rejected input
     reason: str = "n/a"
     warnings: str = "n/a"  # W_…, separated by commas
-    agreement: str = "n/a"  # of the two MALP-EM heads: mean Dice over tissues
+    agreement: str = "n/a"  # between the two MALP-EM outputs: mean Dice over tissues
     predicted_dice: str = "n/a"  # mean over protocols and structures, see `quality`
-    calibrated: str = "n/a"  # "yes" or "no": whether the run's validation heads stand behind it
+    calibrated: str = "n/a"  # "yes" or "no": whether predicted_dice is calibrated on the run's validation subjects
 
 
 @dataclass(frozen=True)
 class Volumes:
-    """mm³ of the structures of heads."""
+    """Volumes in mm³ of the structures of several scans."""
 
-    heads: tuple[str, ...]
+    scans: tuple[str, ...]  # stems of their results
     columns: tuple[str, ...]  # protocol.Structure
-    values: np.ndarray  # float64 [head column], NaN where a head lacks the protocol
+    values: np.ndarray  # float64 [scan column], NaN if a scan lacks the protocol
 
     def rows(self) -> list[list[str]]:
+        """Returns the lines of volumes.tsv without the header."""
         return [
-            [head, *("n/a" if math.isnan(value) else f"{value:.10g}" for value in values)]
-            for head, values in zip(self.heads, self.values, strict=True)
+            [scan, *("n/a" if math.isnan(value) else f"{value:.10g}" for value in values)]
+            for scan, values in zip(self.scans, self.values, strict=True)
         ]
 
     def of(self, protocol: str, ids: Sequence[int]) -> np.ndarray:
-        """float64 [head]: what the ids of a protocol fill together; NaN where a head lacks it."""
+        """Returns the total volume of some ids of a protocol, float64 [scan], NaN if a scan lacks the protocol."""
         names = {f"{protocol}.{s.name}" for s in PROTOCOLS[protocol].structures if s.id in ids}
         found = [index for index, column in enumerate(self.columns) if column in names]
-        return self.values[:, found].sum(axis=1) if found else np.full(len(self.heads), np.nan)
+        return self.values[:, found].sum(axis=1) if found else np.full(len(self.scans), np.nan)
 
 
 def label_table(protocol: Protocol) -> str:
-    """A dseg.tsv: the values in the label map with name, colour and id among BIDS' common labels."""
+    """Returns a dseg.tsv: the values in the label map with name, colour and id among BIDS' common labels."""
     rows = [["index", "name", "color", "mapping"]]
     for s in protocol.structures:
         rows.append(
@@ -60,13 +61,15 @@ def label_table(protocol: Protocol) -> str:
 
 
 def color_table(protocol: Protocol) -> str:
-    """As FreeSurferColorLUT.txt, which FreeView, FSLeyes and 3D Slicer read. There, A is 0 throughout."""
+    """Returns a table like FreeSurferColorLUT.txt, which FreeView, FSLeyes and 3D Slicer read. A is 0 throughout, as
+    there.
+    """
     rows = [f"{s.id:<4}{s.name:<40}{s.color[0]:>4}{s.color[1]:>4}{s.color[2]:>4}   0\n" for s in protocol.structures]
     return f"# {protocol.name}\n#No. Label Name:                               R   G   B   A\n" + "".join(rows)
 
 
 def votes_table(voters: int) -> str:
-    """The dseg.tsv of the map of votes."""
+    """Returns the dseg.tsv of the map of votes."""
     colors = votes_colors(voters)
     names = ["NoTissue", *(f"{votes}Of{voters}ProtocolsAgree" for votes in range(1, voters + 1))]
     rows = [[str(i), name, "#{:02x}{:02x}{:02x}".format(*colors[i])] for i, name in enumerate(names)]
@@ -74,9 +77,10 @@ def votes_table(voters: int) -> str:
 
 
 def volume_table(maps: dict[str, np.ndarray], affine: np.ndarray) -> str:
-    """Voxels and volume of every structure, background included, so that each protocol sums to the field of view.
+    """Returns the voxels and volume of every structure, background included, so each protocol sums to the field of
+    view.
 
-    A voxel has |det(affine)| mm³: right for anisotropic and oblique grids alike.
+    A voxel has |det(affine)| mm³, which holds for anisotropic and oblique grids alike.
     """
     voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
     rows = [["protocol", "index", "name", "voxels", "volume_mm3"]]
@@ -88,33 +92,36 @@ def volume_table(maps: dict[str, np.ndarray], affine: np.ndarray) -> str:
 
 
 def volumes_of(out: Path) -> Volumes:
-    """mm³ of every structure of every head below `out`, from the heads' own tables, by head."""
-    heads: dict[str, dict[str, float]] = {}
+    """Collects the volumes of all scans below `out`, in mm³, from their own tables."""
+    scans: dict[str, dict[str, float]] = {}
     for path in sorted({*out.glob("sub-*/anat/*_volumes.tsv"), *out.glob("sub-*/ses-*/anat/*_volumes.tsv")}):
-        heads[path.name.removesuffix("_volumes.tsv")] = {
+        scans[path.name.removesuffix("_volumes.tsv")] = {
             f"{row['protocol']}.{row['name']}": float(row["volume_mm3"])
             for row in read_tsv(path)
             if row["index"] != "0"
         }
-    columns = dict.fromkeys(column for volumes in heads.values() for column in volumes)
-    values = [[volumes.get(column, np.nan) for column in columns] for volumes in heads.values()]
-    return Volumes(tuple(heads), tuple(columns), np.array(values, np.float64).reshape(len(heads), len(columns)))
+    columns = dict.fromkeys(column for volumes in scans.values() for column in volumes)
+    values = [[volumes.get(column, np.nan) for column in columns] for volumes in scans.values()]
+    return Volumes(tuple(scans), tuple(columns), np.array(values, np.float64).reshape(len(scans), len(columns)))
 
 
 def write_summary(path: Path, rows: Sequence[Row]) -> None:
-    """What became of every input, in the order given."""
+    """Writes the outcome of every input, in the order given."""
     header = [field.name for field in fields(Row)]
     write_text(path, tsv([header, *([" ".join(v.split()) for v in asdict(row).values()] for row in rows)]))
 
 
 def read_tsv(path: Path) -> list[dict[str, str]]:
+    """Reads a table as one dict per row."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
 def tsv(rows: Sequence[Sequence[str]]) -> str:
+    """Returns the rows as tab-separated text."""
     return "".join("\t".join(row) + "\n" for row in rows)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a text file under its final name only when complete."""
     Files(str(path.parent.absolute())).write(path.name, text.encode())

@@ -1,4 +1,4 @@
-"""Writes the results of one head, and those of all heads together."""
+"""Writes the results of one scan, and those of all scans together."""
 
 import json
 from collections.abc import Sequence
@@ -28,24 +28,24 @@ from neuronet_jax.results.tables import (
 )
 from neuronet_jax.runs.calibration import UNKNOWN, Calibration
 
-# What was done to an input that has the warning.
+# The repair behind each warning.
 REPAIRS = {
     "W_NAN": "voxels that were NaN or infinite were set to 0",
     "W_NDIM": "axes of length 1 after the third were dropped",
     "W_XFORM": "sform and qform differ: the sform was used",
-    "W_LR_UNSAFE": "there was no orientation: RAS was assumed, so that left and right are a guess",
+    "W_LR_UNSAFE": "the file states no orientation: RAS was assumed, so left and right are a guess",
 }
-_NO_BIDS = (  # what BIDS has no name for
+_NO_BIDS = (  # files without a name in BIDS
     *("summary*.tsv", "volumes.tsv", "*_volumes.tsv", "*_agreement.tsv", "*_quality.tsv", "*_provenance.json"),
     *("*_lut.txt", "*report.html"),
 )
 
 
 def prepare(out: Path, protocols: Sequence[str], provenance: dict[str, Any], overwrite: bool) -> None:
-    """Makes the dataset: its description and the look-up tables.
+    """Creates the dataset: its description and the look-up tables.
 
-    `provenance` says what made the results: `Model.provenance` and `Options.changed()`. Raises NeuronetError where
-    `out` cannot be written, or holds another dataset or the results of another model.
+    `provenance` describes the origin of the results: `Model.provenance` and `Options.changed()`. Raises NeuronetError
+    if `out` cannot be written, or holds a different dataset or results of a different model.
     """
     made_by = {**provenance, "label_tables_sha256": {name: PROTOCOLS[name].version for name in protocols}}
     description = {
@@ -59,11 +59,13 @@ def prepare(out: Path, protocols: Sequence[str], provenance: dict[str, Any], ove
         out.mkdir(parents=True, exist_ok=True)
         there = json.loads(existing.read_text()) if existing.exists() else description
         if [tool.get("Name") for tool in there.get("GeneratedBy", [])] != [GENERATOR]:
-            raise NeuronetError(f"{out} holds another dataset, {there.get('Name')!r}: choose another --out folder")
+            raise NeuronetError(
+                f"{out} holds a different dataset, {there.get('Name')!r}: choose a different --out folder"
+            )
         if there != description and not overwrite:
             raise NeuronetError(
-                f"{out} holds results of another model or of other options: give --overwrite, or choose another --out "
-                "folder"
+                f"{out} holds results of a different model or different options: add --overwrite to replace them, or "
+                "choose a different --out folder"
             )
         write_text(existing, json.dumps(description, indent=2) + "\n")
         write_text(out / ".bidsignore", "\n".join(_NO_BIDS) + "\n")
@@ -73,7 +75,7 @@ def prepare(out: Path, protocols: Sequence[str], provenance: dict[str, Any], ove
         if (voters := sum(name in agreement.VOTERS for name in protocols)) > 1:
             write_text(out / "desc-agreement_dseg.tsv", votes_table(voters))
     except (OSError, ValueError) as error:
-        raise NeuronetError(f"cannot write to {out}: {error}; choose another --out folder") from error
+        raise NeuronetError(f"cannot write to {out}: {error}; choose a different --out folder") from error
 
 
 def write_results(
@@ -85,10 +87,10 @@ def write_results(
     calibration: Calibration = UNKNOWN,
     report: bool = True,
 ) -> Row:
-    """Writes one head's results, each file under its final name only when complete.
+    """Writes one scan's results, each file under its final name only when complete. Returns the scan's row.
 
-    `provenance` as for `prepare`; `calibration` is what the model's run knows of its own errors; `report` asks for the
-    page. Raises NeuronetError where writing fails.
+    `provenance` is as for `prepare`; `calibration` belongs to the model's run; `report` asks for the page. Raises
+    NeuronetError if writing fails.
     """
     maps = result.maps
     compared = agreement.compare(maps, volume.affine)
@@ -98,27 +100,29 @@ def write_results(
         target.folder.mkdir(parents=True, exist_ok=True)
         for name, ids in maps.items():
             nifti.write_labels(target.labels(name), ids, volume, overwrite)
-            what = f"Labels as {PROTOCOLS[name].tool} gives them, predicted by {GENERATOR}"
+            what = f"Labels in the style of {PROTOCOLS[name].tool}, predicted by {GENERATOR}"
             _write_sidecar(target.labels(name), what, name, volume, warnings, provenance)
         for wanted, probability in result.posteriors.items():
             nifti.write_posterior(target.posterior(wanted), probability, volume, overwrite)
             name, _, structure = wanted.partition(":")
-            what = f"Probability of {structure} as {PROTOCOLS[name].tool} labels it, by {GENERATOR}; not calibrated"
+            what = f"Probability of {structure} as labelled by {PROTOCOLS[name].tool}, by {GENERATOR}; not calibrated"
             _write_sidecar(target.posterior(wanted), what, name, volume, warnings, provenance)
         if compared.votes is not None:
             nifti.write_labels(target.votes, compared.votes, volume, overwrite)
-            what = "Number of protocols that give the voxel the tissue (CSF, GM, WM or none) that most of them give it"
-            content = {"Description": f"{what}; 0 where none of them sees tissue", "Protocols": compared.voters}
+            what = "Number of protocols that give the voxel its most frequent tissue (CSF, GM, WM or none)"
+            content = {"Description": f"{what}; 0 if no protocol labels it as tissue", "Protocols": compared.voters}
             _write_json(target.votes, content, provenance)
         write_text(target.volumes, volume_table(maps, volume.affine))
         write_text(target.table("agreement"), tsv(agreement.table(compared)))
         if expected.predicted:
             write_text(target.table("quality"), tsv(quality.table(expected)))
         if report:
-            page = reports.Head(target.stem, volume, maps, compared, expected, tuple(warnings), provenance)
-            write_text(target.report, reports.head_page(page))
+            page = reports.ScanPage(target.stem, volume, maps, compared, expected, tuple(warnings), provenance)
+            write_text(target.report, reports.render_scan(page))
     except OSError as error:
-        raise NeuronetError(f"cannot write to {target.folder}: {error}; make room, or choose another --out") from error
+        raise NeuronetError(
+            f"cannot write to {target.folder}: {error}; make room, or choose a different --out folder"
+        ) from error
     return Row(
         target.source.name,
         target.stem,
@@ -141,12 +145,13 @@ def write_cohort(
     calibration: Calibration = UNKNOWN,
     report: bool = True,
 ) -> None:
-    """OUT/volumes.tsv over all heads below `out`; with `report`, report.html, and each head of `rows` put among them.
+    """Writes OUT/volumes.tsv for all scans below `out` and, with `report`, report.html.
 
-    Arguments are as those of `write`. Raises NeuronetError where writing fails.
+    With `report`, the page of each scan in `rows` also gets its comparison with the other scans. Arguments are as for
+    `write_results`. Raises NeuronetError if writing fails.
     """
     table = volumes_of(out)
-    write_text(out / "volumes.tsv", tsv([["head", *table.columns], *table.rows()]))
+    write_text(out / "volumes.tsv", tsv([["scan", *table.columns], *table.rows()]))
     if not report:
         return
     thumbnails, agreements = {}, {}
@@ -158,7 +163,7 @@ def write_cohort(
             thumbnails[target.stem] = reports.thumbnail(text)
             if (placed := reports.place_among(text, target.stem, table)) != text:
                 write_text(target.report, placed)
-    write_text(out / "report.html", reports.cohort_page(rows, table, agreements, thumbnails, calibration, provenance))
+    write_text(out / "report.html", reports.render_cohort(rows, table, agreements, thumbnails, calibration, provenance))
 
 
 def _write_sidecar(
@@ -180,7 +185,7 @@ def _write_sidecar(
 
 
 def _write_json(path: Path, content: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """The sidecar of an image, with what is said about the model, such as that it is a demonstration."""
+    """Writes the sidecar of an image, with the model's note, for example that it is a demonstration."""
     if note := provenance.get("note"):
         content["Note"] = note
     write_text(path.with_name(path.name.removesuffix(".nii.gz") + ".json"), json.dumps(content, indent=2) + "\n")

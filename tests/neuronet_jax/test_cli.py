@@ -142,7 +142,7 @@ def test_pages_and_the_table_of_the_cohort(run, heads, tmp_path):
     assert main(["segment", *(str(heads / f"{n}.nii.gz") for n in "abe"), run, f"--out={out}"]) == 3
     with (out / "volumes.tsv").open(newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    assert [row["head"] for row in rows] == ["sub-a", "sub-e"] and len(rows[0]) == 1 + 3 + 15
+    assert [row["scan"] for row in rows] == ["sub-a", "sub-e"] and len(rows[0]) == 1 + 3 + 15
     assert rows[0]["fsl_fast.CSF"] == rows[1]["fsl_fast.CSF"] != "0"
     page = (out / "report.html").read_text()
     assert "2 of 3 heads segmented" in page and "E_TRUNCATED" in page

@@ -1,4 +1,4 @@
-"""Many heads through the real command: in shards, stopped and continued, on other machines, out of memory."""
+"""Many scans through the real command: in shards, interrupted and continued, on different machines, out of memory."""
 
 import csv
 import itertools
@@ -51,7 +51,7 @@ def _summary(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_run, noisy_heads, tmp_path_factory) -> dict[str, bytes]:
-    """The results of all heads by a command that nothing disturbed."""
+    """Returns the results of all scans from an undisturbed command."""
     out = tmp_path_factory.mktemp("whole")
     assert main(_command(tiny_run, noisy_heads, out)) == 0
     tree = _tree(out)
@@ -61,11 +61,11 @@ def whole(tiny_run, noisy_heads, tmp_path_factory) -> dict[str, bytes]:
     return tree
 
 
-OF_COHORT = ("summary.tsv", "report.html")  # other with other heads beside it
+OF_COHORT = ("summary.tsv", "report.html")  # these depend on which other scans are present
 
 
 def test_F08_killed_at_any_moment_and_run_again_equals_uninterrupted(tiny_run, noisy_heads, whole, tmp_path):
-    for results in (1, 12):  # SIGKILL as soon as so many label maps are there
+    for results in (1, 12):  # SIGKILL as soon as this many label maps exist
         process = _process(*_command(tiny_run, noisy_heads, tmp_path))
         deadline = time.monotonic() + 120
         while len(list(tmp_path.rglob("*_dseg.nii.gz"))) < results and time.monotonic() < deadline:
@@ -74,7 +74,7 @@ def test_F08_killed_at_any_moment_and_run_again_equals_uninterrupted(tiny_run, n
         process.communicate()
         assert process.returncode == -signal.SIGKILL and not (tmp_path / "summary.tsv").exists()
         for name, content in _tree(tmp_path).items():
-            # records are "begun" at first, and pages know the cohort only at its end
+            # records are first "begun", and pages know the cohort only at its end
             if name in whole and not name.endswith(("_provenance.json", "report.html")):
                 assert content == whole[name]
     assert main(_command(tiny_run, noisy_heads, tmp_path)) == 0
@@ -85,7 +85,7 @@ def test_F08_killed_at_every_write_and_run_again_equals_uninterrupted(
     tiny_run, noisy_heads, whole, tmp_path, monkeypatch
 ):
     class Killed(BaseException):
-        """Ends the process as far as files are concerned: nothing is written from then on."""
+        """Stands for the end of the process: nothing is written from then on."""
 
     head = tmp_path / "head0.nii.gz"
     shutil.copy2(noisy_heads / head.name, head)
@@ -122,7 +122,9 @@ def test_shards_are_disjoint_complete_and_keep_their_summaries(tiny_run, noisy_h
     assert sorted(itertools.chain(*rows)) == [f"sub-head{number}" for number in range(8)]
     assert not (tmp_path / "summary.tsv").exists()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("sub-*/**/*.*") if path.suffix != ".html"}
-    assert main(_command(tiny_run, noisy_heads, tmp_path)) == 0  # the whole: nothing to do but the tables of all
+    assert (
+        main(_command(tiny_run, noisy_heads, tmp_path)) == 0
+    )  # without shards: only the tables of all scans remain to be written
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for index in (1, 2, 3):
         (tmp_path / f"summary_shard-{index}-of-3.tsv").unlink()
@@ -130,7 +132,7 @@ def test_shards_are_disjoint_complete_and_keep_their_summaries(tiny_run, noisy_h
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 11])
-def test_shards_cut_any_number_of_heads(tmp_path, count):
+def test_shards_split_any_number_of_scans(tmp_path, count):
     targets = [bids.Target(tmp_path / f"{n}.nii", tmp_path, f"sub-{n}") for n in (3, 1, 0, 2, 7, 5, 6, 4)]
     parts = [[target.stem for target in cohort.shard(targets, index, count)] for index in range(1, count + 1)]
     assert sorted(itertools.chain(*parts)) == sorted(target.stem for target in targets)
@@ -139,7 +141,7 @@ def test_shards_cut_any_number_of_heads(tmp_path, count):
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/2", "1/2/3"])
-def test_what_is_no_shard_is_refused(text):
+def test_an_invalid_shard_is_refused(text):
     with pytest.raises(SystemExit) as raised:
         main(["segment", "x", "--run=r", "--out=o", f"--shard={text}"])
     assert raised.value.code == 2
@@ -151,7 +153,7 @@ def test_F07_one_device_equals_eight(tiny_run, noisy_heads, whole, tmp_path):
     assert process.returncode == 0, errors
     tree = _tree(tmp_path / "one")
     assert tree.keys() == whole.keys()
-    # a voxel whose classes score alike may fall to either, since sums run in another order
+    # a voxel with tied scores may get either class, since sums run in a different order
     for name in tree:
         (tmp_path / "eight.nii.gz").write_bytes(whole[name])
         if name.endswith("dseg.nii.gz"):
@@ -159,19 +161,19 @@ def test_F07_one_device_equals_eight(tiny_run, noisy_heads, whole, tmp_path):
             assert np.mean(one == eight) >= 0.9999
         elif not name.endswith(("volumes.tsv", "agreement.tsv", "quality.tsv", ".html", ".nii.gz")):
             assert tree[name] == whole[name]
-    assert "8 of 8 heads segmented" in output and "the network was at work" in output
+    assert "8 of 8 heads segmented" in output and "the network was busy" in output
     assert re.search(r"^W_CUT \(\d heads\): The brain ends at the border of the image", output, re.MULTILINE)
-    lines = errors.splitlines()  # for this is no terminal
+    lines = errors.splitlines()  # stderr is not a terminal here
     assert "[8/8] sub-head7 (head7.nii.gz): done, with W_CONTRAST, W_CUT" in lines
     assert any(re.fullmatch(r"\[7/8\] .*; about [\d.]+ s left", line) for line in lines)
-    assert "running on" in errors and "a head like the first takes about" in errors
+    assert "running on" in errors and "a scan like the first takes about" in errors
 
 
 def test_F07_a_batch_of_four_equals_one_by_one(tiny_run):
     model = restore(tiny_run)
     images = np.random.default_rng(0).normal(size=(4, 32, 40, 48, 1)).astype(np.float32)
     one_by_one = np.concatenate([model.labels(image[None]) for image in images])
-    assert np.mean(model.labels(images) == one_by_one) >= 0.9999  # other programs may sum in another order
+    assert np.mean(model.labels(images) == one_by_one) >= 0.9999  # different programs may sum in a different order
     assert len(np.unique(one_by_one)) > 2
 
 
@@ -190,7 +192,7 @@ def test_G06_the_results_of_a_command_pass_the_bids_validator(tiny_run, noisy_he
     assert [issue for issue in report["issues"]["issues"] if issue["severity"] == "error"] == []
 
 
-def test_a_failure_that_nobody_foresaw_does_not_stop_the_others(
+def test_an_unforeseen_failure_does_not_stop_the_other_scans(
     tiny_run, noisy_heads, whole, tmp_path, monkeypatch, capsys
 ):
     segment_volume = cohort.segment_volume
@@ -236,7 +238,7 @@ def test_ctrl_c_ends_with_a_summary(tiny_run, noisy_heads, tmp_path, monkeypatch
     assert len(_summary(tmp_path / "summary.tsv")) == 2
 
 
-def test_heads_overlap_in_order_and_only_so_many_wait():
+def test_scans_overlap_in_order_and_a_limited_number_waits():
     both = threading.Barrier(2, timeout=20)
     begun, lock, most = set(), threading.Lock(), [0]
 
@@ -244,7 +246,7 @@ def test_heads_overlap_in_order_and_only_so_many_wait():
         with lock:
             begun.add(item)
             most[0] = max(most[0], len(begun) - finished)
-        both.wait()  # passes only where two are at work at once
+        both.wait()  # passes only if two run at the same time
         return item * item
 
     finished = 0
@@ -255,7 +257,7 @@ def test_heads_overlap_in_order_and_only_so_many_wait():
     assert finished == 10 and most[0] <= 4
 
 
-def test_what_has_not_begun_never_does_when_the_caller_stops():
+def test_items_not_begun_are_dropped_when_the_caller_stops():
     begun = []
     heads = cohort.in_order(begun.append, iter(range(100)), workers=1)
     next(heads)
@@ -269,7 +271,7 @@ def test_duration():
     assert [cohort.duration(s) for s in seconds] == said
 
 
-def test_A41_a_record_says_nothing_of_folders(tiny_run, noisy_heads, tmp_path, whole):
+def test_A41_a_record_contains_no_folder_names(tiny_run, noisy_heads, tmp_path, whole):
     text = whole["sub-head0/anat/sub-head0_provenance.json"].decode()
     assert str(noisy_heads) not in text and str(tiny_run) not in text
     assert json.loads(text)["input"]["file"] == "head0.nii.gz"

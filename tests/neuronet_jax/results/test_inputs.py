@@ -30,23 +30,23 @@ def test_a_raw_bids_dataset_gives_its_T1w_images_only(make):
         "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii",
         "sub-01/ses-1/anat/sub-01_ses-1_T2w.nii.gz",
         "sub-01/ses-1/anat/sub-01_ses-1_T1w.json",
-        "sub-01/ses-1/anat/._sub-01_ses-1_T1w.nii.gz",  # macOS leaves such on network drives
-        "sub-01/fmap/sub-01_T1w.nii.gz",  # no place for one in BIDS
+        "sub-01/ses-1/anat/._sub-01_ses-1_T1w.nii.gz",  # macOS leaves these on network drives
+        "sub-01/fmap/sub-01_T1w.nii.gz",  # not a place for a T1w image in BIDS
         "derivatives/fmriprep/sub-01/anat/sub-01_desc-preproc_T1w.nii.gz",
         "sourcedata/sub-01/anat/sub-01_T1w.nii.gz",
         ".git/annex/anat/x_T1w.nii.gz",
     )
-    for text in ('{"Name": "a", "DatasetType": "raw"}', '{"Name": "before there were types"}'):
+    for text in ('{"Name": "a", "DatasetType": "raw"}', '{"Name": "older than DatasetType"}'):
         (folder / "dataset_description.json").write_text(text)
         expected = ["sub-01/ses-1/anat/sub-01_ses-1_T1w.nii", "sub-02/anat/sub-02_T1w.nii.gz"]
         assert _found(folder, folder) == expected
-    assert _found(folder, folder / "sub-02") == ["sub-02/anat/sub-02_T1w.nii.gz"]  # and a part of one its own
+    assert _found(folder, folder / "sub-02") == ["sub-02/anat/sub-02_T1w.nii.gz"]  # a part of a dataset works too
 
 
 def test_a_derivative_dataset_is_not_taken_for_scans(make):
     folder = make("sub-01/anat/sub-01_desc-preproc_T1w.nii.gz")
     (folder / "dataset_description.json").write_text('{"DatasetType": "derivative"}')
-    with pytest.raises(NeuronetError, match="'derivative': give the raw one"):
+    with pytest.raises(NeuronetError, match="'derivative': give the raw dataset"):
         find([str(folder)])
     (folder / "dataset_description.json").write_text("{")
     with pytest.raises(NeuronetError, match="cannot be read"):
@@ -58,7 +58,7 @@ def test_another_folder_gives_the_images_directly_in_it(make):
     assert _found(folder, folder) == ["C.NII", "a.mgz", "b.nii.gz"]
 
 
-def test_a_folder_of_mixed_names_loses_none(make):
+def test_a_folder_of_mixed_names_loses_no_image(make):
     folder = make("a_sub-52_T1w.nii.gz", "memprage.nii.gz", "sub-01_T2w.nii.gz", "sub-01/anat/sub-01_T1w.nii.gz")
     assert _found(folder, folder) == ["a_sub-52_T1w.nii.gz", "memprage.nii.gz", "sub-01/anat/sub-01_T1w.nii.gz"]
 
@@ -70,7 +70,7 @@ def test_an_anat_folder_gives_its_T1w_only(make):
 
 
 def test_a_folder_without_scans_says_what_to_give(make):
-    folder = make("1000/T1.nii.gz", "1000/T1_seg.nii.gz")  # which of the two is meant?
+    folder = make("1000/T1.nii.gz", "1000/T1_seg.nii.gz")  # ambiguous: either could be the scan
     with pytest.raises(NeuronetError, match=r"name the files, such as .*/\*/T1\.nii\.gz"):
         find([str(folder)])
 

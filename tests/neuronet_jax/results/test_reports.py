@@ -1,4 +1,4 @@
-"""The pages: what they say, that nothing in them can run, and that pictures do not lie about sides."""
+"""The report pages: their contents, that nothing in them can run, and that pictures show the correct side."""
 
 import io
 import re
@@ -14,7 +14,7 @@ from neuronet_jax.images import nifti
 from neuronet_jax.inference.segmentation import Confidence, Segmentation
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.results import bids, reports, tables
-from neuronet_jax.results.pictures import Planes, votes_colors
+from neuronet_jax.results.pictures import Slices, votes_colors
 from neuronet_jax.results.write import write_cohort, write_results
 
 ATTACK = "<script>alert(1)</script>"
@@ -43,7 +43,7 @@ def _write(out: Path, stem: str, provenance: dict, affine: np.ndarray = AFFINE) 
     return write_results(target, _volume(affine), _result(), False, provenance)
 
 
-def test_G05_nothing_that_a_name_or_a_model_says_becomes_markup(tmp_path):
+def test_G05_names_and_provenance_never_become_markup(tmp_path):
     provenance = {"config": ATTACK, "note": f"demonstration {ATTACK}"}
     row = _write(tmp_path, "sub-01", provenance)
     rejected = tables.Row(ATTACK, f"sub-{ATTACK}", "rejected", "E_CRC", ATTACK)
@@ -53,12 +53,12 @@ def test_G05_nothing_that_a_name_or_a_model_says_becomes_markup(tmp_path):
     for page in (cohort, head):
         assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     compared = agreement.compare(_result().maps, AFFINE)
-    strange = reports.Head(ATTACK, _volume(), _result().maps, compared, quality.assess({}), (ATTACK,), {})
-    assert "<script" not in reports.head_page(strange)
+    strange = reports.ScanPage(ATTACK, _volume(), _result().maps, compared, quality.assess({}), (ATTACK,), {})
+    assert "<script" not in reports.render_scan(strange)
     assert "sub-01&lt;script&gt;" in cohort  # the input's name, as the user gave it
 
 
-def test_pages_hold_everything_they_show(tmp_path):
+def test_pages_are_self_contained(tmp_path):
     rows = [_write(tmp_path, f"sub-0{number}", {"note": "demonstration"}) for number in (1, 2)]
     write_cohort(tmp_path, rows, {"note": "demonstration"})
     for path in tmp_path.rglob("*report.html"):
@@ -74,30 +74,30 @@ def test_pages_hold_everything_they_show(tmp_path):
         assert text in head
 
 
-def test_a_head_is_placed_among_the_others_however_often(tmp_path):
+def test_a_scan_can_be_compared_with_the_others_repeatedly(tmp_path):
     rows = [
         _write(tmp_path, f"sub-0{n}", {}, np.diag([2.0, 2.0, 2.5 * n**0.1, 1.0])) for n in (1, 2, 3)
-    ]  # ever larger heads
+    ]  # each head larger than the one before
     pages = []
     for _ in range(2):
         write_cohort(tmp_path, rows, {})
         pages.append((tmp_path / "sub-02" / "anat" / "sub-02_report.html").read_text())
-    assert pages[0] == pages[1] and pages[0].count("Among the heads of this folder") == 1
-    assert "3 heads, this one included" in pages[0]
+    assert pages[0] == pages[1] and pages[0].count("Comparison with the other scans in this folder") == 1
+    assert "3 scans, including this one" in pages[0]
     table = tables.volumes_of(tmp_path)
-    assert table.heads == ("sub-01", "sub-02", "sub-03") and len(table.columns) == 3 + 15 + 3
+    assert table.scans == ("sub-01", "sub-02", "sub-03") and len(table.columns) == 3 + 15 + 3
     white = table.of("fsl_fast", (3,))
     np.testing.assert_allclose(white, [10 * 20 * 10 * 4 * 2.5 * n**0.1 for n in (1, 2, 3)], rtol=1e-6)
     placed = reports._place("WM", "fsl_fast", white[1], white)
     assert placed["share"] == 0.5 and placed["dot"] == placed["tick"] and not placed["extreme"]
 
 
-def test_unusual_volumes_are_listed_and_rightly_attributed():
+def test_unusual_volumes_are_listed_with_the_right_scan():
     values = np.full((12, 2), 1000.0) + np.arange(12)[:, None]
     values[7, 1] = 1500
     heads = tuple(f"sub-{n}" for n in range(12))
     found = reports._outliers(tables.Volumes(heads, ("fsl_fast.CSF", "malp_em.BrainStem"), values))
-    assert [(row["head"], row["name"], row["protocol"]) for row in found] == [("sub-7", "BrainStem", "malp_em")]
+    assert [(row["scan"], row["name"], row["protocol"]) for row in found] == [("sub-7", "BrainStem", "malp_em")]
     # the others' deviations from their median of 1006 are 0 to 6, of which 3 is the median
     median = np.median(values[:, 1])
     spread = 1.4826 * np.median(np.abs(values[:, 1] - median))
@@ -111,7 +111,7 @@ def test_left_is_left_and_up_is_up_in_any_orientation(turn):
     labels = np.zeros((50, 60, 48), np.uint8)
     labels[10:14, 20:50, 30:40] = 1  # the subject's left (RAS+: small x), high up
     labels[36:40, 20:50, 10:20] = 2
-    plain = Planes(_volume(), labels > 0).png(labels, np.array(votes_colors(2), float))
+    plain = Slices(_volume(), labels > 0).png(labels, np.array(votes_colors(2), float))
     flips = tuple(slice(None, None, sign) for sign in signs)
     back = np.zeros((4, 4))
     back[3, 3] = 1
@@ -120,7 +120,7 @@ def test_left_is_left_and_up_is_up_in_any_orientation(turn):
         back[old, 3] = 0 if signs[old] > 0 else labels.shape[old] - 1
     turned = nib.Nifti1Image(np.ascontiguousarray(_volume().data[flips].transpose(order)), AFFINE @ back)
     there = np.ascontiguousarray(labels[flips].transpose(order))
-    assert Planes(nifti.check_image(turned), there > 0).png(there, np.array(votes_colors(2), float)) == plain
+    assert Slices(nifti.check_image(turned), there > 0).png(there, np.array(votes_colors(2), float)) == plain
     pixels = (matplotlib.image.imread(io.BytesIO(plain)) * 255).round()[..., :3]  # h w 3
     coronal = pixels[:, 104:204]  # after 100 mm of axial plane and its frame of 2 + 2 pixels
     one, two = (np.argwhere(np.argmax(coronal, -1) == channel) for channel in (0, 2))
@@ -131,6 +131,8 @@ def test_left_is_left_and_up_is_up_in_any_orientation(turn):
 
 
 def _is_like(pixels: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
-    """Where colour was laid over some grey: the channels' differences are the colour's, scaled by its opacity."""
+    """Returns a mask of the pixels where `color` lies over grey: the channels' differences are those of `color`, scaled
+    by its opacity.
+    """
     wanted = 0.6 * (np.array(color) - color[1])
     return (np.abs(pixels - pixels[..., 1:2] - wanted).max(axis=-1) < 3) & (pixels.max(axis=-1) > 0)

@@ -30,7 +30,7 @@ def head(tmp_path) -> Target:
 
 @pytest.fixture
 def row(head) -> Row:
-    """Of a head that is complete by RECORDS."""
+    """Returns the row of a scan that is complete by RECORDS."""
     volume = nifti.read_image(head.source)
     RECORDS.begin(head, identify(head.source))
     maps = {name: np.zeros(volume.data.shape, np.uint8) for name in NAMES}
@@ -40,14 +40,14 @@ def row(head) -> Row:
 
 
 def _reason(of: Records, head: Target) -> str:
-    """Why results are not to be replaced."""
+    """Returns why results must not be replaced."""
     assert of.unfinished([head], overwrite=True) == ([head], {})
-    with pytest.raises(NeuronetError, match="give --overwrite to replace them, or choose another --out") as raised:
+    with pytest.raises(NeuronetError, match="add --overwrite to replace them, or choose a different --out") as raised:
         of.unfinished([head], overwrite=False)
     return str(raised.value)
 
 
-def test_nothing_is_there(head):
+def test_an_empty_folder_is_all_to_do(head):
     assert RECORDS.unfinished([head], False) == ([head], {})
 
 
@@ -64,43 +64,43 @@ def test_a_copy_of_the_input_is_the_same_input(head, row, tmp_path):
     assert RECORDS.unfinished([replace(head, source=copy)], False) == ([], {"sub-a": row})
 
 
-def test_F09_another_input_of_the_same_size(head, row):
+def test_F09_a_different_input_of_the_same_size(head, row):
     content = bytearray(head.source.read_bytes())
     content[len(content) // 2] ^= 1
     head.source.write_bytes(bytes(content))
-    assert "sub-a: its results are of another input file" in _reason(RECORDS, head)
+    assert "sub-a: its results come from a different input file" in _reason(RECORDS, head)
 
 
 def test_F09_a_missing_input(head, row):
     head.source.unlink()
-    assert "another input file" in _reason(RECORDS, head)
+    assert "a different input file" in _reason(RECORDS, head)
 
 
 @pytest.mark.parametrize("changes", [{"step": 2}, {"flip": True}])
-def test_F09_another_model_or_other_options(head, row, changes):
+def test_F09_a_different_model_or_different_options(head, row, changes):
     other = Records({**RECORDS.provenance, **changes}, NAMES)
-    assert "of another model, of other options or of another release" in _reason(other, head)
+    assert "from a different model, different options or a different release" in _reason(other, head)
 
 
 @pytest.mark.parametrize(("before", "now"), [(None, "b"), ("a", "b"), ("a", None)])
-def test_F09_another_calibration_is_said_to_be_one(head, row, before, now):
+def test_F09_a_different_calibration_is_named_as_the_reason(head, row, before, now):
     def calibrated(by: str | None) -> Records:
         return Records({**RECORDS.provenance, **({"calibration_sha256": by} if by else {})}, NAMES)
 
     calibrated(before).begin(head, identify(head.source))
     calibrated(before).complete(head, row)
     assert calibrated(before).unfinished([head], False) == ([], {"sub-a": row})
-    assert "sub-a: its predicted Dice is of another calibration of the run" in _reason(calibrated(now), head)
+    assert "sub-a: its predicted Dice comes from a different calibration of the run" in _reason(calibrated(now), head)
 
 
-def test_F09_another_release(head, row, monkeypatch):
+def test_F09_a_different_release(head, row, monkeypatch):
     monkeypatch.setattr(records, "PROGRAM", "NeuroNet-JAX 99")
-    assert "of another release" in _reason(RECORDS, head)
+    assert "a different release" in _reason(RECORDS, head)
 
 
 def test_F09_fewer_protocols_are_finished_and_more_are_not(head, row):
     assert Records(RECORDS.provenance, ("fsl_first",)).unfinished([head], False) == ([], {"sub-a": row})
-    assert "results are of fsl_fast, fsl_first only" in _reason(Records(RECORDS.provenance, (*NAMES, "malp_em")), head)
+    assert "results for fsl_fast, fsl_first only" in _reason(Records(RECORDS.provenance, (*NAMES, "malp_em")), head)
 
 
 def test_F09_results_that_somebody_corrected_are_kept(head, row):
@@ -110,25 +110,25 @@ def test_F09_results_that_somebody_corrected_are_kept(head, row):
 
 def test_F09_results_of_unknown_origin_are_kept(head, row):
     head.record.unlink()
-    assert "sub-a_seg-fslfast_dseg.nii.gz exists and nothing says where it comes from" in _reason(RECORDS, head)
+    assert "sub-a_seg-fslfast_dseg.nii.gz exists and its origin is not recorded" in _reason(RECORDS, head)
     for text in ("{", "[]", '{"made": "elsewhere"}'):
         head.record.write_text(text)
         assert "sub-a_provenance.json cannot be read" in _reason(RECORDS, head)
 
 
-def test_what_was_begun_or_removed_is_made(head, row):
+def test_unfinished_or_removed_results_are_made_again(head, row):
     head.labels("fsl_fast").unlink()
     assert RECORDS.unfinished([head], False) == ([head], {})
     RECORDS.begin(head, identify(head.source))
     assert RECORDS.unfinished([head], False) == ([head], {})
 
 
-def test_an_error_names_a_few_heads_and_counts_the_others(tmp_path):
+def test_an_error_names_a_few_scans_and_counts_the_others(tmp_path):
     heads = [Target(tmp_path / f"{n}.nii", tmp_path, f"sub-{n}") for n in range(5)]
     for head in heads:
         head.folder.mkdir(parents=True)
         head.volumes.touch()
-    with pytest.raises(NeuronetError, match=r"(?s)sub-0: .*sub-2: .*\n  and 2 more\ngive --overwrite"):
+    with pytest.raises(NeuronetError, match=r"(?s)sub-0: .*sub-2: .*\n  and 2 more\nadd --overwrite"):
         RECORDS.unfinished(heads, False)
 
 

@@ -94,7 +94,7 @@ def test_A40_a_name_without_letters_and_digits_is_refused(tmp_path):
 def test_same_names_in_several_folders_are_told_apart(tmp_path):
     targets = bids.plan(_scans(tmp_path / "1000" / "T1.nii.gz", tmp_path / "1001" / "T1.nii.gz"), tmp_path, NAMES)
     assert [target.stem for target in targets] == ["sub-1000T1", "sub-1001T1"]
-    with pytest.raises(NeuronetError, match="would both be sub-01"):
+    with pytest.raises(NeuronetError, match="would both be named sub-01"):
         bids.plan(_scans(tmp_path / "a" / "sub-01_T1w.nii", tmp_path / "b" / "sub-01_T1w.nii"), tmp_path, NAMES)
 
 
@@ -115,7 +115,7 @@ def test_F02_header_of_a_label_map(target, written):
     assert target.folder == target.out / "sub-01" / "ses-2" / "anat"
 
 
-def test_F07_the_same_head_gives_the_same_bytes(tmp_path, target, written):
+def test_F07_the_same_scan_gives_the_same_bytes(tmp_path, target, written):
     volume, maps, row = written
     again = bids.plan(_scans(target.source), tmp_path / "again", NAMES)[0]
     prepare(again.out, NAMES, {"config": "demo"}, False)
@@ -148,7 +148,7 @@ def test_F08_gzip_is_deterministic_and_a_failed_write_leaves_no_file(target, wri
 
 def test_F08_a_killed_writer_leaves_whole_files_only(tmp_path):
     code = (
-        "import numpy as np, nibabel as nib, sys; from neuronet_jax import nifti\n"
+        "import numpy as np, nibabel as nib, sys; from neuronet_jax.images import nifti\n"
         "volume = nifti.Volume(np.zeros((160, 160, 160), np.float32), np.eye(4), nib.Nifti1Header(), ())\n"
         "labels = np.random.default_rng(0).integers(0, 139, (160, 160, 160), np.uint8)\n"
         "for n in range(1000): nifti.write_labels(f'{sys.argv[1]}/{n}.nii.gz', labels, volume); print(n, flush=True)\n"
@@ -179,20 +179,20 @@ def test_F09_a_read_only_folder_is_refused_before_the_network_runs(tmp_path):
         prepare(tmp_path / "out", NAMES, {}, False)
 
 
-def test_F09_a_place_that_is_no_folder_is_refused_before_the_network_runs(tmp_path):
+def test_F09_an_output_that_is_not_a_folder_is_refused_before_the_network_runs(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(NeuronetError, match="cannot write"):
         prepare(tmp_path / "out", NAMES, {}, False)
 
 
-def test_F09_another_dataset_or_model_is_not_mixed_in(tmp_path):
+def test_F09_results_of_different_datasets_or_models_are_not_mixed(tmp_path):
     prepare(tmp_path, NAMES, {"step": 1}, False)
     prepare(tmp_path, NAMES, {"step": 1}, False)
-    with pytest.raises(NeuronetError, match="another model"):
+    with pytest.raises(NeuronetError, match="a different model"):
         prepare(tmp_path, NAMES, {"step": 2}, False)
     prepare(tmp_path, NAMES, {"step": 2}, True)
     (tmp_path / "dataset_description.json").write_text('{"Name": "my raw data", "BIDSVersion": "1.8.0"}')
-    with pytest.raises(NeuronetError, match="another dataset, 'my raw data'"):
+    with pytest.raises(NeuronetError, match="a different dataset, 'my raw data'"):
         prepare(tmp_path, NAMES, {}, True)
 
 
@@ -272,7 +272,7 @@ def test_posteriors_are_float32_on_the_grid_of_the_input(tmp_path, target):
         bids.plan(_scans(link), target.out, (), wanted)
 
 
-def test_sidecars_say_what_made_the_map(tmp_path, target):
+def test_sidecars_state_the_origin_of_the_map(tmp_path, target):
     volume = replace(_volume(target.source), warnings=("W_NAN", "W_OBLIQUE"))
     members = [{"config": "tissue", "weights_sha256": "aa"}, {"config": "tissue", "weights_sha256": "bb"}]
     provenance = {"ensemble": members, "note": "synthetic", **Options(flip=True).changed()}
@@ -285,7 +285,7 @@ def test_sidecars_say_what_made_the_map(tmp_path, target):
     description = json.loads((target.out / "dataset_description.json").read_text())["GeneratedBy"][0]["Description"]
     assert json.loads(description)["flip"] is True
     assert json.loads(description)["label_tables_sha256"]["fsl_fast"] == PROTOCOLS["fsl_fast"].version
-    with pytest.raises(NeuronetError, match="another model"):  # nor are results of other options mixed in
+    with pytest.raises(NeuronetError, match="a different model"):  # results of different options are not mixed either
         prepare(target.out, NAMES, {"ensemble": members, "note": "synthetic"}, False)
 
 
