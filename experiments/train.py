@@ -37,7 +37,7 @@ from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.runtime import keep_compiled
 from neuronet_jax.store.reader import Store
-from neuronet_jax.training.mesh import make_mesh, put_batch
+from neuronet_jax.training.mesh import batch_rows, make_mesh, put_batch
 from neuronet_jax.training.monitor import Monitor
 from neuronet_jax.training.pipeline import training_iterator, validation_subjects
 from neuronet_jax.training.signals import StopRequest, Watchdog
@@ -58,10 +58,11 @@ def train(
     config: Config, workdir: str, resume: bool = False, reset_data: bool = False, strict: bool = False
 ) -> TrainState:
     """Trains from step 0 or from the latest checkpoint to `config.steps`, or until asked to stop; returns the state."""
-    # --- Where things are: the data, the run's folder.
+    # --- Where things are: the mesh, the data, the run's folder.
     store = open_store(config)
     process, processes = jax.process_index(), jax.process_count()
-    data = training_iterator(store, config, process, processes)
+    mesh = make_mesh(config)
+    data = training_iterator(store, config, batch_rows(mesh, config.batch))
     held_out = validation_subjects(store, "validation", process, processes)
     held_out = held_out[: -(-config.evaluate_subjects // processes) or None]
 
@@ -71,9 +72,8 @@ def train(
         StopRequest() as stop,
         Watchdog(STALL_S) as watchdog,
     ):
-        # --- What is computed: the mesh, the state on it, the step.
+        # --- What is computed: the state on the mesh, the step.
         claim_workdir(workdir, config, store, resume, checkpoints.latest())
-        mesh = make_mesh(config)
         graphdef, state = init_state(config, mesh)
         train_step = make_train_step(config, graphdef, mesh)
         if resume and checkpoints.latest() is not None:

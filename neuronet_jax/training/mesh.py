@@ -69,3 +69,13 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts this process's share of a batch on its devices, as global arrays."""
     shardings = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(shardings[name], array) for name, array in batch.items()}
+
+
+def batch_rows(mesh: Mesh, batch: int) -> tuple[int, ...]:
+    """Returns the rows of a global batch that this process holds, in ascending order.
+
+    They follow from where the mesh puts this process's devices, which need not be the order of the processes.
+    """
+    spread = NamedSharding(mesh, PartitionSpec(DATA)).addressable_devices_indices_map((batch,))
+    held = [index[0] for index in spread.values() if index is not None]
+    return tuple(sorted({row for rows in held for row in range(*rows.indices(batch))}))

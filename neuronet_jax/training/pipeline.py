@@ -1,8 +1,9 @@
-"""Batches of random crops, read by chunk: source → process slice → shuffle → repeat → draw → batch → read → prefetch.
+"""Batches of random crops, read by chunk: source → shuffle → repeat → draw → batch → own rows → read → prefetch.
 
-Everything random is drawn per element from (seed, process, element), so neither the number of workers nor an
-interruption changes a single voxel. Each process sees each of its subjects once per epoch; epochs run into one another,
-so nothing is dropped where subjects do not divide by the batch. A whole batch is read with all its chunks in flight.
+Subjects and crops follow from the seed and the element's place in the global order alone. Neither an interruption nor
+the number of processes, devices or workers changes a voxel of a global batch. Each process draws the whole batch, which
+is numbers only, and reads its own rows, all their chunks at the same time. An epoch visits each subject once. Epochs
+run into one another, so nothing is dropped where subjects do not divide by the batch.
 """
 
 import math
@@ -49,6 +50,16 @@ class Draws(grain.transforms.RandomMap):
     def random_map(self, element: Subject, rng: np.random.Generator) -> Draw:
         at_foreground, point, x, y, z = rng.random(5)
         return Draw(element, bool(at_foreground < self.foreground_fraction), (x, y, z), point)
+
+
+@dataclass(frozen=True)
+class Rows(grain.transforms.Map):
+    """Keeps the rows of the global batch that this process reads."""
+
+    rows: tuple[int, ...]
+
+    def map(self, element: Sequence[Draw]) -> list[Draw]:
+        return [element[row] for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -124,8 +135,9 @@ def _end_with_parent() -> None:
 class TrainingIterator(grain.DatasetIterator[Batch]):
     """Endless batches with an exact position: `set_state(get_state())` continues with the very next batch.
 
-    The state is the number of batches given out, and what it counts: processes, global batch, seed and split; not the
-    number of workers, which may change. It is JSON and fits Grain's Orbax checkpoint handler.
+    The state is the number of global batches given out, with the batch size, seed and split that it counts in. It is
+    the same in every process, so a run may go on with a different number of processes, devices and workers. It is JSON
+    and fits Grain's Orbax checkpoint handler.
     """
 
     def __init__(self, batches: grain.MapDataset[Batch], config: Config, counts: dict[str, Any]):
@@ -175,7 +187,14 @@ class TrainingIterator(grain.DatasetIterator[Batch]):
         return {"position": self._position, **self._counts}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Raises NeuronetError, naming both values, where the state counts something else: no silent restart."""
+        """Moves to a saved position. Raises NeuronetError, naming both values, where it counts something different."""
+        processes = state.get("processes", 1)
+        if processes != 1:  # releases before 0.2 gave each process an order of its own
+            raise NeuronetError(
+                f"the data position is that of {processes} processes in an older release, whose order no longer "
+                "exists; start the data anew with --reset_data"
+            )
+        state = {name: value for name, value in state.items() if name != "processes"}
         if set(state) != {"position", *self._counts}:
             raise NeuronetError(f"a data position has {['position', *self._counts]}, got {sorted(state)}")
         for name, value in self._counts.items():
@@ -198,15 +217,13 @@ class TrainingIterator(grain.DatasetIterator[Batch]):
             self._running = None
 
 
-def _check_shared_memory(config: Config, process_count: int) -> None:
+def _check_shared_memory(config: Config, rows: int) -> None:
     """Workers hand batches over in shared memory; where that is full the kernel kills them, so ask before."""
     place = Path("/dev/shm")
     if not place.is_dir():
         return
     data = config.data
-    batch_bytes = (
-        config.batch // process_count * math.prod(data.crop) * (4 + len(config.protocols))
-    )  # float32 and uint8
+    batch_bytes = rows * math.prod(data.crop) * (4 + len(config.protocols))  # float32 and uint8
     in_flight = data.workers * (2 * -(-data.prefetch // data.workers) + 2)  # queued twice, being made, being used
     free = shutil.disk_usage(place).free
     if batch_bytes * in_flight > free:
@@ -217,15 +234,15 @@ def _check_shared_memory(config: Config, process_count: int) -> None:
         )
 
 
-def training_iterator(store: Store, config: Config, process_index: int = 0, process_count: int = 1) -> TrainingIterator:
-    """Endless batches of this process's share of the training subjects; b = config.batch // process_count.
+def training_iterator(store: Store, config: Config, rows: Sequence[int] | None = None) -> TrainingIterator:
+    """Makes the endless batches of this process: `rows` of each global batch (default: all `config.batch` of them).
 
     Batches are dicts of numpy arrays: `image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z] in the order of
-    config.protocols, `present` bool [b p], `slot` i32 [b]. Raises NeuronetError where the split cannot fill one batch,
-    the batch does not divide by the processes or the store lacks a protocol. A dead worker is a RuntimeError on `next`.
+    config.protocols, `present` bool [b p], `slot` i32 [b]. `mesh.batch_rows` gives the rows of a process. Raises
+    NeuronetError where the split cannot fill one batch or the store lacks a protocol. A dead worker is a RuntimeError
+    on `next`.
     """
-    if config.batch % process_count:
-        raise NeuronetError(f"config.batch must be a multiple of the {process_count} processes, got {config.batch}")
+    rows = tuple(range(config.batch)) if rows is None else tuple(rows)
     if missing := [name for name in config.protocols if name not in store.info.protocols]:
         raise NeuronetError(f"{store.dest} holds the protocols {', '.join(store.info.protocols)}, not {missing[0]!r}")
     subjects = store.split("train")
@@ -234,27 +251,22 @@ def training_iterator(store: Store, config: Config, process_index: int = 0, proc
             f"{store.dest} has {len(subjects)} training subjects, fewer than config.batch {config.batch}; "
             "lower the batch or build a larger store"
         )
-    # Each process draws from its own stream, else all hosts would cut the same positions.
-    seed = int(np.random.SeedSequence([config.seed, process_index]).generate_state(1)[0])
+    # The sequence [seed, 0] is that of earlier single-process runs, which therefore continue exactly.
+    seed = int(np.random.SeedSequence([config.seed, 0]).generate_state(1)[0])
     reader = Reader(store.with_concurrency(config.data.read_threads), config.protocols, config.data.crop)
     batches = (
         grain.MapDataset.source(subjects)
-        .slice(slice(process_index, None, process_count))
         .seed(seed)
         .shuffle()  # anew in every epoch
         .repeat()
         .random_map(Draws(config.data.foreground_fraction))
-        .batch(config.batch // process_count, drop_remainder=True, batch_fn=list)  # endless: there is none to drop
+        .batch(config.batch, drop_remainder=True, batch_fn=list)  # endless: there is none to drop
+        .map(Rows(rows))
         .map(reader)
     )
     if config.data.workers:
-        _check_shared_memory(config, process_count)
-    counts = {
-        "processes": process_count,
-        "batch": config.batch,
-        "seed": config.seed,
-        "split": store.info.split_hash,
-    }
+        _check_shared_memory(config, len(rows))
+    counts = {"batch": config.batch, "seed": config.seed, "split": store.info.split_hash}
     return TrainingIterator(batches, config, counts)
 
 

@@ -122,13 +122,22 @@ def test_every_epoch_visits_every_subject_once_in_a_new_order(make_store: MakeSt
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
-def test_crops_of_a_subject_differ_between_epochs_and_processes(make_store: MakeStore, start: Any) -> None:
+def test_crops_of_a_subject_differ_between_epochs(make_store: MakeStore, start: Any) -> None:
     store, _ = make_store(("train",) * 2)
     first, second = take(start(store, settings(foreground_fraction=0.0)), 2)
     image = dict(zip(first["slot"].tolist(), first["image"], strict=True))
     assert not any(np.array_equal(image[int(s)], crop) for s, crop in zip(second["slot"], second["image"], strict=True))
-    plans = [start(store, settings(), index, 2)._batches._parent for index in (0, 1)]  # the draws before reading
-    assert plans[0][0][0].position != plans[1][0][0].position
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_read_the_rows_of_one_global_batch(make_store: MakeStore, start: Any, processes: int) -> None:
+    store, _ = make_store(SPLITS)
+    config = settings(batch=4)
+    whole = take(start(store, config), 5)
+    rows = [range(index, 4, processes) for index in range(processes)]  # not contiguous: a mesh may interleave hosts
+    for own in rows:
+        expected = [{name: value[list(own)] for name, value in batch.items()} for batch in whole]
+        assert_same(take(start(store, config, own), 5), expected)
 
 
 # --- the fault table ---
@@ -254,7 +263,6 @@ def test_C04_position_of_other_data_is_refused_by_both_values(
     state = start(store, settings()).get_state()
     for iterator, said in (
         (start(store, settings(batch=4)), "batch 2, this run has 4"),
-        (start(store, settings(), 0, 2), "processes 1, this run has 2"),
         (start(store, settings(seed=4)), "seed 3, this run has 4"),
         (start(other, settings()), "split '.*, this run has '"),
     ):
@@ -264,14 +272,41 @@ def test_C04_position_of_other_data_is_refused_by_both_values(
         start(store, settings()).set_state({"next_index": 3})
 
 
-def test_C05_processes_share_the_subjects_without_loss(make_store: MakeStore, start: Any) -> None:
-    """Seven subjects over two processes: four and three. Epochs run on, so no subject is dropped anywhere."""
+def test_C04_the_position_does_not_depend_on_the_processes(make_store: MakeStore, start: Any) -> None:
+    """Saved by two processes, continued by one and by four: the very next global batch."""
     store, _ = make_store(SPLITS)
-    shares = [Counter(slots(take(start(store, settings(batch=2), index, 2), 12))) for index in (0, 1)]
-    assert set(shares[0]) & set(shares[1]) == set()
-    assert set(shares[0]) | set(shares[1]) == {0, 1, 3, 5, 6, 7, 8}
-    assert set(shares[0].values()) == {3}  # 12 crops of 4 subjects
-    assert set(shares[1].values()) == {4}
+    config = settings(batch=4)
+    whole = take(start(store, config), 9)
+    first, second = start(store, config, (0, 1)), start(store, config, (2, 3))
+    take(first, 5), take(second, 5)
+    assert first.get_state() == second.get_state()
+    for count in (1, 4):
+        for index in range(count):
+            own = list(range(index * 4 // count, (index + 1) * 4 // count))
+            again = start(store, config, own)
+            again.set_state(first.get_state())
+            assert_same(take(again, 4), [{name: value[own] for name, value in batch.items()} for batch in whole[5:]])
+
+
+def test_C04_positions_of_an_older_release(make_store: MakeStore, start: Any) -> None:
+    """One process drew the order of today; the order of several no longer exists."""
+    store, _ = make_store(SPLITS)
+    whole = take(start(store, settings()), 5)
+    state = start(store, settings()).get_state()
+    again = start(store, settings())
+    again.set_state({**state, "position": 3, "processes": 1})
+    assert_same(take(again, 2), whole[3:])
+    with pytest.raises(NeuronetError, match=r"of 2 processes in an older release.*--reset_data"):
+        again.set_state({**state, "position": 3, "processes": 2})
+
+
+def test_C05_processes_share_the_subjects_without_loss(make_store: MakeStore, start: Any) -> None:
+    """Seven subjects in global batches of two: epochs run on, so no subject is dropped, and both processes together see
+    each subject as often as the others.
+    """
+    store, _ = make_store(SPLITS)
+    seen = Counter(slot for row in (0, 1) for slot in slots(take(start(store, settings(batch=2), (row,)), 14)))
+    assert seen == dict.fromkeys((0, 1, 3, 5, 6, 7, 8), 4)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 8, 9])
@@ -286,8 +321,6 @@ def test_C06_too_few_subjects_are_an_error_at_start(make_store: MakeStore) -> No
     store, _ = make_store(SPLITS)
     with pytest.raises(NeuronetError, match=r"7 training subjects, fewer than config.batch 8"):
         training_iterator(store, settings(batch=8))
-    with pytest.raises(NeuronetError, match="multiple of the 3 processes, got 4"):
-        training_iterator(store, settings(batch=4), 0, 3)
     with pytest.raises(NeuronetError, match="no subjects in the split 'test'"):
         validation_subjects(store, "test")
     with pytest.raises(NeuronetError, match="not 'spm_tissue'"):
