@@ -110,12 +110,22 @@ class Jax(Contender):
 
         model = Model(self.network(config), config, voxel_size_mm=1.0)
         if job.what == "inference":
+            labels = self.labels(model)
             image = self.jax.device_put(random_batch(job.batch, (job.side,) * 3)[0])
-            return lambda: self.jax.block_until_ready(model.labels(image))
+            return lambda: self.jax.block_until_ready(labels(image))
         return self.segment_head(model, whitened_head(job.head))
 
+    def labels(self, model: Any) -> Callable[[Any], Any]:
+        """The labels of crops [b x y z 1], split over the cores, as an exported program computes them."""
+        from flax import nnx
+
+        structure, arrays = model.parts
+        program = self.jax.jit(lambda arrays, image: nnx.merge(structure, arrays).labels(image))
+        return lambda image: program(arrays, self.runtime.over_cores(image, 2, model.config.model.stride))
+
     def segment_head(self, model: Any, head: np.ndarray) -> Callable[[], Any]:
-        return lambda: tile_by_tile(lambda tile: np.asarray(model.labels(tile)), head, self.job.side)
+        labels = self.labels(model)
+        return lambda: tile_by_tile(lambda tile: np.asarray(labels(tile)), head, self.job.side)
 
     def numbers(self) -> dict[str, np.ndarray] | None:
         if self.family != "reference":

@@ -21,11 +21,9 @@ from nibabel.spatialimages import SpatialImage
 
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.images import intensity, nifti, space
-from neuronet_jax.inference.cost import voxel_budget
 from neuronet_jax.inference.onto_grid import Reading
 from neuronet_jax.inference.segmentation import Confidence, Options, Segmentation, posterior
-from neuronet_jax.inference.tiling import Shape, receptive_margin, rounded_up, tiles, with_smaller_tiles
-from neuronet_jax.inference.volume import BUCKET, Result, read_volume
+from neuronet_jax.inference.volume import Result, read_volume
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
 from neuronet_jax.models.readout import spans
 from neuronet_jax.runs.model import Model, ensemble
@@ -172,31 +170,13 @@ def _confidence(plan: _Plan, sums: np.ndarray) -> dict[str, Confidence]:
 
 
 def predict(model: Model, image: Float[np.ndarray, "x y z"], background: float = 0.0) -> UInt8[np.ndarray, "p x y z"]:
-    """Class indices of every protocol for a whitened image of any shape; `background` is what lies beyond it.
+    """Returns the class indices of every protocol for a whitened image of any shape, on its own grid.
 
-    Labels and nothing else, of the network run once: the quickest way. Of an ensemble, those of the mean scores.
+    `background` is the value beyond the image. Of an ensemble, those of the mean scores.
     """
-    if model.others:
-        names = model.config.protocols
-        reading = Reading(tuple(PROTOCOLS[name].num_classes for name in names))
-        return read_volume(model, image, background, names, reading, DEFAULT).classes
-    sides = image.shape
-    step = math.lcm(BUCKET, model.config.model.stride)
-    bucket = tuple(rounded_up(side, step) for side in sides)
-    padding = [(0, whole - side) for side, whole in zip(sides, bucket, strict=True)]
-    padded = np.pad(image.astype(np.float32, copy=False), padding, constant_values=background)
-    margin = receptive_margin(model.config.model)
-
-    def run(tile: Shape) -> np.ndarray:
-        classes = np.empty((len(model.config.protocols), *bucket), np.uint8)
-        for part in tiles(bucket, tile, margin):
-            labels = model.labels(padded[part.inside][None, ..., None])[0]  # p x y z
-            core = tuple(slice(k.start - a, k.stop - a) for a, k in zip(part.starts, part.kept, strict=True))
-            classes[(slice(None), *part.kept)] = labels[(slice(None), *core)]
-        return classes
-
-    classes = with_smaller_tiles(run, bucket, voxel_budget(model), step, margin)
-    return classes[:, : sides[0], : sides[1], : sides[2]]
+    names = model.config.protocols
+    reading = Reading(tuple(PROTOCOLS[name].num_classes for name in names))
+    return read_volume(model, image, background, names, reading, DEFAULT).classes
 
 
 def _head_box(image: np.ndarray, voxel_size_mm: float) -> tuple[slice, ...]:

@@ -1,35 +1,27 @@
 """A trained network with what is needed to apply it: `restore` reads one, or an ensemble, from training runs."""
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
-import jax
-import numpy as np
 from flax import nnx
-from jaxtyping import Float, UInt8
 
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.runtime import over_cores
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """A trained network and what is needed to apply it to any head."""
 
-    # nnx module; `features(image f32[b x y z 1])` gives its features and readout, `labels(image)` u8[b p x y z], both
-    # with the protocols in the order of config.protocols
+    # nnx module; `features(image f32[b x y z 1])` gives its features and readout, with the protocols in the order of
+    # config.protocols
     network: Any
     config: Config
     voxel_size_mm: float  # of the grid that it was trained on
     provenance: dict[str, Any] = field(default_factory=dict)  # where the weights come from, as JSON
     max_voxels: int = 0  # larger volumes are tiled; 0: what the device's memory allows
     others: tuple["Model", ...] = ()  # further members of an ensemble, whose scores are averaged with this one's
-
-    def labels(self, image: Float[np.ndarray, "b x y z 1"]) -> UInt8[np.ndarray, "b p x y z"]:
-        """The class indices of this network alone, compiled once per shape."""
-        return np.asarray(_labels(*self.parts, over_cores(image, 2, self.config.model.stride)))
 
     @cached_property
     def parts(self) -> tuple[Any, Any]:
@@ -39,12 +31,6 @@ class Model:
     @property
     def members(self) -> tuple["Model", ...]:
         return (self, *self.others)
-
-
-@partial(jax.jit, static_argnums=0)
-def _labels(structure: Any, arrays: Any, image: jax.Array) -> jax.Array:
-    # the structure is part of the key: models that differ in weights alone, as in validation, share programs
-    return nnx.merge(structure, arrays).labels(image)
 
 
 def ensemble(first: Model, *others: Model) -> Model:

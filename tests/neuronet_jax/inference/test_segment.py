@@ -111,11 +111,8 @@ class Shells(nnx.Module):
     def __init__(self):
         self.thresholds = nnx.Param(jnp.array([0.5, 2.6]))
 
-    def labels(self, image: jax.Array) -> jax.Array:
-        return jnp.sum(image > self.thresholds[...].reshape(1, 1, 1, 1, 2), axis=-1)[:, None].astype(jnp.uint8)
-
     def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
-        """The same as scores: 0, v − t₁, 2v − t₁ − t₂, of which the largest changes at the thresholds; never WM."""
+        """The scores 0, v − t₁, 2v − t₁ − t₂, of which the largest changes at the thresholds; never WM."""
         low, high = self.thresholds[...]
         slopes, biases = jnp.array([[0.0, 1, 2, 0]]), jnp.stack([0 * low, -low, -low - high, -1e3 + 0 * low])
         coarse = image[:, ::2, ::2, ::2]
@@ -226,11 +223,11 @@ def test_F06_out_of_memory_goes_on_with_smaller_tiles():
     tried = []
 
     class Limited(Shells):
-        def labels(self, image: jax.Array) -> jax.Array:
+        def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
             tried.append(image.shape[1:4])
             if image.size > 80 * 64 * 80:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-            return super().labels(image)
+            return super().features(image)
 
     image = np.random.default_rng(1).normal(size=(150, 40, 130)).astype(np.float32)
     with pytest.warns(UserWarning, match="ran out of memory"):

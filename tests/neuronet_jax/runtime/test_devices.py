@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments.flags import load
 from neuronet_jax import runtime
@@ -98,14 +99,14 @@ def test_threads_take_turns_on_the_device_and_their_time_is_counted():
 
 
 def test_the_expected_time_is_that_of_the_voxels_of_both_grids(monkeypatch):
-    monkeypatch.setattr(runtime, "cores", lambda: 8)
+    monkeypatch.setattr(cost, "cores", lambda: 8)
     own_s = cost.FEATURES_CPU_S + cost.READING_CPU_S
     assert cost.expected_s((100, 100, 100), (2.0, 2.0, 2.0), 2.0) == pytest.approx((own_s / 2, own_s * 1.2))
     finer_s = own_s + 6.4 * cost.INTERPOLATION_CPU_S  # 100³ voxels of 2 mm, and what is interpolated from them
     assert cost.expected_s((200, 200, 160), (1, 1, 1.25), 2.0) == pytest.approx((finer_s / 2, finer_s * 1.2))
     twice_s = finer_s + cost.FEATURES_CPU_S  # scores are read and interpolated of the mean alone
     assert cost.expected_s((200, 200, 160), (1, 1, 1.25), 2.0, 2) == pytest.approx((twice_s / 2, twice_s * 1.2))
-    monkeypatch.setattr(runtime, "cores", lambda: 1)
+    monkeypatch.setattr(cost, "cores", lambda: 1)
     assert cost.expected_s((100, 100, 100), (2.0, 2.0, 2.0), 2.0) == pytest.approx((own_s, own_s * 1.2))
 
 
@@ -115,9 +116,11 @@ def test_a_volume_is_split_over_the_cores_and_labelled_the_same(monkeypatch):
     model = Model(build(config.model, config.protocols, seed=3), config, 2.0)
     image = np.random.default_rng(0).normal(size=(1, 8, 24, 8, 1)).astype(np.float32)
     monkeypatch.setattr(runtime, "cores", lambda: 1)  # more devices than cores: somebody tests sharding
-    whole = model.labels(image)
+    structure, arrays = model.parts
+    labels = jax.jit(lambda arrays, image: nnx.merge(structure, arrays).labels(image))
+    whole = labels(arrays, image)
     assert isinstance(runtime.over_cores(image, 2, 2), np.ndarray)
     monkeypatch.setattr(runtime, "cores", lambda: 8)
     split = runtime.over_cores(image, 2, 2)
     assert split.sharding.num_devices == 6  # 24 is cut into six by multiples of 2; eight would cut a coarse voxel
-    np.testing.assert_array_equal(model.labels(image), whole)
+    np.testing.assert_array_equal(labels(arrays, split), whole)
