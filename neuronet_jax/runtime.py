@@ -8,6 +8,8 @@ import platform
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from neuronet_jax.errors import CodedWarning
+from neuronet_jax.errors import CodedWarning, NeuronetError
 from neuronet_jax.files import user_cache
 
 # Messages.
@@ -148,12 +150,56 @@ def memory_bytes() -> int:
 
 # Peers.
 
+_METADATA_S = 10.0  # a metadata server answers within milliseconds
+
 
 def join_cluster() -> None:
-    """Joins the other processes under Slurm, on a TPU pod or wherever JAX_COORDINATOR_ADDRESS says; alone otherwise."""
+    """Joins the other processes of a Slurm step, of a Cloud TPU slice, or of the address in JAX_COORDINATOR_ADDRESS.
+
+    Does nothing where there are none. To be called before JAX's first computation. Raises NeuronetError on a machine
+    with TPU chips that cannot tell how many hosts its slice has.
+    """
     environment = os.environ
     if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_NUM_PROCESSES" in environment:
         count, index = int(environment["JAX_NUM_PROCESSES"]), int(environment["JAX_PROCESS_ID"])
         jax.distributed.initialize(environment["JAX_COORDINATOR_ADDRESS"], count, index)
-    elif int(environment.get("SLURM_NTASKS", "1")) > 1 or "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+    elif (tasks := int(environment.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:  # set by srun alone, unlike SLURM_NTASKS
+        one_per_node = tasks == int(environment["SLURM_STEP_NUM_NODES"])
+        # Under Slurm, JAX restricts a process to the GPU of its number on the node. An empty list means all of them.
+        jax.distributed.initialize(local_device_ids=[] if one_per_node else None)
+    elif _tpu_hosts() > 1:
         jax.distributed.initialize()
+
+
+def _tpu_hosts() -> int:
+    """The number of hosts in this machine's Cloud TPU slice: from the environment on GKE, from its metadata elsewhere.
+
+    1 on machines where JAX found no TPU chips when it was imported: it marks the others with TPU_ML_PLATFORM.
+    """
+    names = os.environ.get("TPU_WORKER_HOSTNAMES")
+    if names is None:
+        if "TPU_ML_PLATFORM" not in os.environ or "TPU_SKIP_MDS_QUERY" in os.environ:
+            return 1
+        names = _tpu_endpoints()
+    return names.count(",") + 1
+
+
+def _tpu_endpoints() -> str:
+    """The hosts of the slice, separated by commas; empty where the machine's metadata name none."""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")  # as JAX looks it up
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=_METADATA_S
+        ) as answer:
+            return answer.read().decode()
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return ""
+        reason = str(error)
+    except OSError as error:
+        reason = str(error)
+    raise NeuronetError(
+        f"this machine has TPU chips, but the list of its slice's hosts cannot be read from {url} ({reason}); "
+        "to train on this host alone, set TPU_WORKER_HOSTNAMES=localhost"
+    )
