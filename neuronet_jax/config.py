@@ -1,18 +1,24 @@
 """The settings of a run as frozen dataclasses: complete, typed, checked once, saved as JSON with every checkpoint.
 
-`experiments/configs` fills them; nothing below `experiments` knows ml-collections.
+`experiments/configs` fills them; nothing below `experiments` knows ml-collections. To add a setting, add the field,
+raise SCHEMA and enter in ADDED the value that keeps the behaviour of older runs: their files then open as before.
 """
 
+import copy
 import dataclasses
 import json
 import math
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
+
+SCHEMA = 1  # of saved configs; raised with every field that is added
+# Per schema, the fields that it added, as "group.field", and the value that keeps the behaviour of older runs.
+ADDED: dict[int, dict[str, Any]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,19 +94,53 @@ class Config:
     def __post_init__(self) -> None:
         check(self)
 
+    def to_fields(self) -> dict[str, Any]:
+        """The settings as they are saved: nested dicts, with the schema."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        return json.dumps(self.to_fields(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> "Config":
-        """Raises NeuronetError where a field is missing, unknown, of the wrong type or out of range."""
+    def from_fields(cls, fields: Any) -> Self:
+        """The inverse of `to_fields`, of this version and of older ones.
+
+        Raises NeuronetError for a newer schema, and where a field is missing, unknown, of the wrong type or out of
+        range.
+        """
+        if not isinstance(fields, dict):
+            raise NeuronetError(f"the saved config must be a JSON object, got {fields!r:.80}")
+        schema = fields.get("schema", 1)  # version 0.1.0 did not write it
+        return from_dict(cls, upgrade({name: fields[name] for name in fields if name != "schema"}, schema))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """As `from_fields`, from the text of a file."""
         try:
             fields = json.loads(text)
         except ValueError as error:
             raise NeuronetError(f"the saved config is not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise NeuronetError(f"the saved config must be a JSON object, got {fields!r:.80}")
-        return from_dict(cls, fields)
+        return cls.from_fields(fields)
+
+
+def upgrade(fields: dict[str, Any], schema: int) -> dict[str, Any]:
+    """The fields of a config that was saved with `schema`, as this version has them.
+
+    Fields that were added since get the value in ADDED. Raises NeuronetError for a newer schema.
+    """
+    if type(schema) is not int or schema > SCHEMA:
+        raise NeuronetError(
+            f"the saved config has schema {schema!r}, this version reads up to {SCHEMA}: update neuronet-jax"
+        )
+    upgraded = copy.deepcopy(fields)
+    for added in range(schema + 1, SCHEMA + 1):
+        for path, value in ADDED[added].items():
+            *groups, name = path.split(".")
+            group = upgraded
+            for key in groups:
+                group = group.setdefault(key, {})
+            group.setdefault(name, value)
+    return upgraded
 
 
 def from_dict(cls: type, fields: dict[str, Any], path: str = "config") -> Any:

@@ -78,7 +78,7 @@ class Checkpoints:
 
     def config(self, step: int) -> Config:
         """The settings that the checkpoint of `step` was trained with."""
-        return Config.from_json(json.dumps(self._run(step)["config"]))
+        return Config.from_fields(self._run(step)["config"])
 
     def save(self, step: int, state: Any, data_position: Any, config: Config, score: float | None = None) -> None:
         """Copies `state` off the devices, then returns; the rest goes on in the background.
@@ -101,7 +101,7 @@ class Checkpoints:
         run = {
             "schema": SCHEMA,
             "versions": {name: metadata.version(name) for name in ("jax", "orbax-checkpoint", "grain")},
-            "config": dataclasses.asdict(config),
+            "config": config.to_fields(),
             "score": float(score) if score is not None and math.isfinite(score) else None,
             "arrays": {path: _describe(leaf) for path, leaf in arrays.items()},
             "key_impls": {path: str(jax.random.key_impl(leaf)) for path, leaf in arrays.items() if _is_key(leaf)},

@@ -72,7 +72,7 @@ def release(
     description = {
         "schema": SCHEMA,
         "version": __version__,
-        "config": dataclasses.asdict(config),
+        "config": config.to_fields(),
         "protocols": model.config.protocols,
         "labels": {name: _label_table(name) for name in model.config.protocols},
         "voxel_size_mm": model.voxel_size_mm,
@@ -97,7 +97,7 @@ def restore_release(folder: str) -> Model:
     lines = [line.partition("  ") for line in manifest.decode("ascii", "replace").splitlines()]
     listed = {name: digest for digest, _, name in lines}
     description = _described(_checked(RELEASE, text, listed))
-    config = Config.from_json(json.dumps(description["config"]))
+    config = Config.from_fields(description["config"])
     shapes = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
     structure, state = nnx.split(shapes, graph=False)
     variables = nnx.to_flat_state(state)

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from experiments.flags import load
+from neuronet_jax import config as config_module
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
+
+GOLDEN = Path(__file__).parent / "runs" / "goldens" / "run_v1"  # by a version without schemas, see test_older_versions
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,45 @@ def test_missing_field_is_named(config):
     del fields["optimizer"]["epsilon"]
     with pytest.raises(NeuronetError, match=r"config\.optimizer lacks the field 'epsilon'"):
         Config.from_json(json.dumps(fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class LaterLoss(config_module.LossConfig):
+    focal: float  # weight of a loss that this version does not have
+
+
+@dataclasses.dataclass(frozen=True)
+class LaterConfig(Config):
+    loss: LaterLoss  # type: ignore[assignment]
+    shuffle: bool
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """A later version with two more settings."""
+    monkeypatch.setattr(config_module, "SCHEMA", 2)
+    monkeypatch.setattr(config_module, "ADDED", {2: {"loss.focal": 0.0, "shuffle": True}})
+
+
+@pytest.mark.parametrize("file", ["config.json", "checkpoints/1/run/metadata", "../release_v1/release.json"])
+def test_a_config_of_an_older_version_opens_with_the_defaults_of_new_fields(later, file):
+    saved = json.loads((GOLDEN / file).read_text())
+    opened = LaterConfig.from_fields(saved.get("config", saved))
+    assert (opened.loss, opened.shuffle) == (LaterLoss(cross_entropy=1.0, dice=1.0, focal=0.0), True)
+    again = LaterConfig.from_json(dataclasses.replace(opened, shuffle=False).to_json())
+    assert again.shuffle is False  # a file of the later version has its own value
+
+
+def test_a_field_that_nobody_entered_in_ADDED_is_missing(later, monkeypatch):
+    monkeypatch.setattr(config_module, "ADDED", {2: {"loss.focal": 0.0}})
+    with pytest.raises(NeuronetError, match="config lacks the field 'shuffle'"):
+        LaterConfig.from_json((GOLDEN / "config.json").read_text())
+
+
+@pytest.mark.parametrize("schema", [2, "1", None])
+def test_a_config_of_a_newer_version_is_refused(config, schema):
+    with pytest.raises(NeuronetError, match=rf"schema {schema!r}, this version reads up to 1: update neuronet-jax"):
+        Config.from_json(_json(config, schema=schema))
 
 
 def test_replace_is_checked(config):
