@@ -1,8 +1,8 @@
-"""Where the tools agree: Dice between every two protocols for all that both label, and a map of the votes.
+"""Agreement between the tools: Dice between every two protocols for the regions that both label, and a map of votes.
 
-What corresponds to what is `labels.REGIONS`: CSF, GM and WM of the protocols that label whole brains, and the
-structures that FIRST and MALP-EM share. MALP-EM's tissue map is, besides, a merge of its structures, so that these two
-protocols can be checked against each other class by class.
+`labels.REGIONS` defines the correspondence: CSF, GM and WM of the protocols that label whole brains, and the structures
+that FIRST and MALP-EM share. In addition, MALP-EM's tissue map is a merge of its structures, so these two protocols can
+be checked against each other class by class.
 """
 
 import itertools
@@ -22,25 +22,25 @@ VOTERS = tuple(REGIONS[0].ids)  # the protocols with tissues: four, whose votes 
 
 @dataclass(frozen=True)
 class Pair:
-    """How well two protocols agree on one region."""
+    """The agreement of two protocols on one region."""
 
-    kind: str  # "tissue", "structure", or "merge": a class of MALP-EM's tissue map against its structures, merged
+    kind: str  # "tissue", "structure", or "merge": a class of MALP-EM's tissue map against its merged structures
     region: str
     first: str
     second: str
-    dice: float  # NaN where neither has it
+    dice: float  # NaN if neither has the region
     first_mm3: float
     second_mm3: float
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the label maps of one head agree.
+    """The agreement between the label maps of one scan.
 
-    A voxel of `votes` is the number of `voters` that give it the label that most of them give it, among CSF, GM, WM
-    and none of them; it is 0 where no voter sees tissue. So a voxel that one tool alone calls tissue counts as
-    contested, which a vote among tissues only would hide. With all four, 4 is unanimity and 2 the common discord;
-    MALP-EM then has two votes, which differ only as far as its two maps contradict each other.
+    A voxel of `votes` counts the `voters` that give it its most frequent label among CSF, GM, WM and none; it is 0
+    where no voter sees tissue. A voxel that a single tool calls tissue thus counts as contested, which a vote among
+    tissues only would hide. With all four voters, 4 means unanimity and 2 is the usual disagreement. MALP-EM then has
+    two votes, which differ only where its two maps contradict each other.
     """
 
     pairs: tuple[Pair, ...]
@@ -49,16 +49,16 @@ class Agreement:
 
     @property
     def consistency(self) -> float:
-        """Mean Dice of MALP-EM's tissue map and its structures merged into the same tissues; NaN without both."""
+        """Mean Dice between MALP-EM's tissue map and its structures merged into the same tissues; NaN without both."""
         return self.mean("merge")
 
     def mean(self, kind: str) -> float:
-        """Mean Dice over the pairs of a kind to which it applies; NaN where there is none."""
+        """Returns the mean Dice over the applicable pairs of a kind, or NaN if there is none."""
         values = [pair.dice for pair in self.pairs if pair.kind == kind and not np.isnan(pair.dice)]
         return float(np.mean(values)) if values else float("nan")
 
     def unanimous(self) -> float:
-        """Share of the voxels with any vote for tissue in which all voters agree; NaN where there is none."""
+        """Returns the share of unanimous voxels among those with any vote for tissue, or NaN if there is none."""
         if self.votes is None:
             return float("nan")
         counts = np.bincount(self.votes.ravel(), minlength=len(self.voters) + 1)
@@ -66,7 +66,7 @@ class Agreement:
 
 
 def compare(maps: Mapping[str, UInt8[np.ndarray, "x y z"]], affine: np.ndarray) -> Agreement:
-    """The agreement of one head's label maps, which hold the tools' ids on one grid."""
+    """Compares the label maps of one scan, which hold the tools' ids on one grid."""
     voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
     voters = tuple(name for name in maps if name in VOTERS)
     codes = _codes(maps, voters) if voters else None
@@ -80,7 +80,7 @@ def compare(maps: Mapping[str, UInt8[np.ndarray, "x y z"]], affine: np.ndarray) 
 
 
 def table(agreement: Agreement) -> list[list[str]]:
-    """The rows of `sub-…_agreement.tsv`, its header first; Dice is `n/a` where neither protocol has the region."""
+    """Returns the rows of `sub-…_agreement.tsv`, header first. Dice is `n/a` if neither protocol has the region."""
     rows: list[list[str]] = [list(COLUMNS)]
     for p in agreement.pairs:
         dice = "n/a" if np.isnan(p.dice) else f"{p.dice:.6f}"
@@ -89,7 +89,7 @@ def table(agreement: Agreement) -> list[list[str]]:
 
 
 def _codes(maps: Mapping[str, np.ndarray], voters: tuple[str, ...]) -> np.ndarray:
-    """uint8 [x y z]: the tissue (0 none, then CSF, GM, WM) of every voter, two bits each, the first one lowest."""
+    """Returns uint8 [x y z]: every voter's tissue (0 none, then CSF, GM, WM) in two bits each, the first one lowest."""
     codes = np.zeros(maps[voters[0]].shape, np.uint8)
     for number, name in enumerate(voters):
         tissue = np.zeros(256, np.uint8)  # of every id
@@ -100,12 +100,14 @@ def _codes(maps: Mapping[str, np.ndarray], voters: tuple[str, ...]) -> np.ndarra
 
 
 def _answers(voters: int) -> np.ndarray:
-    """uint8 [code voter]: which tissue each voter says, for every code."""
+    """Returns uint8 [code voter]: each voter's tissue, for every code."""
     return np.arange(4**voters)[:, None] >> (_BITS * np.arange(voters)) & 3
 
 
 def _votes(voters: int) -> np.ndarray:
-    """uint8 [code]: how many voters give the most frequent answer; 0 for code 0, where all say background."""
+    """Returns uint8 [code]: the number of voters with the most frequent tissue; 0 for code 0, where all vote
+    background.
+    """
     answers = _answers(voters)
     counts = np.stack([(answers == tissue).sum(axis=1) for tissue in range(4)])  # [tissue code]
     votes = counts.max(axis=0).astype(np.uint8)
@@ -129,7 +131,7 @@ def _structures(one: str, first: np.ndarray, other: str, second: np.ndarray) -> 
         return
     numbered = []
     for name, ids in ((one, first), (other, second)):
-        numbers = np.zeros(256, np.uint8)  # of every id: which of the shared structures it is
+        numbers = np.zeros(256, np.uint8)  # of every id: its number among the shared structures
         for number, region in enumerate(shared, start=1):
             numbers[list(region.ids[name])] = number
         numbered.append(numbers[ids])

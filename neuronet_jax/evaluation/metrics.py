@@ -12,7 +12,7 @@ from neuronet_jax.errors import NeuronetError
 class DiceTable:
     """Dice and voxel counts of every class of one protocol in one subject; entry 0 is the background."""
 
-    dice: np.ndarray  # float64 [k], NaN where a class is empty in both maps
+    dice: np.ndarray  # float64 [k], NaN if a class is empty in both maps
     reference_voxels: np.ndarray  # int64 [k]
     predicted_voxels: np.ndarray  # int64 [k]
 
@@ -31,11 +31,11 @@ class Summary:
 
 
 def dice_per_class(reference: np.ndarray, predicted: np.ndarray, num_classes: int) -> DiceTable:
-    """Dice 2|A∩B| / (|A| + |B|) of every class from one count of (reference, predicted) pairs.
+    """Returns Dice 2|A∩B| / (|A| + |B|) of every class, from one count of (reference, predicted) pairs.
 
     `reference` and `predicted` hold class indices below `num_classes`, in arrays of one shape. A class that is empty in
-    both maps is not applicable (NaN); one that is empty in a single map scores 0 and counts.
-    Raises NeuronetError on unequal shapes and on labels outside the table. Source: Dice, Ecology 1945.
+    both maps is not applicable (NaN). One that is empty in a single map scores 0 and counts. Raises NeuronetError on
+    unequal shapes and on labels outside the table. Source: Dice, Ecology 1945.
     """
     if reference.shape != predicted.shape:
         raise NeuronetError(
@@ -45,7 +45,7 @@ def dice_per_class(reference: np.ndarray, predicted: np.ndarray, num_classes: in
     for name, labels in (("reference", reference), ("prediction", predicted)):
         if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
             raise NeuronetError(
-                f"the {name} holds labels {labels.min()}..{labels.max()}, the protocol has classes "
+                f"the {name} holds labels {labels.min()}..{labels.max()}, but the protocol has classes "
                 f"0..{num_classes - 1}; map the tool's ids to class indices first (Protocol.to_classes)"
             )
     counts = np.zeros(num_classes**2, np.int64)
@@ -59,9 +59,9 @@ def dice_per_class(reference: np.ndarray, predicted: np.ndarray, num_classes: in
 
 
 def mean_dice(table: DiceTable) -> float:
-    """The subject's score as published: mean over the foreground classes that are present in at least one of the maps.
+    """Returns a subject's score as published: the mean over the foreground classes present in at least one of the maps.
 
-    NaN where there is none.
+    NaN if there is none.
     """
     foreground = table.dice[1:]
     applicable = foreground[~np.isnan(foreground)]
@@ -69,7 +69,7 @@ def mean_dice(table: DiceTable) -> float:
 
 
 def summarise(scores: Iterable[float]) -> Summary:
-    """Mean ± sd [min] over subjects, as in the published table; NaN scores (nothing to compare) are left out."""
+    """Returns mean ± sd [min] over subjects, as in the published table. Leaves out NaN scores (nothing to compare)."""
     values = np.asarray([score for score in scores if not np.isnan(score)], np.float64)
     if not values.size:
         return Summary(float("nan"), float("nan"), float("nan"), 0)

@@ -1,9 +1,9 @@
-"""Whether the input was a whole adult brain in T1 contrast at all, from the labels and the image under them.
+"""Checks, from the labels and the image under them, that the input was a whole adult brain in T1 contrast.
 
-A network answers whatever it is given. These checks hold its answer against physics and anatomy that it was not asked
-about; they need no training and no reference, and they only ever warn. Measured where the constants are: 15
-skull-stripped brains under their reference labels and three whole heads and nine of the brains under a network trained
-for minutes on synthetic heads, against the same heads with inverted contrast, cut in half, noise, and spheres.
+A network answers any input. These checks hold its answer against independent facts of physics and anatomy. They need no
+training and no reference, and they only warn. The constants were measured on 15 skull-stripped brains under their
+reference labels, and on three whole heads and nine of the brains under a network trained for minutes on synthetic
+heads. They were compared with the same heads with inverted contrast or cut in half, with noise, and with spheres.
 """
 
 import itertools
@@ -17,28 +17,38 @@ from neuronet_jax.images.nifti import Volume
 from neuronet_jax.images.space import spacing_mm
 from neuronet_jax.labels import REGIONS, TISSUES
 
-BRAIN_MM3 = (6e5, 2.4e6)  # brain and CSF of adults is 1.0 to 1.9 litres; half and a quarter more is left as margin
-LEAST_MM3 = 1e5  # of tissue, for there to be a brain or a piece of one: a tenth of a litre
+BRAIN_MM3 = (
+    6e5,
+    2.4e6,
+)  # brain and CSF of adults take 1.0 to 1.9 litres; the margin is about 40 % below and 25 % above
+LEAST_MM3 = 1e5  # tissue volume of the smallest piece of a brain that counts: a tenth of a litre
 GREY_SHARE = (0.4, 0.85)  # GM / (GM + WM) over all protocols: brains .53 to .63, inverted .55 to .70; spheres .23, .28
-LEAST_CONTRAST = 0.2  # correlation of brightness and depth: T1 .37 to .59, inverted -.20 to .01
-LEAST_CONTRAST_CUT = 0.0  # where a cut face counts as surface, and blurs it: T1 .05 to .32
-DEEPEST_MM = 20.0  # the ventricles begin about there: dark and deep, they blur what cortex and white matter say
-CLOSED_MM = 6.0  # gaps in the labelled brain, such as sulci and what the network missed, that do not count as surface
-BORDER_MM = 4.0  # two voxels of a 2 mm network, which often leaves the outermost one empty
+LEAST_CONTRAST = 0.2  # correlation of intensity and depth: T1 .37 to .59, inverted -.20 to .01
+LEAST_CONTRAST_CUT = 0.0  # for cut heads, whose cut face counts as surface and lowers the correlation: T1 .05 to .32
+DEEPEST_MM = (
+    20.0  # about where the ventricles begin: dark and deep, they would mask the contrast of cortex and white matter
+)
+CLOSED_MM = 6.0  # gaps in the labelled brain, such as sulci and missed voxels, that do not count as surface
+BORDER_MM = 4.0  # two voxels of a 2 mm network, which often leaves the outermost voxel empty
 LEAST_CUT = 0.3  # of the largest cross-section: a whole brain's outermost 4 mm have .12 (2d/R of a sphere)
-LEAST_AGREEMENT = 0.7  # mean Dice of the two MALP-EM heads, which read one anatomy; 0.95 and more on heads they know
-_LOOK_MM = 2.0  # resolution at which is looked: these are questions about centimetres
+LEAST_AGREEMENT = 0.7  # mean Dice between the two MALP-EM outputs, which label one anatomy; 0.95 or more on known scans
+_CHECK_MM = 2.0  # resolution of the checks, which concern centimetres
 
 
 def check(volume: Volume, maps: Mapping[str, np.ndarray], agreement: Agreement) -> tuple[str, ...]:
-    """Sorted warnings about what no whole T1-weighted head should give.
+    """Returns sorted warnings about an answer that no whole T1-weighted head should give.
 
-    W_CUT: the labelled brain ends at the border of the image, or of what in it is not zero.
-    W_NO_BRAIN: it does not, and there is hardly any tissue, or grey and white matter in shares that no brain has.
-    W_CONTRAST: a brain, but not T1-weighted: brightness does not rise from CSF over GM to WM, or not from the surface
-    inwards. The first is what the labels say; the second goes by their outline only, for a network that goes by
-    intensity keeps the first true by calling bright CSF white matter.
-    W_BRAIN_VOLUME: the labelled volume is no adult's. W_AGREEMENT: both MALP-EM heads contradict each other.
+    W_CUT: the labelled brain ends at the border of the image, or of its non-zero part.
+
+    W_NO_BRAIN: the brain is not cut, and there is hardly any tissue, or the share of grey matter fits no brain.
+
+    W_CONTRAST: there is a brain, but not in T1 contrast: intensity does not rise from CSF over GM to WM, or not from
+    the surface inwards. The first test uses the labels. The second uses their outline only, because a network that goes
+    by intensity passes the first by calling bright CSF white matter.
+
+    W_BRAIN_VOLUME: the labelled volume fits no adult brain.
+
+    W_AGREEMENT: the two MALP-EM outputs contradict each other.
     """
     voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
     brains = [np.count_nonzero(ids) * voxel_mm3 for name, ids in maps.items() if name != "fsl_first"]
@@ -47,11 +57,11 @@ def check(volume: Volume, maps: Mapping[str, np.ndarray], agreement: Agreement) 
         found.add("W_AGREEMENT")
     if any(not BRAIN_MM3[0] <= brain <= BRAIN_MM3[1] for brain in brains):
         found.add("W_BRAIN_VOLUME")
-    steps = [max(1, round(_LOOK_MM / side)) for side in spacing_mm(volume.affine)]
+    steps = [max(1, round(_CHECK_MM / side)) for side in spacing_mm(volume.affine)]
     coarse = tuple(slice(step // 2, None, step) for step in steps)
     image, sides_mm = volume.data[coarse], spacing_mm(volume.affine) * steps
     tissues = {name: _tissues(name, maps[name][coarse]) for name in agreement.voters}  # per protocol uint8 [x y z]
-    if not tissues:  # FIRST alone, whose few structures tell none of this
+    if not tissues:  # FIRST alone has too few structures for these checks
         return tuple(sorted(found))
     brain = np.any([classes > 0 for classes in tissues.values()], axis=0)
     cut = cut_share(image, brain, sides_mm) > LEAST_CUT
@@ -67,10 +77,10 @@ def check(volume: Volume, maps: Mapping[str, np.ndarray], agreement: Agreement) 
 
 
 def inward_contrast(image: np.ndarray, brain: np.ndarray, sides_mm: np.ndarray) -> float:
-    """Correlation of intensity with the depth below the brain's surface, in its outer two centimetres.
+    """Returns the correlation of intensity with the depth below the brain's surface, in its outer two centimetres.
 
-    CSF and cortex lie outside and are dark in T1 contrast, white matter lies inside and is bright: positive. In T2
-    contrast all of that is reversed.
+    It is positive in T1 contrast: CSF and cortex lie outside and are dark, white matter lies inside and is bright. In
+    T2 contrast all of that is reversed.
     """
     margin = 1 + int(np.ceil(CLOSED_MM / sides_mm.min()))
     ball = np.array(np.meshgrid(*(np.arange(-margin, margin + 1) * side for side in sides_mm), indexing="ij"))
@@ -85,9 +95,10 @@ def inward_contrast(image: np.ndarray, brain: np.ndarray, sides_mm: np.ndarray) 
 
 
 def cut_share(image: np.ndarray, brain: np.ndarray, sides_mm: np.ndarray) -> float:
-    """The brain's largest cross-section near a face of the image, as a share of its largest along the same axis.
+    """Returns the brain's largest cross-section near a face of the image, as a share of its largest along the same
+    axis.
 
-    Faces are those of the box that holds every voxel that is not zero: a cut image may have been padded since.
+    Faces are those of the box of all non-zero voxels, because a cut image may have been padded since.
     """
     (box,) = ndimage.find_objects((image != 0).astype(np.uint8)) or [None]
     if box is None or not brain.any():
@@ -102,7 +113,7 @@ def cut_share(image: np.ndarray, brain: np.ndarray, sides_mm: np.ndarray) -> flo
 
 
 def _tissues(protocol: str, ids: np.ndarray) -> np.ndarray:
-    """0 none, 1 CSF, 2 GM, 3 WM."""
+    """Returns 0 none, 1 CSF, 2 GM, 3 WM for every voxel."""
     classes = np.zeros(256, np.uint8)  # of every id
     for index, region in enumerate(REGIONS[: len(TISSUES)], start=1):
         classes[list(region.ids[protocol])] = index
@@ -110,12 +121,14 @@ def _tissues(protocol: str, ids: np.ndarray) -> np.ndarray:
 
 
 def _is_brain(tissues: Sequence[np.ndarray], voxel_mm3: float) -> bool:
-    """Whether there is tissue, in a brain's shares: mean volumes over the protocols, as single ones err more."""
+    """Tells whether there is tissue in the proportions of a brain, from mean volumes over the protocols (single ones
+    err more).
+    """
     _, _, grey, white = np.mean([np.bincount(c.ravel(), minlength=4) for c in tissues], axis=0) * voxel_mm3
     return grey + white >= LEAST_MM3 and GREY_SHARE[0] <= grey / (grey + white) <= GREY_SHARE[1]
 
 
 def _rises(image: np.ndarray, classes: np.ndarray) -> bool:
-    """Mean intensity of CSF < GM < WM, among those that there are."""
+    """Tells whether mean intensity rises over CSF < GM < WM, as far as these are present."""
     means = [image[classes == index].mean(dtype=np.float64) for index in (1, 2, 3) if (classes == index).any()]
     return all(low < high for low, high in itertools.pairwise(means))

@@ -1,9 +1,9 @@
-"""How good a segmentation probably is, before anyone has looked at it.
+"""Predicted quality of a segmentation, without a reference.
 
-The network's own doubt gives an expected Dice of every structure. On the run's validation heads, whose true Dice is
-known, that expectation is calibrated; the result lies with the run as `quality.json` and turns the doubt about a new
-head into a predicted Dice per structure and one score. Validation heads have also chosen the checkpoint, so all this is
-a little too hopeful, and it holds for heads like those.
+The network's probabilities give an expected Dice of every structure. On the run's validation subjects, whose true Dice
+is known, that expectation is calibrated. The calibration is stored with the run as `quality.json`. It turns the
+probabilities of a new scan into a predicted Dice per structure and one score. The validation subjects have also chosen
+the checkpoint, so the predictions are slightly optimistic, and they hold only for similar scans.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,42 +15,42 @@ from jaxtyping import Float
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.inference.segmentation import Confidence
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.runs.calibration import FALSE_ALARMS, LEAST_HEADS, UNKNOWN, Calibration, Line, Threshold
+from neuronet_jax.runs.calibration import FALSE_ALARMS, LEAST_SUBJECTS, UNKNOWN, Calibration, Line, Threshold
 
-PRIOR_SPREAD = 0.1  # Σ(x − x̄)² that speaks for a slope of 1: as much as ten structures spread by ±0.1 say
-PRIOR_HEADS = 2  # heads that speak for a structure being like its protocol's others
-LEAST_SPREAD = 0.01  # of scores: a point of Dice less is no alarm, however alike the validation heads are
+PRIOR_SPREAD = 0.1  # Σ(x − x̄)² in favour of a slope of 1: the weight of ten structures that spread by ±0.1
+PRIOR_SUBJECTS = 2  # weight, in subjects, of the offset that all structures of a protocol share
+LEAST_SPREAD = 0.01  # of scores: 0.01 Dice less is no alarm, however similar the validation subjects are
 
-Sample = Mapping[str, tuple[np.ndarray, np.ndarray]]  # of one head, per protocol: expected and true Dice, each [k]
+Sample = Mapping[str, tuple[np.ndarray, np.ndarray]]  # of one subject, per protocol: expected and true Dice, each [k]
 
 
 @dataclass(frozen=True)
 class Quality:
-    """The prediction for one head."""
+    """The predicted quality of one scan."""
 
-    entropy: dict[str, np.ndarray]  # per protocol float64 [k]: mean nats per voxel of the class, NaN where it has none
-    predicted: dict[str, np.ndarray]  # per protocol float64 [k]: Dice, NaN where there is nothing to compare
+    entropy: dict[str, np.ndarray]  # per protocol float64 [k]: mean nats per voxel of the class, NaN if it has none
+    predicted: dict[str, np.ndarray]  # per protocol float64 [k]: Dice, NaN if there is nothing to compare
     score: float  # mean over protocols of the mean over structures; NaN without confidences
-    calibration: str  # what it rests on, or why it is uncalibrated
+    calibration: str  # its basis, or why there is none
     warnings: tuple[str, ...]  # W_QUALITY: the score is below the threshold
 
 
 def expected_dice(confidence: Confidence) -> Float[np.ndarray, "k"]:
-    """Dice 2 Σp / (voxels + Σ everywhere p) that the probabilities themselves expect; the first sum is over the class.
+    """Returns the Dice 2 Σp / (voxels + Σ everywhere p) that the probabilities imply; the first sum is over the class.
 
-    Exact where voxels are independent and many. NaN where less than half a voxel is expected and none found.
+    Exact for many independent voxels. NaN if less than half a voxel is expected and none is found.
     """
     total = confidence.voxels + confidence.probability
     return np.where(total >= 0.5, 2 * confidence.certain / np.maximum(total, 0.5), np.nan)
 
 
 def mean_entropy(confidence: Confidence) -> Float[np.ndarray, "k"]:
-    """Nats per voxel of each class; NaN where it has no voxel."""
+    """Returns the mean entropy of each class in nats per voxel; NaN for a class without voxels."""
     return np.where(confidence.voxels > 0, confidence.entropy / np.maximum(confidence.voxels, 1), np.nan)
 
 
 def assess(confidence: Mapping[str, Confidence], calibration: Calibration = UNKNOWN) -> Quality:
-    """What to expect of one head."""
+    """Returns the predicted quality of one scan."""
     lines, threshold = calibration.lines, calibration.threshold
     expected = {name: expected_dice(values) for name, values in confidence.items()}
     predicted = {name: _predict(lines.get(name), values) for name, values in expected.items()}
@@ -66,22 +66,24 @@ def assess(confidence: Mapping[str, Confidence], calibration: Calibration = UNKN
 
 
 def score(predicted: Mapping[str, np.ndarray]) -> float:
-    """Mean over protocols of the mean predicted Dice over foreground structures, as the published scores are means."""
+    """Returns the mean over protocols of the mean predicted Dice over foreground structures, as in the published
+    scores.
+    """
     means = [values[1:][~np.isnan(values[1:])] for values in predicted.values()]
     means = [float(values.mean()) for values in means if values.size]
     return float(np.mean(means)) if means else float("nan")
 
 
 def calibrate(samples: Sequence[Sample], step: int) -> Calibration:
-    """The calibration from heads whose true Dice is known.
+    """Fits the calibration to subjects whose true Dice is known.
 
-    Per protocol one slope for all structures, drawn to 1 (which holds if the probabilities are right), and an offset
-    per structure, drawn to their common one: with few heads a structure has too few points for a line of its own. The
-    threshold is the lower end of the one-sided prediction interval for one more head's score (Student's t), from
-    scores that each leave their own head out of the fit. Raises NeuronetError without heads.
+    Each protocol has one slope for all structures, shrunk towards 1 (which holds if the probabilities are right), and
+    one offset per structure, shrunk towards their common one: with few subjects, a structure has too few points for a
+    line of its own. The threshold is the lower end of the one-sided prediction interval for one more subject's score
+    (Student's t), from scores that each leave their own subject out of the fit. Raises NeuronetError without subjects.
     """
     if not samples:
-        raise NeuronetError("nothing to calibrate on: the store has no validation heads with references")
+        raise NeuronetError("nothing to calibrate on: the store has no validation subjects with references")
     lines = _fit(samples)
     if len(samples) == 1:
         return Calibration(step, 1, lines, None)
@@ -101,7 +103,7 @@ def calibrate(samples: Sequence[Sample], step: int) -> Calibration:
 
 
 def table(quality: Quality) -> list[list[str]]:
-    """The rows of `sub-…_quality.tsv`, its header first: foreground structures of every protocol."""
+    """Returns the rows of `sub-…_quality.tsv`, header first: the foreground structures of every protocol."""
     rows = [["protocol", "index", "name", "entropy_nats", "predicted_dice"]]
     for name, predicted in quality.predicted.items():
         for s in PROTOCOLS[name].structures[1:]:
@@ -121,10 +123,10 @@ def _fit(samples: Sequence[Sample]) -> dict[str, Line]:
     return {name: _line([sample[name] for sample in samples if name in sample]) for name in names}
 
 
-def _line(heads: Sequence[tuple[np.ndarray, np.ndarray]]) -> Line:
-    expected, true = (np.stack(values) for values in zip(*heads, strict=True))  # [n k]
+def _line(subjects: Sequence[tuple[np.ndarray, np.ndarray]]) -> Line:
+    expected, true = (np.stack(values) for values in zip(*subjects, strict=True))  # [n k]
     known = ~np.isnan(expected) & ~np.isnan(true)
-    known[:, 0] = False  # the background is no structure, and huge
+    known[:, 0] = False  # the background is not a structure, and would dominate
     if not known.any():
         return Line(1.0, (0.0,) * expected.shape[1], None)
     x, y = expected[known] - expected[known].mean(), true[known] - true[known].mean()
@@ -132,7 +134,7 @@ def _line(heads: Sequence[tuple[np.ndarray, np.ndarray]]) -> Line:
     residuals = np.where(known, true - slope * np.where(known, expected, 0), 0)  # [n k]
     common = residuals.sum() / known.sum()
     count = known.sum(axis=0)  # [k]
-    own = (residuals - common * known).sum(axis=0) / (count + PRIOR_HEADS)
+    own = (residuals - common * known).sum(axis=0) / (count + PRIOR_SUBJECTS)
     return Line(_round(slope), tuple(_round(value) for value in common + own), None)
 
 
@@ -146,7 +148,7 @@ def _threshold(scores: np.ndarray) -> Threshold | None:
 
     scores = scores[~np.isnan(scores)]
     n = len(scores)
-    if n < LEAST_HEADS:
+    if n < LEAST_SUBJECTS:
         return None
     alarms = sum(scores[i] < lower_end(np.delete(scores, i)) for i in range(n))
     bound = float(stats.beta.ppf(0.95, alarms + 1, n - alarms)) if alarms < n else 1.0
@@ -154,4 +156,4 @@ def _threshold(scores: np.ndarray) -> Threshold | None:
 
 
 def _round(value: float) -> float:
-    return round(float(value), 6)  # a Dice has no more digits, and the file is read by people
+    return round(float(value), 6)  # Dice has no more meaningful digits, and people read the file

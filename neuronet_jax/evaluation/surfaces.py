@@ -14,12 +14,12 @@ from scipy import ndimage
 
 from neuronet_jax.errors import NeuronetError
 
-PERCENTILE = 95  # of the Hausdorff distance: the farthest twentieth of a surface is where single voxels decide
+PERCENTILE = 95  # of the Hausdorff distance: single voxels decide the farthest 5 % of a surface
 
 
 @dataclass(frozen=True)
 class SurfaceTable:
-    """Both measures of every class of one protocol in one subject; entry 0, the background, is not measured (NaN)."""
+    """Both measures of every class of one protocol in one subject. Entry 0, the background, is not measured (NaN)."""
 
     hd95_mm: np.ndarray  # float64 [k]
     nsd: np.ndarray  # float64 [k], 0 to 1
@@ -27,21 +27,21 @@ class SurfaceTable:
 
 @dataclass(frozen=True)
 class SurfaceSummary:
-    """One protocol over subjects. Infinite distances enter the median as what they are, and `missed` counts them."""
+    """Both measures of one protocol over subjects. The median includes infinite distances, and `missed` counts them."""
 
     hd95_mm: float  # median over structures and subjects
     nsd: float  # per subject the mean over structures, then the mean over subjects
-    missed: int  # structures that only one of the two maps has
+    missed: int  # structures present in only one of the two maps
     subjects: int
 
 
 def summarise_surfaces(tables: Sequence[SurfaceTable]) -> SurfaceSummary:
-    """Over the structures that are present in at least one of the maps; NaN where there is none."""
+    """Summarises the structures that are present in at least one of the maps; NaN if there is none."""
     distances = np.concatenate([table.hd95_mm for table in tables])
     distances = distances[~np.isnan(distances)]
     scores = [float(np.nanmean(table.nsd)) for table in tables if not np.isnan(table.nsd).all()]
     return SurfaceSummary(
-        # "higher": the mean of a finite and an infinite middle would be no distance that was measured
+        # "higher": the mean of a finite and an infinite middle value would not be a measured distance
         float(np.percentile(distances, 50, method="higher")) if distances.size else float("nan"),
         float(np.mean(scores)) if scores else float("nan"),
         int(np.isinf(distances).sum()),
@@ -56,14 +56,14 @@ def surfaces_per_class(
     spacing_mm: Float[np.ndarray, "3"],
     tolerance_mm: float,
 ) -> SurfaceTable:
-    """Robust Hausdorff distance and normalised surface Dice of every foreground class.
+    """Returns the robust Hausdorff distance and normalised surface Dice of every foreground class.
 
-    `hd95_mm` is the larger of both directed 95th percentiles over surface area, `nsd` the share of both surfaces that
-    lies within `tolerance_mm` of the other. A class that is empty in both maps is not applicable (NaN). One that is
-    empty in a single map counts: its surface Dice is 0 and its distance infinite. Infinity and not the diagonal of the
-    image, because no point of one surface has a nearest point on the other, and because the diagonal would change with
-    the padding of the grid; medians and percentiles over subjects stay exact, and a mean that one miss makes infinite
-    is warning enough to count the misses. Raises NeuronetError on unequal shapes.
+    `hd95_mm` is the larger of the two directed 95th percentiles over surface area. `nsd` is the share of both surfaces
+    that lies within `tolerance_mm` of the other. A class that is empty in both maps is not applicable (NaN). One that
+    is empty in a single map counts: its surface Dice is 0 and its distance infinite. The distance is not the diagonal
+    of the image, because no point of one surface has a nearest point on the other, and the diagonal would change with
+    the padding of the grid. Medians and percentiles over subjects stay exact, and an infinite mean warns that misses
+    must be counted. Raises NeuronetError on unequal shapes.
     """
     if reference.shape != predicted.shape:
         raise NeuronetError(
@@ -88,10 +88,10 @@ def surfaces_per_class(
 def _measure(
     reference: np.ndarray, predicted: np.ndarray, spacing_mm: np.ndarray, tolerance_mm: float
 ) -> tuple[float, float]:
-    """Both measures of two masks [x y z] that are not empty."""
+    """Returns both measures of two non-empty masks [x y z]."""
     import surface_distance
 
-    with warnings.catch_warnings():  # the library calls scipy.ndimage by names that scipy has moved
+    with warnings.catch_warnings():  # the library uses scipy.ndimage names that scipy has moved
         warnings.simplefilter("ignore", DeprecationWarning)
         distances = surface_distance.compute_surface_distances(reference, predicted, spacing_mm)
     hd95_mm = surface_distance.compute_robust_hausdorff(distances, PERCENTILE)

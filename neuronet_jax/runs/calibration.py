@@ -1,4 +1,4 @@
-"""The calibration of a run's predicted Dice: what the validation heads said, and the file that keeps it.
+"""The calibration of a run's predicted Dice on its validation subjects, and its file.
 
 `evaluation.quality` computes a calibration and applies it.
 """
@@ -15,63 +15,63 @@ from neuronet_jax.labels import PROTOCOLS
 
 QUALITY = "quality.json"
 SCHEMA_VERSION = 1
-FALSE_ALARMS = 0.05  # of good heads that the threshold may flag: one in twenty can be looked at by a person
-LEAST_HEADS = 3  # for a threshold: two scores have one difference, which tells no spread
+FALSE_ALARMS = 0.05  # share of good scans that the threshold may flag: a person can check one in twenty
+LEAST_SUBJECTS = 3  # for a threshold: two scores have one difference, which gives no spread
 
 
 @dataclass(frozen=True)
 class Line:
-    """Predicted Dice of one protocol's structures: `slope` · expected + `offsets`, within 0 and 1."""
+    """The prediction of Dice for one protocol's structures: `slope` · expected + `offsets`, within 0 and 1."""
 
-    slope: float  # never negative: more doubt never predicts a better Dice
+    slope: float  # never negative: more uncertainty never predicts a better Dice
     offsets: tuple[float, ...]  # per class
-    error: float | None  # mean absolute error on heads that the fit had not seen; None with a single head
+    error: float | None  # mean absolute error on subjects left out of the fit; None with a single subject
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The score under which a head is flagged, and what is known of its false alarms."""
+    """The score below which a scan is flagged, and its measured false alarms."""
 
     score: float
-    false_alarms: int  # validation heads flagged by the threshold of the others
-    heads: int
+    false_alarms: int  # validation subjects flagged by the threshold of the others
+    heads: int  # number of validation subjects; this is its name in the file
     rate_at_most: float  # upper 95 % confidence bound of the rate (Clopper and Pearson, Biometrika 1934)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the validation heads of a run say. Holds no subject ids."""
+    """The calibration from a run's validation subjects. It holds no subject ids."""
 
     step: int  # of the checkpoint
-    heads: int  # 0: uncalibrated
+    heads: int  # number of validation subjects, 0: uncalibrated; this is its name in the file
     lines: dict[str, Line]
-    threshold: Threshold | None  # None with fewer than three heads
-    why_not: str = ""  # why there are no heads
+    threshold: Threshold | None  # None with fewer than three subjects
+    why_not: str = ""  # why there are no subjects
 
     def provenance(self) -> dict[str, str]:
-        """What predictions of Dice come from: with another calibration they are others."""
+        """Returns the calibration's digest: predictions of Dice depend on it."""
         return {"calibration_sha256": _digest(asdict(self))} if self.heads else {}
 
     def describe(self) -> str:
-        """One sentence for reports."""
+        """Returns one sentence for reports."""
         if not self.heads:
             return f"uncalibrated: {self.why_not}"
-        heads = f"calibrated on {self.heads} validation head{'s' * (self.heads != 1)}"
+        subjects = f"calibrated on {self.heads} validation subject{'s' * (self.heads != 1)}"
         if self.threshold is None:
-            return f"{heads}, too few for a threshold (it takes {LEAST_HEADS})"
+            return f"{subjects}, too few for a threshold (it takes {LEAST_SUBJECTS})"
         t = self.threshold
         return (
-            f"{heads}; heads under {t.score:.3f} are flagged, which is meant for {FALSE_ALARMS:.0%} of good heads and "
-            f"was so for {t.false_alarms} of these {t.heads} (95 % sure: for at most {t.rate_at_most:.0%})"
+            f"{subjects}; scans below {t.score:.3f} are flagged (intended: {FALSE_ALARMS:.0%} of good scans; measured: "
+            f"{t.false_alarms} of these {t.heads}, at most {t.rate_at_most:.0%} with 95 % confidence)"
         )
 
 
 def uncalibrated(why: str) -> Calibration:
-    """No calibration: the network's own expectation is taken as it is."""
+    """Returns an empty calibration, with which the expected Dice is used as it is."""
     return Calibration(0, 0, {}, None, why)
 
 
-UNKNOWN = uncalibrated("nothing is known of the run")
+UNKNOWN = uncalibrated("nothing is known about the run")
 
 
 def save_calibration(run: str, calibration: Calibration) -> None:
@@ -80,7 +80,7 @@ def save_calibration(run: str, calibration: Calibration) -> None:
 
 
 def calibration_to_json(calibration: Calibration) -> bytes:
-    """The content of quality.json, which carries its own checksum."""
+    """Returns the content of quality.json, which carries its own checksum."""
     content = {"schema_version": SCHEMA_VERSION, **asdict(calibration)}
     content.pop("why_not")
     content["sha256"] = _digest(content)
@@ -88,23 +88,25 @@ def calibration_to_json(calibration: Calibration) -> bytes:
 
 
 def load_calibration(run: str, step: int) -> Calibration:
-    """The calibration of the run's checkpoint or release; uncalibrated, with a Python warning where there is a file."""
+    """Reads the calibration of the run's checkpoint or release. An unusable file gives an empty one and a Python
+    warning.
+    """
     data = Files(run).read(QUALITY)
     if data is None:
         return uncalibrated(f"the run has no {QUALITY}")
     try:
         content = json.loads(data)
         if content.pop("sha256") != _digest(content):
-            raise ValueError("it does not have its checksum")
+            raise ValueError("its checksum does not match")
         if content.pop("schema_version") != SCHEMA_VERSION:
-            raise ValueError(f"it has another schema version than {SCHEMA_VERSION}")
+            raise ValueError(f"its schema version is not {SCHEMA_VERSION}")
         calibration = _from_json(content)
         if calibration.step == step:
             return calibration
-        why = f"the run's {QUALITY} is of step {calibration.step}, its weights are of step {step}"
+        why = f"the run's {QUALITY} belongs to step {calibration.step}, its weights to step {step}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"the run's {QUALITY} cannot be used ({error})"
-    again = f"write it again with `python -m experiments.evaluate --run={run} --calibrate`"
+    again = f"renew it with `python -m experiments.evaluate --run={run} --calibrate`"
     warnings.warn(CodedWarning("W_UNCALIBRATED", f"{why}: predicted Dice is uncalibrated; {again}"), stacklevel=2)
     return uncalibrated(why)
 
@@ -115,7 +117,7 @@ def _from_json(content: dict[str, Any]) -> Calibration:
         for name, line in content["lines"].items()
     }
     if any(name not in PROTOCOLS or len(line.offsets) != PROTOCOLS[name].num_classes for name, line in lines.items()):
-        raise ValueError("its protocols are not those of this release")
+        raise ValueError("its protocols differ from this release's")
     threshold = content["threshold"]
     return Calibration(content["step"], content["heads"], lines, threshold and Threshold(**threshold))
 

@@ -1,4 +1,4 @@
-"""Releases: the program that runs without this library gives `segment`'s labels; what is damaged is not restored."""
+"""Releases: the program that runs without this library gives `segment`'s labels; a damaged release is not restored."""
 
 import ast
 import hashlib
@@ -204,7 +204,7 @@ def test_a_release_keeps_the_calibration_of_its_run(model, tmp_path, capsys):
     neuronet_jax.release(model, tmp_path / "run")
     save_calibration(str(tmp_path / "run"), calibration)
     assert cli.main(["export", f"--run={tmp_path / 'run'}", f"--out={tmp_path / 'release'}"]) == 0
-    assert "calibrated on 3 validation heads; heads under 0.500 are flagged" in capsys.readouterr().out
+    assert "calibrated on 3 validation subjects; scans below 0.500 are flagged" in capsys.readouterr().out
     assert load_calibration(str(tmp_path / "release"), 7) == calibration
     content = (tmp_path / "release" / "quality.json").read_bytes()
     assert (

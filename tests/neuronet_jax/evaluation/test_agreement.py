@@ -1,4 +1,4 @@
-"""Agreement between protocols, against counting by hand and against the naive form."""
+"""Agreement between protocols, against counts by hand and a naive implementation."""
 
 import itertools
 
@@ -18,7 +18,7 @@ def _random_maps() -> dict[str, np.ndarray]:
 
 
 def _pair(result: agreement.Agreement, region: str, first: str, second: str) -> agreement.Pair:
-    named = [p for p in result.pairs if p.kind != "merge"]  # its classes may be called as tissues are
+    named = [p for p in result.pairs if p.kind != "merge"]  # a merged class may have a tissue's name
     (found,) = [p for p in named if (p.region, p.first, p.second) == (region, first, second)]
     return found
 
@@ -80,7 +80,7 @@ def test_consistent_malp_em_maps_agree_everywhere():
     assert white.dice == 0 and white.second_mm3 == 0 and result.consistency < 1
 
 
-def test_F11_what_neither_has_is_not_applicable_and_what_one_lacks_scores_zero():
+def test_F11_a_region_that_neither_has_is_not_applicable_and_one_that_a_single_map_has_scores_zero():
     first, malp_em = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
     first[0] = 10  # left thalamus
     result = agreement.compare({"fsl_first": first, "malp_em": malp_em}, UNIT)
@@ -92,7 +92,7 @@ def test_F11_what_neither_has_is_not_applicable_and_what_one_lacks_scores_zero()
     assert ["structure", "BrainStem", "fsl_first", "malp_em", "n/a", "0", "0"] in rows
 
 
-def test_tissues_are_what_the_tools_say():
+def test_tissues_follow_the_tools():
     malp_em = {s.name: tissue_of(s) for s in PROTOCOLS["malp_em"].structures}
     assert malp_em["RightCerebellumExterior"] == "GM" and malp_em["RightCerebellumWhiteMatter"] == "WM"
     assert malp_em["CSF"] == "CSF" and malp_em["LeftLateralVentricle"] == "CSF"

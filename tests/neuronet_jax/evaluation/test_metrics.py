@@ -61,7 +61,7 @@ def test_is_symmetric_and_bounded(reference, predicted):
     assert np.nanmin(one.dice) >= 0 and np.nanmax(one.dice) <= 1
 
 
-def test_other_grid_and_unknown_labels_are_refused():
+def test_a_different_grid_and_unknown_labels_are_refused():
     with pytest.raises(NeuronetError, match="one grid"):
         dice_per_class(np.zeros((2, 3)), np.zeros((3, 2)), 2)
     with pytest.raises(NeuronetError, match=r"prediction holds labels 0\.\.7"):

@@ -1,7 +1,7 @@
-"""F4: what is no whole T1-weighted head is told apart, on the MNI152 head and what can be done to it.
+"""F4: inputs that are not whole T1-weighted heads are recognised, on variants of the MNI152 head.
 
-The labels are those of the template's own tissue maps, as a network would give them that goes by anatomy, or made from
-the image's intensities, as one would that goes by brightness.
+The labels come from the template's own tissue maps, as from a network that goes by anatomy, or from the image's
+intensities, as from one that goes by brightness.
 """
 
 from functools import cache
@@ -22,7 +22,7 @@ Maps = dict[str, np.ndarray]
 
 @cache
 def _mni() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """T1 (skull-stripped), labels 1 CSF, 2 GM, 3 WM, and the affine, at 2 mm."""
+    """Returns T1 (skull-stripped), labels 1 CSF, 2 GM, 3 WM, and the affine, at 2 mm."""
     image = load_mni152_template(resolution=2)
     t1 = np.asarray(image.dataobj, np.float32)
     grey, white = (
@@ -53,21 +53,21 @@ def test_F04_a_t1_head_passes():
 def test_F04_t2_contrast_is_named(by):
     t1, labels, _ = _mni()
     t2 = _inverted(t1)
-    if by == "brightness":  # bright CSF is called white matter: the order of the means is kept
+    if by == "brightness":  # bright CSF is labelled white matter, so the order of the means is kept
         inside = t2[labels > 0]
         order = np.digitize(t2, np.quantile(inside, (0.15, 0.6))) + 1
         labels = np.where(labels > 0, order, 0).astype(np.uint8)
     assert _verdict(t2, labels) == ("W_CONTRAST",)
 
 
-def test_F04_noise_is_no_brain():
+def test_F04_noise_is_not_a_brain():
     _, labels, _ = _mni()
     noise = np.random.default_rng(0).normal(100, 20, labels.shape)
     assert _verdict(noise, np.zeros_like(labels)) == ("W_BRAIN_VOLUME", "W_NO_BRAIN")
     assert _verdict(noise, labels) == ("W_CONTRAST",)  # a network that sees brains everywhere
 
 
-def test_F04_a_sphere_is_no_brain():
+def test_F04_a_sphere_is_not_a_brain():
     t1, _, _ = _mni()
     centre = np.reshape(t1.shape, (3, 1, 1, 1)) / 2
     radius_mm = 2 * np.sqrt(((np.indices(t1.shape) - centre) ** 2).sum(axis=0))

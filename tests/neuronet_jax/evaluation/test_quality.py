@@ -1,4 +1,4 @@
-"""Predicted Dice: hand-derived values, what calibration must and must not do, and false alarms as promised."""
+"""Predicted Dice: hand-derived values, laws of the calibration, and the promised rate of false alarms."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ MALP_EM = PROTOCOLS["malp_em"].num_classes
 
 
 def _samples(heads: int, slope: float = 0.5, noise: float = 0.01, seed: int = 0) -> list[quality.Sample]:
-    """Heads whose true Dice is a line of the expected one, with an offset per structure and noise."""
+    """Returns subjects whose true Dice is a line of the expected one, with an offset per structure and noise."""
     rng = np.random.default_rng(seed)
     offsets = 0.3 + rng.normal(0, 0.08, MALP_EM)
     samples = []
@@ -26,11 +26,11 @@ def _samples(heads: int, slope: float = 0.5, noise: float = 0.01, seed: int = 0)
 def test_hand_derived_expectation_and_entropy():
     confidence = Confidence(*np.array([[90, 8, 0, 0], [88, 6, 0, 0], [91, 6.8, 0.2, 3.0], [4.5, 2, 0, 0.0]]))
     expected = quality.expected_dice(confidence)
-    np.testing.assert_allclose(expected, [176 / 181, 12 / 14.8, np.nan, 0])  # 0.2 of a voxel is nothing, 3 are missed
+    np.testing.assert_allclose(expected, [176 / 181, 12 / 14.8, np.nan, 0])  # 0.2 voxels count as none, 3 as missed
     np.testing.assert_allclose(quality.mean_entropy(confidence), [0.05, 0.25, np.nan, np.nan])
 
 
-def test_certain_labels_expect_perfection_and_the_background_is_no_structure():
+def test_certain_labels_expect_perfection_and_the_background_does_not_count():
     voxels = np.array([1e6, 10, 20, 30.0])
     certain = Confidence(voxels, voxels, voxels, 0 * voxels)
     found = quality.assess({"fsl_fast": certain})
@@ -49,12 +49,12 @@ def test_the_score_is_the_mean_over_protocols_of_means_over_structures():
 def test_calibration_predicts_new_heads_better_than_the_expectation(heads):
     line = quality.calibrate(_samples(heads), 1).lines["malp_em"]
     errors, raw = [], []
-    for sample in _samples(heads + 30)[heads:]:  # the generator goes on with heads of the same structures
+    for sample in _samples(heads + 30)[heads:]:  # the generator continues with subjects of the same structures
         expected, true = sample["malp_em"]
         errors.append(np.abs(quality._predict(line, expected) - true)[1:])
         raw.append(np.abs(expected - true)[1:])
     assert np.mean(errors) < (0.5 if heads < 20 else 0.2) * np.mean(raw)
-    assert line.error == pytest.approx(np.mean(errors), rel=0.6)  # what it says of itself
+    assert line.error == pytest.approx(np.mean(errors), rel=0.6)  # its own estimate
 
 
 def test_right_expectations_stay_as_they_are():
@@ -63,7 +63,7 @@ def test_right_expectations_stay_as_they_are():
     assert line.slope == 1 and np.abs(line.offsets).max() < 1e-12 and line.error == pytest.approx(0)
 
 
-def test_more_doubt_never_predicts_a_better_dice():
+def test_more_uncertainty_never_predicts_a_better_dice():
     perverse = [{"malp_em": (e, 0.95 - 0.5 * e)} for e in (sample["malp_em"][0] for sample in _samples(4))]
     line = quality.calibrate(perverse, 1).lines["malp_em"]
     assert line.slope == 0
@@ -71,13 +71,13 @@ def test_more_doubt_never_predicts_a_better_dice():
     assert predicted.min() >= 0 and predicted.max() <= 1
 
 
-def test_one_head_of_three_structures_hardly_bends_the_slope():
+def test_one_subject_with_three_structures_hardly_changes_the_slope():
     expected, true = np.array([1, 0.80, 0.81, 0.82]), np.array([1, 0.60, 0.80, 0.95])  # a slope of 17.5 by itself
     calibration = quality.calibrate([{"fsl_fast": (expected, true)}], 1)
     assert 1 < calibration.lines["fsl_fast"].slope < 1.1
     assert calibration.threshold is None and calibration.lines["fsl_fast"].error is None
     assert "too few for a threshold" in calibration.describe()
-    with pytest.raises(NeuronetError, match="no validation heads"):
+    with pytest.raises(NeuronetError, match="no validation subjects"):
         quality.calibrate([], 1)
 
 
@@ -102,16 +102,16 @@ def test_one_good_head_in_twenty_is_flagged_as_promised():
     assert quality._threshold(np.array([0.8, 0.9])) is None
 
 
-def test_false_alarms_are_counted_with_the_head_left_out_and_bounded():
+def test_false_alarms_are_counted_with_the_subject_left_out_and_bounded():
     threshold = quality._threshold(np.array([0.80, 0.81, 0.79, 0.80, 0.82, 0.20]))
     assert threshold is not None and (threshold.false_alarms, threshold.heads) == (1, 6)
     # one of six: the rate at which one or none would be seen in 5 % of trials
     assert stats.binom.cdf(1, 6, threshold.rate_at_most) == pytest.approx(0.05, abs=1e-5)
     alike = quality._threshold(np.array([0.8, 0.8, 0.8]))
-    assert alike is not None and alike.score < 0.79  # a point of Dice is no alarm
+    assert alike is not None and alike.score < 0.79  # 0.01 Dice is no alarm
 
 
-def test_a_head_below_the_threshold_is_flagged(tmp_path):
+def test_a_scan_below_the_threshold_is_flagged(tmp_path):
     calibration = quality.calibrate(_samples(8), 3)
     assert calibration.threshold is not None
     counts = np.full(MALP_EM, 1000.0)
@@ -119,8 +119,8 @@ def test_a_head_below_the_threshold_is_flagged(tmp_path):
     bad = Confidence(counts, counts * 0.1, counts, counts)
     assert quality.assess({"malp_em": good}, calibration).warnings == ()
     found = quality.assess({"malp_em": bad}, calibration)
-    assert found.warnings == ("W_QUALITY",) and "8 validation heads" in found.calibration
-    # of other protocols than it was set for, the score is another one: nothing to compare with the threshold
+    assert found.warnings == ("W_QUALITY",) and "8 validation subjects" in found.calibration
+    # the score of different protocols is not comparable with the threshold
     tissue = Confidence(*np.full((4, 4), 10.0))
     assert quality.assess({"malp_em": bad, "fsl_fast": tissue}, calibration).warnings == ()
     rows = quality.table(found)

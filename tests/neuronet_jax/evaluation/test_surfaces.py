@@ -19,13 +19,13 @@ def test_a_shifted_slab_is_as_far_as_it_was_shifted():
     spacing_mm = np.array([1.5, 1.0, 1.0])
     table = surfaces_per_class(_slab(10, 20), _slab(12, 22), 2, spacing_mm, tolerance_mm=1.0)
     assert table.hd95_mm[1] == 3.0  # two voxels of 1.5 mm
-    # of 1800 mm² on the large faces nothing is within 1 mm, of the 1800 mm² of rim all but two voxels of ten at one end
+    # none of the 1800 mm² of large faces is within 1 mm; of the 1800 mm² of rim, all but two voxels of ten at one end
     assert 0.8 * 1800 / 3600 < table.nsd[1] < 1800 / 3600  # elements on the edges are smaller
     assert surfaces_per_class(_slab(10, 20), _slab(12, 22), 2, spacing_mm, tolerance_mm=3.0).nsd[1] == 1
     assert np.isnan(table.hd95_mm[0]) and np.isnan(table.nsd[0])
 
 
-def test_identical_maps_are_at_no_distance_wherever_they_lie():
+def test_identical_maps_have_distance_zero_wherever_they_lie():
     labels = np.random.default_rng(0).integers(0, 5, (20, 21, 22)).astype(np.uint8)  # touches every border
     table = surfaces_per_class(labels, labels, 5, ONE_MM, 0.5)
     assert table.hd95_mm[1:].tolist() == [0] * 4 and table.nsd[1:].tolist() == [1] * 4
@@ -73,6 +73,6 @@ def test_each_class_equals_the_library_on_the_whole_volume():
         assert table.nsd[index] == surface_distance.compute_surface_dice_at_tolerance(distances, 1.0)
 
 
-def test_other_grids_are_refused():
+def test_a_different_grid_is_refused():
     with pytest.raises(NeuronetError, match="one grid"):
         surfaces_per_class(np.zeros((3, 3, 3), int), np.zeros((3, 3, 4), int), 2, ONE_MM, 1.0)

@@ -10,7 +10,7 @@ from neuronet_jax.runs import calibration as calibrations
 from neuronet_jax.runs.calibration import QUALITY, Calibration, Line, Threshold, load_calibration, save_calibration
 
 
-def test_the_file_round_trips_and_damage_is_said(tmp_path):
+def test_the_file_round_trips_and_damage_is_reported(tmp_path):
     run = str(tmp_path)
     assert load_calibration(run, 3).describe() == "uncalibrated: the run has no quality.json"
     calibration = Calibration(
@@ -19,10 +19,10 @@ def test_the_file_round_trips_and_damage_is_said(tmp_path):
     save_calibration(run, calibration)
     assert load_calibration(run, 3) == calibration
     with pytest.warns(
-        CodedWarning, match=rf"^W_UNCALIBRATED: .* of step 3, its weights .* 4: .* --run={run} --calibrate"
+        CodedWarning, match=rf"^W_UNCALIBRATED: .* to step 3, its weights .* 4: .* --run={run} --calibrate"
     ):
         stale = load_calibration(run, 4)
-    assert stale.describe() == "uncalibrated: the run's quality.json is of step 3, its weights are of step 4"
+    assert stale.describe() == "uncalibrated: the run's quality.json belongs to step 3, its weights to step 4"
     path = tmp_path / QUALITY
     text = path.read_text()
     for damaged, message in (

@@ -33,7 +33,7 @@ def test_a_stale_calibration_is_one_line_with_its_code(tiny_run, noisy_heads, tm
     save_calibration(str(run), Calibration(5, 3, {"fsl_fast": line}, None))
     scan = str(noisy_heads / "head0.nii.gz")
     lines = _said("-m", "neuronet_jax", "segment", scan, f"--run={run}", f"--out={tmp_path / 'out'}")
-    why = "the run's quality.json is of step 5, its weights are of step 1"
+    why = "the run's quality.json belongs to step 5, its weights to step 1"
     (warned,) = (text for text in lines if "arning" in text)
     assert warned.startswith(f"warning: W_UNCALIBRATED: {why}: ") and warned.endswith(f"--run={run} --calibrate`")
     for page in ("report.html", "sub-head0/anat/sub-head0_report.html"):
