@@ -1,7 +1,7 @@
 """A trained network as one program for other machines: whitening, network and tool ids, in StableHLO.
 
-`export` writes a release (see `releases.py`) with programs for CPU, CUDA and TPU in one file. Running it takes jax,
-numpy, safetensors and flatbuffers (which jax's own reader of such files needs), and nothing of this library:
+`export` writes a release (see `runs/release.py`) with programs for CPU, CUDA and TPU in one file. Running it needs jax,
+numpy, safetensors and flatbuffers (for jax's own reader of such files), and nothing from this library:
 
     import json, jax, jax.export, numpy as np
     from pathlib import Path
@@ -11,16 +11,16 @@ numpy, safetensors and flatbuffers (which jax's own reader of such files needs),
     entry = release["programs"][0]
     program = jax.export.deserialize(bytearray(Path("release", entry["file"]).read_bytes()))
     weights = load_file("release/weights.safetensors")
-    head = np.load("head.npy").astype(np.float32)  # [x y z] RAS+, voxels of release["voxel_size_mm"], raw intensities
-    sides = entry["shape"] or [-(-side // entry["multiple_of"]) * entry["multiple_of"] for side in head.shape]
-    padded = np.pad(head, [(0, whole - side) for whole, side in zip(sides, head.shape)])
-    labels = jax.jit(program.call)(weights, padded, np.array(head.shape, np.int32))
-    labels = {name: np.asarray(ids)[tuple(map(slice, head.shape))] for name, ids in labels.items()}
-    # {protocol: uint8 [x y z]} of tool ids; release["labels"][protocol] says what they mean
+    image = np.load("image.npy").astype(np.float32)  # [x y z] RAS+, release["voxel_size_mm"] voxels, raw intensities
+    sides = entry["shape"] or [-(-side // entry["multiple_of"]) * entry["multiple_of"] for side in image.shape]
+    padded = np.pad(image, [(0, whole - side) for whole, side in zip(sides, image.shape)])
+    labels = jax.jit(program.call)(weights, padded, np.array(image.shape, np.int32))
+    labels = {name: np.asarray(ids)[tuple(map(slice, image.shape))] for name, ids in labels.items()}
+    # {protocol: uint8 [x y z]} of tool ids; release["labels"][protocol] lists their meaning
 
-The weights are arguments, so the program is small and serves any weights of the same config. The third argument says
-how much of the padded array is the head: statistics are taken there. Where `segment` would refuse the image (all zero,
-constant, NaN), every label is background.
+The weights are arguments, so the program is small and serves any weights of the same config. The third argument is the
+shape of the image within the padded array; the statistics cover that part only. If `segment` would refuse the image
+(all zero, constant, NaN), every label is background.
 """
 
 import dataclasses
@@ -54,9 +54,9 @@ def export(
 ) -> None:
     """Writes the model as a release into `folder` (local or gs://), with its program and its run's calibration.
 
-    With no `shapes`, one program takes all sides that are multiples of 32; else there is one program for each of the
-    `shapes`, whose sides are such multiples. Raises NeuronetError for other shapes, where the network cannot be traced
-    without its shape, and where `folder` holds a release already.
+    Without `shapes`, one program takes all sides that are multiples of 32. With `shapes`, whose sides must be such
+    multiples, there is one program for each. Raises NeuronetError for other shapes, if the network can only be traced
+    for one shape at a time, and if `folder` already holds a release.
     """
     step = math.lcm(BUCKET, model.config.model.stride)
     for shape in shapes:
@@ -70,27 +70,29 @@ def export(
         try:
             exported = jax_export.export(jax.jit(labels), platforms=PLATFORMS)(*arguments)
         except jax.errors.InconclusiveDimensionOperation as error:
-            raise NeuronetError("this network is traced for one shape at a time: give one by --shape=X,Y,Z") from error
+            raise NeuronetError(
+                "this network can only be traced for one shape at a time: give one with --shape=X,Y,Z"
+            ) from error
         name = f"segment{''.join(f'-{side}' for side in shape or ())}.jax_export"
         programs.append(Program(name, shape, step, PLATFORMS, bytes(exported.serialize())))
     release(model, folder, programs, calibration)
 
 
 def _traceable(model: Model) -> tuple[Callable[..., dict[str, Array]], dict[str, jax.ShapeDtypeStruct]]:
-    """The function that is exported, and the shapes of its first argument."""
+    """Returns the function to export and the shapes of its first argument."""
     config, protocols = model.config.model, model.config.protocols
-    if config.compute_dtype == "auto":  # it would be that of the machine that exports; float32 is right on all
+    if config.compute_dtype == "auto":  # "auto" would depend on the exporting machine; float32 is right everywhere
         config = dataclasses.replace(config, compute_dtype="float32")
     shapes = nnx.eval_shape(lambda: build(config, protocols, model.config.seed))
     structure, state = nnx.split(shapes, graph=False)
     variables = nnx.to_flat_state(state)
 
     def labels(weights: dict[str, Array], image: Float[Array, "x y z"], sides: Int[Array, "3"]) -> dict[str, Array]:
-        """{protocol: uint8 [x y z]}, tool ids."""
+        """Returns {protocol: uint8 [x y z]}, tool ids."""
         filled = [(path, variable.replace(weights[weight_name(path)])) for path, variable in variables]
         network = nnx.merge(structure, nnx.from_flat_state(filled))
         whitened, usable = whiten(image, sides)
-        whitened = jax.lax.optimization_barrier(whitened)  # the network is compiled as it is in `segment`: same labels
+        whitened = jax.lax.optimization_barrier(whitened)  # compiles the network as in `segment`, for the same labels
         classes = network.labels(whitened[None, ..., None])[0]  # p x y z
         ids = {name: _to_ids(classes[p], name) for p, name in enumerate(protocols)}
         return {name: jnp.where(usable, found, jnp.uint8(0)) for name, found in ids.items()}
@@ -105,10 +107,11 @@ def _to_ids(classes: Int[Array, "x y z"], protocol: str) -> Int[Array, "x y z"]:
 
 
 def whiten(image: Float[Array, "x y z"], sides: Int[Array, "3"]) -> tuple[Float[Array, "x y z"], Bool[Array, ""]]:
-    """What `intensity` does to an image, traced: spikes clipped, then zero mean and unit variance, to the last bit.
+    """Whitens an image as `intensity` does, to the last bit, but traced: clips spikes, then gives mean 0 and variance
+    1.
 
-    The image is the box of `sides` at the array's corner; beyond it comes the value of raw 0. Also whether the image
-    is one that `intensity` accepts.
+    The image is the box of `sides` at the array's corner. Beyond it lies the value of raw 0. Also returns whether
+    `intensity` would accept the image.
     """
     grid = [jax.lax.broadcasted_iota(jnp.int32, image.shape, axis) < sides[axis] for axis in range(3)]
     inside = grid[0] & grid[1] & grid[2]
@@ -137,10 +140,10 @@ def whiten(image: Float[Array, "x y z"], sides: Int[Array, "3"]) -> tuple[Float[
 def _order_statistics(
     image: Float[Array, "x y z"], counted: Bool[Array, "x y z"], ranks: Int[Array, "n"]
 ) -> Float[Array, "n"]:
-    """The values of these ranks (0 is the least) among the counted voxels.
+    """Returns the values of these ranks (0 is the smallest) among the counted voxels.
 
-    A bisection over the bits of a float, which order like integers once the sign is accounted for: on CPU six times
-    faster than sorting a head.
+    A bisection over the bits of a float, which order like integers once the sign is accounted for. On CPU it is six
+    times faster than sorting a whole head.
     """
     top = jnp.uint32(1 << 31)
     bits = jax.lax.bitcast_convert_type(image, jnp.uint32)

@@ -1,4 +1,4 @@
-"""The process that a program runs in: its messages, its devices, its compiled programs and its peers."""
+"""The process that a program runs in: its messages, compiled programs, devices and peers."""
 
 import contextlib
 import hashlib
@@ -26,14 +26,14 @@ from neuronet_jax.files import user_cache
 
 
 def plain() -> None:
-    """Makes this process write warnings and log messages to stderr as lines without file, logger and level.
+    """Makes warnings and log messages plain lines on stderr, without file, logger and level.
 
-    Those names mean something to a developer; to a user, the code at the start of a warning does.
+    Developers can use those names; users need only the code at the start of a warning.
     """
     warnings.formatwarning = _line
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     for handler in logging.root.handlers:  # absl, which comes with Orbax, may have made one already
-        if type(handler) is logging.StreamHandler:  # not those by which tests listen
+        if type(handler) is logging.StreamHandler:  # leaves the handlers of tests alone
             handler.setFormatter(logging.Formatter("%(message)s"))
 
 
@@ -41,20 +41,20 @@ def _line(message: Any, *_: Any) -> str:
     return f"warning: {' '.join(str(message).split())}\n"
 
 
-# Compiled programs, kept between processes: a training step takes 20 s to compile on two cores, restarts are common.
+# Compiled programs are kept between processes: a training step compiles for 20 s on two cores, and restarts are common.
 
 
 def keep_compiled() -> None:
     """Turns on JAX's persistent compilation cache below the user's cache folder, unless the user has chosen one.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+    `JAX_COMPILATION_CACHE_DIR` names a different folder; `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.
     """
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]: made at import
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / f"xla-{_processor()}"))
 
 
 def _processor() -> str:
-    """A name for what this host's processor can do: in a shared home folder lies code for others."""
+    """Returns a name for this host's CPU features: a shared home folder serves different machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next(line for line in lines if line.lower().startswith(("flags", "features")))
@@ -67,7 +67,9 @@ def _processor() -> str:
 
 
 class Turns:
-    """Lets threads that have a head each take turns on the device, which has memory for one, and counts their time."""
+    """A lock by which threads with a scan each take turns on the device, which has memory for one. It counts their
+    time.
+    """
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -75,7 +77,7 @@ class Turns:
 
     @contextlib.contextmanager
     def take(self) -> Iterator[None]:
-        """The caller's turn, for the time of the block."""
+        """Holds the device for the duration of the block."""
         with self._lock:
             start = time.perf_counter()
             try:
@@ -84,18 +86,20 @@ class Turns:
                 self.taken_s += time.perf_counter() - start
 
 
-TURNS = Turns()  # of this process: it has one device for inference
+TURNS = Turns()  # one per process, which has one device for inference
 
 
 def start() -> str:
-    """Starts JAX and says on what. Where JAX_PLATFORMS asks for what is not there, the CPU serves, with a warning."""
+    """Starts JAX and returns a line about its device. If the platform in JAX_PLATFORMS is missing, warns and uses the
+    CPU.
+    """
     try:
         device = jax.devices()[0]
-    except (RuntimeError, AssertionError) as error:  # an assertion of JAX, where no plugin of that name is installed
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that a plugin of that name is installed
         wanted = os.environ.get("JAX_PLATFORMS")
         reason = str(error).splitlines()[0] if str(error) else "not installed"
         warnings.warn(
-            CodedWarning("W_DEVICE", f"JAX_PLATFORMS={wanted}: {reason}; going on with the CPU"), stacklevel=2
+            CodedWarning("W_DEVICE", f"JAX_PLATFORMS={wanted}: {reason}; continuing on the CPU"), stacklevel=2
         )
         jax.config.update("jax_platforms", "cpu")
         device = jax.devices()[0]
@@ -105,15 +109,15 @@ def start() -> str:
 
 
 def cores() -> int:
-    """Those that this process may use, which a Slurm job or a container may limit."""
+    """Returns the number of CPU cores that this process may use, which a Slurm job or a container may limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def one_per_core(most: int | None = None) -> None:
-    """Makes one XLA device of each CPU core, of `most` at most, unless the environment says how many.
+    """Makes one XLA device of each CPU core, at most `most`, unless the environment sets the number.
 
     Much of a program runs on one thread per device: two devices on two cores label a volume split between them in two
-    thirds of the time. To be called before JAX's first computation.
+    thirds of the time. Call it before JAX's first computation.
     """
     if os.environ.get("JAX_NUM_CPU_DEVICES") or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
@@ -121,16 +125,17 @@ def one_per_core(most: int | None = None) -> None:
 
 
 def sharers(units: int, most: int) -> int:
-    """Of `most` devices, the largest number that can share so many units evenly."""
+    """Returns the largest number of devices, up to `most`, that can share `units` evenly."""
     return max(n for n in range(1, most + 1) if units % n == 0)
 
 
 def over_cores(image: np.ndarray, axis: int, stride: int) -> Any:
-    """The image for a program to run on: on a CPU with one XLA device per core, split over them along `axis`, as a mesh
-    splits y (see `mesh.py`), in multiples of `stride`; elsewhere as it is.
+    """Returns the image split along `axis` over the XLA devices of a CPU, in multiples of `stride`.
+
+    A mesh splits y in the same way (see `mesh.py`). On other platforms, the image is returned as it is.
     """
     devices = jax.local_devices()
-    if devices[0].platform != "cpu" or not 1 < len(devices) <= cores():  # more are a test of sharding
+    if devices[0].platform != "cpu" or not 1 < len(devices) <= cores():  # more devices than cores: a test of sharding
         return image
     count = sharers(image.shape[axis] // stride, len(devices))
     mesh = jax.make_mesh((count,), ("space",), axis_types=(AxisType.Auto,), devices=devices[:count])
@@ -138,7 +143,9 @@ def over_cores(image: np.ndarray, axis: int, stride: int) -> Any:
 
 
 def memory_bytes() -> int:
-    """What the first device can hold; on CPU, the machine's memory or what the container or job may use of it."""
+    """Returns the memory of the first device. On CPU, that is the machine's memory or the limit of the container or
+    job.
+    """
     statistics = jax.local_devices()[0].memory_stats() or {}
     if limit := statistics.get("bytes_limit"):
         return limit

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests leave nothing in the user's cache folder
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests write nothing to the user's cache folder
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 import jax
@@ -30,13 +30,13 @@ def _folder(path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder with `cohort/` (15 real brains with all protocols), `whole_head/` and `label_maps/`."""
+    """Returns the folder with `cohort/` (15 real brains with all protocols), `whole_head/` and `label_maps/`."""
     return _folder(SHARED / "data")
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Folder with the golden numbers of the published network: `neuronet_all_*.npz` and `saved_model/`."""
+    """Returns the folder with the golden numbers of the published network: `neuronet_all_*.npz` and `saved_model/`."""
     return _folder(SHARED / "reference" / "dltk")
 
 
@@ -45,7 +45,7 @@ IDENTITY = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0
 
 
 def make_record(slot: int, split: str, grid: tuple[int, int, int], seed: int = 0) -> Record:
-    """A head of noise with some labelled blocks; malp_em is absent in every third slot."""
+    """Returns a record of noise with some labelled blocks. malp_em is absent in every third slot."""
     rng = np.random.default_rng([seed, slot])
     present = (True, True, slot % 3 != 2)
     labels = np.zeros((len(PROTOCOLS), *grid), np.uint8)
@@ -74,7 +74,7 @@ def make_record(slot: int, split: str, grid: tuple[int, int, int], seed: int = 0
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> Callable[..., tuple[Store, dict[int, Record]]]:
-    """Builds a finished store of `splits` (one subject each; "" leaves a hole) and returns it with what was written."""
+    """Builds a finished store of `splits` (one subject each; "" leaves a hole) and returns it with its records."""
 
     def make(
         splits: tuple[str, ...],

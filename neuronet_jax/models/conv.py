@@ -1,10 +1,11 @@
-"""3-D convolution, pooling and upsampling, in the form that each platform runs fastest.
+"""3-D convolution, pooling and upsampling, in the form that runs fastest on each platform.
 
-XLA's 3-D convolution is slow on CPU (7 GFLOP/s where oneDNN reaches 150) and fills an eighth of a TPU's lanes with 16
-channels. Folding the first spatial axis away mends both: it becomes batch, and the kernel's taps along it are stacked
-in the channels, so that one 2-D convolution of k times the channels does the work. Both forms compute the same sums.
+XLA's 3-D convolution is slow on CPU (7 GFLOP/s where oneDNN reaches 150), and with 16 channels it fills an eighth of a
+TPU's lanes. Folding the first spatial axis away solves both: it becomes part of the batch, and the kernel's taps along
+it are stacked in the channels, so that one 2-D convolution of k times the channels does the work. Both forms compute
+the same sums.
 
-The folded axis is x. A mesh therefore splits y (see `mesh.py`): a split fold axis would have to be gathered.
+The folded axis is x. A mesh therefore splits y (see `mesh.py`): a split x would have to be gathered first.
 """
 
 import itertools
@@ -16,8 +17,9 @@ from jaxtyping import Array, Float
 
 
 def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Zeros before and after an axis so that it comes out at ceil(size / stride), the odd one after (TensorFlow's
-    SAME).
+    """Returns the zeros before and after an axis that bring it to ceil(size / stride), as TensorFlow's SAME.
+
+    An odd zero goes after the axis.
     """
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
@@ -26,7 +28,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
 def conv3d(
     x: Float[Array, "b x y z c"], kernel: Float[Array, "i j k c f"], stride: int = 1
 ) -> Float[Array, "b u v w f"]:
-    """SAME convolution; each axis comes out at ceil(n / stride). The form is picked when the program is lowered."""
+    """Convolves with SAME padding: each axis becomes ceil(n / stride). Lowering picks the form for the platform."""
     if kernel.shape[:3] == (1, 1, 1) and stride == 1:
         return x @ kernel[0, 0, 0]
     return jax.lax.platform_dependent(
@@ -39,7 +41,7 @@ def conv3d(
 
 
 def native_conv3d(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """XLA's own 3-D convolution."""
+    """Convolves with XLA's own 3-D convolution."""
     padding = [same_padding(n, k, stride) for n, k in zip(x.shape[1:4], kernel.shape[:3], strict=True)]
     return jax.lax.conv_general_dilated(
         x, kernel, (stride,) * 3, padding, dimension_numbers=("NXYZC", "XYZIO", "NXYZC")
@@ -47,11 +49,11 @@ def native_conv3d(x: Array, kernel: Array, stride: int = 1) -> Array:
 
 
 def folded_conv3d(x: Array, kernel: Array, stride: int = 1, blocks: bool = True) -> Array:
-    """The same sums as one 2-D convolution, x folded into the batch and its taps into the channels.
+    """Computes the same sums as one 2-D convolution, with x folded into the batch and its taps into the channels.
 
-    With `blocks`, a strided one whose kernel is a multiple of the stride becomes an unstrided one over blocks of
-    stride³ voxels, whose gradients are ordinary convolutions too: on CPU the transposed strided one would multiply
-    mostly zeros. On TPU, where x lies in the lanes, gathering the blocks costs more than that.
+    With `blocks`, a strided convolution whose kernel is a multiple of the stride becomes an unstrided one over blocks
+    of stride³ voxels. Its gradients are then ordinary convolutions too; on CPU, the transposed strided convolution
+    would multiply mostly zeros. On TPU, where x lies in the lanes, gathering the blocks costs more than that.
     """
     padding = [same_padding(n, k, stride) for n, k in zip(x.shape[1:4], kernel.shape[:3], strict=True)]
     if blocks and stride > 1 and all(size % stride == 0 for size in kernel.shape[:3]):
@@ -73,8 +75,10 @@ def folded_conv3d(x: Array, kernel: Array, stride: int = 1, blocks: bool = True)
 
 
 def _taps_in_channels(x: Array, kernel: Array) -> tuple[Array, Array]:
-    """The taps along y stacked in the channels: where a mesh splits y, the few channels of x are exchanged at the seams
-    and not the products of all taps, which took twice the memory.
+    """Stacks the taps along y in the channels of x.
+
+    Where a mesh splits y, devices then exchange the few channels of x at the seams instead of the products of all taps,
+    which took twice the memory.
     """
     i, taps, k, c, f = kernel.shape
     shifted = [jax.lax.slice_in_dim(x, t, t + x.shape[2] - taps + 1, axis=2) for t in range(taps)]
@@ -83,10 +87,10 @@ def _taps_in_channels(x: Array, kernel: Array) -> tuple[Array, Array]:
 
 @jax.custom_vjp
 def _sum_of_taps(x: Float[Array, "b x y z c"], kernel: Float[Array, "i j k c f"]) -> Float[Array, "b u v w f"]:
-    """Convolution without padding: one product for the taps of the kernel side by side, then the sum of its shifts.
+    """Convolves without padding: one product with the taps of the kernel side by side, then the sum of its shifts.
 
-    For few taps of many channels: a matrix product runs near the CPU's peak, where XLA's convolution of 2² taps of 256
-    channels ran at a fifth of it. Its gradients are products of the same size.
+    This suits few taps of many channels. A matrix product runs near the CPU's peak, where XLA's convolution of 2² taps
+    of 256 channels reached a fifth of it. The gradients are products of the same size.
     """
     columns = x @ _taps_side_by_side(kernel)
     f = kernel.shape[-1]
@@ -122,15 +126,16 @@ def _taps_side_by_side(kernel: Float[Array, "i j k c f"]) -> Float[Array, "c tap
 
 
 def _windows(x: Array, kernel: Array) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """First and end of the voxels that each tap meets."""
+    """Returns the first voxel and the end of the window that each tap covers."""
     sides = [n - taps + 1 for n, taps in zip(x.shape[1:4], kernel.shape[:3], strict=True)]
     firsts = itertools.product(*map(range, kernel.shape[:3]))
     return [(first, tuple(a + n for a, n in zip(first, sides, strict=True))) for first in firsts]
 
 
 def _blocks_to_channels(x: Array, side: int, first: int) -> Array:
-    """Blocks of side³ of the three axes from `first` on, which are multiples of it, become part of the channels after
-    them: [… x y z c …] to [… x/s y/s z/s (s s s c) …].
+    """Moves blocks of side³ voxels into the channels: [… x y z c …] becomes [… x/s y/s z/s (s s s c) …].
+
+    The three axes start at `first` and must be multiples of `side`; the channels follow them.
     """
     i, j, k, c = x.shape[first : first + 4]
     split = x.reshape(*x.shape[:first], i // side, side, j // side, side, k // side, side, c, *x.shape[first + 4 :])
@@ -140,9 +145,10 @@ def _blocks_to_channels(x: Array, side: int, first: int) -> Array:
 
 
 def max_pool(x: Float[Array, "b x y z c"]) -> Float[Array, "b u v w c"]:
-    """Maximum of 2×2×2 blocks, an odd border voxel forming a block of its own.
+    """Returns the maxima of 2×2×2 blocks; an odd voxel at the border forms a block alone.
 
-    Pairwise maxima, axis by axis: the gradient of `reduce_window` is a scatter, which no platform runs well.
+    The maxima are taken in pairs, axis by axis, because the gradient of `reduce_window` is a scatter, which is slow on
+    every platform.
     """
     for axis in (1, 2, 3):
         if x.shape[axis] % 2:
@@ -153,13 +159,13 @@ def max_pool(x: Float[Array, "b x y z c"]) -> Float[Array, "b u v w c"]:
 
 
 def _pairs(x: Array, axis: int) -> tuple[Array, Array]:
-    """The even and the odd slices along an axis of even size."""
+    """Returns the even and the odd slices along an axis of even size."""
     paired = x.reshape(*x.shape[:axis], x.shape[axis] // 2, 2, *x.shape[axis + 1 :])
     return jax.lax.index_in_dim(paired, 0, axis + 1, False), jax.lax.index_in_dim(paired, 1, axis + 1, False)
 
 
 def upsample_parts(x: Array, axis: int) -> tuple[Array, Array]:
-    """The even and the odd slices of the ×2 trilinear upsampling along one axis, zero beyond the border.
+    """Returns the even and the odd slices of the ×2 linear upsampling along one axis, with zeros beyond the border.
 
     out[2i] = .75 x[i] + .25 x[i−1], out[2i+1] = .75 x[i] + .25 x[i+1] (the published fixed transposed convolution).
     """
@@ -173,13 +179,13 @@ def upsample_parts(x: Array, axis: int) -> tuple[Array, Array]:
 
 
 def upsample_axis(x: Array, axis: int) -> Array:
-    """×2 linear upsampling along one axis."""
+    """Upsamples ×2 along one axis, linearly."""
     stacked = jnp.stack(upsample_parts(x, axis), axis=axis + 1)
     return stacked.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
 
 
 def upsampling_matrix(n: int) -> Float[np.ndarray, "2n n"]:
-    """`upsample_axis` of n voxels as a matrix."""
+    """Returns `upsample_axis` of n voxels as a matrix."""
     matrix = np.zeros((n, 2, n + 2), np.float32)
     rows = np.arange(n)
     matrix[rows, :, rows + 1] = 0.75
@@ -188,7 +194,7 @@ def upsampling_matrix(n: int) -> Float[np.ndarray, "2n n"]:
 
 
 def upsample(x: Float[Array, "b x y z c"]) -> Float[Array, "b 2x 2y 2z c"]:
-    """×2 trilinear upsampling, fixed weights."""
+    """Upsamples ×2 with fixed trilinear weights."""
     for axis in (3, 2, 1):
         x = upsample_axis(x, axis)
     return x

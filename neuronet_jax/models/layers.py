@@ -1,4 +1,4 @@
-"""The layers that both families are made of."""
+"""Layers that both model families share."""
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ MOMENTUM = 0.99  # of every moving moment (the published value)
 
 
 def fan_in_uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Variance scaling with scale 1, fan-in, uniform: the published initialisation. The last axis is the output's.
+    """Draws weights by variance scaling with scale 1, fan-in, uniform: the published initialisation.
 
-    Drawn on the host: a compiled program of some hundred draws takes longer to compile than a step of training.
+    The last axis is the output's. Weights are drawn on the host, because a compiled program with some hundred draws
+    takes longer to compile than a training step.
     """
     limit = np.sqrt(3.0 / np.prod(shape[:-1]))
     return jnp.asarray(rng.uniform(-limit, limit, shape).astype(np.float32))
@@ -33,10 +34,10 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Normalises by moments over batch and space: the batch's own in training, moving ones otherwise.
+    """Normalisation by moments over batch and space: the batch's own in training, moving ones otherwise.
 
-    The biased variance normalises; the moving variance takes the unbiased one, as the published network's fused
-    kernel does.
+    The biased variance normalises. The moving variance is updated by the unbiased one, as in the published network's
+    fused kernel.
     """
 
     def __init__(self, channels: int, momentum: float = MOMENTUM):
@@ -52,7 +53,7 @@ class BatchNorm(nnx.Module):
         return x * _broadcast(scale, x) + _broadcast(shift, x)
 
     def coefficients(self, x: Float[Array, "b x y z c"], train: bool) -> tuple[Array, Array]:
-        """The scale and shift per channel that normalise x."""
+        """Returns the scale and shift per channel that normalise x."""
         if train:
             mean, variance = channel_moments(x)
             self.update(mean, variance, x.size // x.shape[-1])
@@ -61,7 +62,7 @@ class BatchNorm(nnx.Module):
         return self.affine(mean, variance)
 
     def affine(self, mean: Float[Array, " c"], variance: Float[Array, " c"]) -> tuple[Array, Array]:
-        """The scale and shift per channel that these moments give."""
+        """Returns the scale and shift per channel for these moments."""
         scale = self.gamma[...] * jax.lax.rsqrt(variance + EPSILON)
         return scale, self.beta[...] - mean * scale
 
@@ -77,14 +78,14 @@ def _broadcast(vector: Array, x: Array) -> Array:
 
 
 def channel_moments(x: Float[Array, "b x y z c"]) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-    """Mean and biased variance per channel, in float32, from centred values."""
+    """Returns the mean and biased variance per channel, in float32, from centred values."""
     x = x.astype(jnp.float32)
     mean = jnp.mean(x, axis=(0, 1, 2, 3))
     return mean, jnp.mean(jnp.square(x - _broadcast(mean, x)), axis=(0, 1, 2, 3))
 
 
 def channel_covariance(x: Float[Array, "b x y z c"]) -> tuple[Float[Array, " c"], Float[Array, "c c"]]:
-    """Mean and biased covariance of the channels, in float32, from centred values."""
+    """Returns the mean and biased covariance of the channels, in float32, from centred values."""
     x = x.astype(jnp.float32)
     mean = jnp.mean(x, axis=(0, 1, 2, 3))
     centred = x - _broadcast(mean, x)
@@ -93,9 +94,9 @@ def channel_covariance(x: Float[Array, "b x y z c"]) -> tuple[Float[Array, " c"]
 
 
 def normalised_conv(norm: BatchNorm, layer: Conv, x: Array, train: bool) -> Array:
-    """Norm, relu6, convolution.
+    """Applies normalisation, relu6 and convolution.
 
-    The backward pass computes what the convolution read again, from x: half a step's memory would hold it else.
+    The backward pass recomputes the convolution's input from x; stored, it would take half of a step's memory.
     """
 
     @jax.checkpoint
@@ -107,9 +108,9 @@ def normalised_conv(norm: BatchNorm, layer: Conv, x: Array, train: bool) -> Arra
 
 
 class ResidualUnit(nnx.Module):
-    """Pre-activation unit: norm, relu6, convolution, twice, added to the identity.
+    """Pre-activation unit: norm, relu6 and convolution, twice, added to the identity.
 
-    With stride 2 the first kernel is 4³ (twice the stride) and the identity is max-pooled. Where channels grow the
+    With stride 2 the first kernel is 4³ (twice the stride) and the identity is max-pooled. If the channels grow, the
     identity is padded with zero channels, the smaller half before.
     """
 

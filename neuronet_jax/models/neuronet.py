@@ -1,10 +1,9 @@
-"""Our network: one shared encoder with a way back up, one linear decoder per protocol.
+"""The default network: one shared encoder with an upward path, and one linear decoder per protocol.
 
-What the published one lacks and this one has: its finest features are a linear filter of the image, so that every
-class boundary is drawn at half resolution; here the coarse features travel back up (as in a U-Net) and are refined by
-non-linear units at every scale, full resolution included, before each protocol reads them out. The way up is shared
-by all protocols, so five cost little more than one, and the last step stays linear, so that the fused head serves it
-too.
+The published network's finest features are a linear filter of the image, so it draws every class boundary at half
+resolution. Here the coarse features travel back up (as in a U-Net), and non-linear units refine them at every scale,
+full resolution included, before each protocol's decoder. All protocols share the upward path, so five cost little more
+than one. The last step stays linear, so that the fused head serves this network too.
 """
 
 import itertools
@@ -20,12 +19,12 @@ from neuronet_jax.models.layers import BatchNorm, Conv, ResidualUnit, fan_in_uni
 from neuronet_jax.models.readout import Readout
 
 MOMENTUM = (
-    0.95  # moving moments settle within 60 steps, so that short runs validate honestly (the published .99 takes 300)
+    0.95  # moving moments settle within 60 steps, so that short runs are validated fairly (the published .99 takes 300)
 )
 
 
 class UpUnit(nnx.Module):
-    """Adds the coarser features, projected and upsampled, to a scale's own and refines the sum by one residual
+    """Adds the coarser features, projected and upsampled, to a scale's own, and refines the sum by a residual
     convolution.
     """
 
@@ -40,6 +39,8 @@ class UpUnit(nnx.Module):
 
 
 class Encoder(nnx.Module):
+    """A downward path of residual units and an upward path of `UpUnit`s."""
+
     def __init__(self, filters: tuple[int, ...], rng: np.random.Generator):
         scales = list(itertools.pairwise(filters))
         self.stem = Conv(3, 1, filters[0], rng=rng)
@@ -51,7 +52,7 @@ class Encoder(nnx.Module):
         self.norms = nnx.List(BatchNorm(c, MOMENTUM) for c in filters)
 
     def __call__(self, image: Float[Array, "b x y z 1"], train: bool) -> list[Array]:
-        """Features per scale, finest first, normalised and rectified: [b x y z 16], [b x/2 y/2 z/2 32], …"""
+        """Returns features per scale, finest first, normalised and rectified: [b x y z 16], [b x/2 y/2 z/2 32], …"""
         features = [self.stem(image)]
         for down, same in zip(self.down, self.same, strict=True):
             features.append(same(down(features[-1], train), train))
@@ -61,19 +62,21 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """One protocol's linear reading of every scale."""
+    """One protocol's linear decoder: a matrix per scale and one bias."""
 
     def __init__(self, filters: tuple[int, ...], classes: int, rng: np.random.Generator):
         self.kernels = nnx.List(nnx.Param(fan_in_uniform(rng, (c, classes))) for c in filters)
         self.bias = nnx.Param(jnp.zeros(classes))
 
     def __call__(self) -> list[tuple[Array, Array]]:
-        """One matrix [c k] and bias [k] per scale."""
+        """Returns one matrix [c k] and bias [k] per scale."""
         bias = self.bias[...]
         return [(k[...], bias if scale == 0 else jnp.zeros_like(bias)) for scale, k in enumerate(self.kernels)]
 
 
 class Decoders(nnx.Module):
+    """The decoders of all protocols."""
+
     def __init__(self, filters: tuple[int, ...], classes: dict[str, int], rng: np.random.Generator):
         self.order = tuple(classes)  # a pytree's dictionaries come back sorted
         self.protocols = nnx.Dict({name: Decoder(filters, k, rng) for name, k in classes.items()})

@@ -1,9 +1,9 @@
 """The published NeuroNet, operation by operation (Rajchl et al., MIDL 2018, arXiv 1806.04224, and its reference code).
 
-The decoders hold no non-linearity, so they are not run as a chain of upsamplings of K channels but folded into one
-matrix per scale (`head.py` applies them): with z₃ = f₃W₃, z_s = up(z_{s+1}) + BN_s(f_sV_s) and logits = z₀L,
-upsampling commutes with every mixing of channels, hence logits = up³(f₃W₃L) + Σ_s upˢ(f_sA_s + b_s) with A_s = V_s
-diag(γ_s/σ_s) L and b_s = (β_s − μ_sγ_s/σ_s) L.
+The decoders are linear, so they are not run as a chain of upsamplings of K channels but folded into one matrix per
+scale (`head.py` applies them). With z₃ = f₃W₃, z_s = up(z_{s+1}) + BN_s(f_sV_s) and logits = z₀L, upsampling commutes
+with every mixing of channels. Hence logits = up³(f₃W₃L) + Σ_s upˢ(f_sA_s + b_s) with A_s = V_s diag(γ_s/σ_s) L and
+b_s = (β_s − μ_sγ_s/σ_s) L.
 """
 
 import itertools
@@ -29,7 +29,7 @@ class Encoder(nnx.Module):
         )
 
     def __call__(self, image: Float[Array, "b x y z 1"], train: bool) -> list[Array]:
-        """Features per scale, finest first: [b x y z 16], [b x/2 y/2 z/2 32], …"""
+        """Returns the features per scale, finest first: [b x y z 16], [b x/2 y/2 z/2 32], …"""
         features = [self.stem(image)]
         for down, same in zip(self.units[0::2], self.units[1::2], strict=True):
             features.append(same(down(features[-1], train), train))
@@ -37,7 +37,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """One protocol's parameters: a projection and a normalisation per scale, and the last mixing of classes."""
+    """One protocol's parameters: a projection and a normalisation per scale, and the final mixing of classes."""
 
     def __init__(self, filters: tuple[int, ...], classes: int, rng: np.random.Generator):
         self.projections = nnx.List(nnx.Param(fan_in_uniform(rng, (c, classes))) for c in filters)
@@ -45,7 +45,7 @@ class Decoder(nnx.Module):
         self.last = nnx.Param(fan_in_uniform(rng, (classes, classes)))
 
     def __call__(self, features: list[Array], moments: list[tuple[Array, Array]] | None) -> list[tuple[Array, Array]]:
-        """One matrix [c k] and bias [k] per scale. `moments`: of the features, in training."""
+        """Returns one matrix [c k] and bias [k] per scale. `moments` are those of the features, in training."""
         last = self.last[...]
         pairs = []
         for scale, norm in enumerate(self.norms):
@@ -64,11 +64,13 @@ class Decoder(nnx.Module):
 
 
 class Decoders(nnx.Module):
+    """The decoders of all protocols."""
+
     def __init__(self, filters: tuple[int, ...], classes: dict[str, int], rng: np.random.Generator):
         self.order = tuple(classes)  # a pytree's dictionaries come back sorted
         self.protocols = nnx.Dict({name: Decoder(filters, k, rng) for name, k in classes.items()})
 
     def __call__(self, features: list[Array], train: bool) -> Readout:
-        # The batch moments of u = fV follow from those of f: no u is needed, and every protocol shares them.
+        # The batch moments of u = fV follow from those of f, which all protocols share; u itself is not needed.
         moments = [channel_covariance(f) for f in features[:-1]] if train else None
         return Readout.join([self.protocols[name](features, moments) for name in self.order])

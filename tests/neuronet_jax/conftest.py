@@ -1,4 +1,4 @@
-"""A run as training leaves one, small enough to be used by real processes."""
+"""A run as training leaves it, small enough to be used by real processes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +19,13 @@ RUN_PROTOCOLS = ("fsl_fast", "fsl_first")
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """The workdir of a run with two protocols and untrained weights."""
+    """Returns the folder of a run with two protocols and untrained weights."""
     return _run(tmp_path_factory.mktemp("run"), RUN_PROTOCOLS)
 
 
 @pytest.fixture(scope="session")
 def tiny_run_of_all(tmp_path_factory) -> Path:
-    """The same with all protocols."""
+    """Returns the folder of a run with all protocols."""
     return _run(tmp_path_factory.mktemp("run"), tuple(PROTOCOLS))
 
 
@@ -43,7 +43,7 @@ def _run(folder: Path, protocols: tuple[str, ...]) -> Path:
 
 @pytest.fixture(scope="session")
 def noisy_heads(tmp_path_factory) -> Path:
-    """A folder with eight 2 mm heads of blobs, in two shapes and orientations."""
+    """Returns a folder with eight 2 mm scans of blobs, in two shapes and orientations."""
     folder = tmp_path_factory.mktemp("heads")
     for number in range(8):
         rng = np.random.default_rng(number)

@@ -52,7 +52,7 @@ def folder(model: Model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def head() -> np.ndarray:
-    """A raw image that fills no multiple of 32, with a spike that must be clipped."""
+    """Returns a raw image whose sides are not multiples of 32, with a spike to be clipped."""
     image = np.random.default_rng(0).gamma(2, 150, (51, 77, 30))
     image[:, :9] = 0
     image[30, 40, 20] = 1e6
@@ -67,13 +67,13 @@ def labels(model: Model, head: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _example() -> str:
-    """The code in the docstring of `neuronet_jax.export`."""
+    """Returns the code in the docstring of `neuronet_jax.export`."""
     text = ast.get_docstring(ast.parse(Path(export.__file__).read_text())) or ""
     return textwrap.dedent("\n".join(line for line in text.splitlines() if line.startswith("    ") or not line))
 
 
 def test_the_documented_example_gives_the_same_labels_in_a_fresh_process(folder, head, labels):
-    np.save(folder.parent / "head.npy", head)
+    np.save(folder.parent / "image.npy", head)
     code = (
         _example()
         + "\nimport sys\nassert not any(name.startswith(('neuronet_jax', 'flax', 'orbax')) for name in sys.modules)"
@@ -93,7 +93,7 @@ def _program(path: Path) -> Any:
 
 
 def _call(folder: Path, image: np.ndarray, file: str = "segment.jax_export") -> dict[str, np.ndarray]:
-    """The labels of a release's program for an image padded to multiples of 32, in this process."""
+    """Returns the labels of a release's program for an image padded to multiples of 32, in this process."""
     padded = np.pad(image, [(0, -side % 32) for side in image.shape])
     weights = load_file(folder / "weights.safetensors")
     found = _program(folder / file)(weights, padded, np.array(image.shape, np.int32))
@@ -140,7 +140,7 @@ def test_whitening_is_that_of_intensity_to_the_last_bit(name):
     clipped, _ = intensity.clip_spikes(image)
     statistics = intensity.statistics(clipped)
     expected = intensity.whiten(clipped, statistics.mean, statistics.std)
-    padded = np.pad(image, [(0, 3), (0, 2), (0, 5)], constant_values=123)  # what lies beyond must not matter
+    padded = np.pad(image, [(0, 3), (0, 2), (0, 5)], constant_values=123)  # the padding must not matter
     whitened, usable = jax.jit(export.whiten)(padded, np.array(image.shape, np.int32))
     whitened, inside = np.array(whitened), tuple(map(slice, image.shape))
     assert usable
@@ -158,7 +158,7 @@ def test_one_program_serves_all_sizes(folder, model, head):
 @pytest.mark.parametrize("value", [0.0, 7.0, 1e6, np.nan])
 def test_an_image_that_segment_refuses_is_all_background(folder, model, head, value):
     image = np.full((20, 40, 30), value, np.float32)
-    image[::2] *= 1 + 1e-7  # the 1e6 becomes constant but for the last bit
+    image[::2] *= 1 + 1e-7  # the values near 1e6 are constant except for the last bit
     if np.isnan(value):
         image[1:] = head[1:20, :40]
     with pytest.raises(RejectError):
@@ -166,7 +166,7 @@ def test_an_image_that_segment_refuses_is_all_background(folder, model, head, va
     assert not any(ids.any() for ids in _call(folder, image).values())
 
 
-def test_the_description_says_what_the_ids_mean(folder):
+def test_the_description_gives_the_meaning_of_the_ids(folder):
     text = (folder / "release.json").read_text()
     release = json.loads(text)
     assert release["version"] == neuronet_jax.__version__ and release["voxel_size_mm"] == 2.0
@@ -182,7 +182,7 @@ def test_the_description_says_what_the_ids_mean(folder):
         assert [row["id"] for row in release["labels"][name]] == PROTOCOLS[name].ids.tolist()
     for name, digest in release["sha256"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
-    assert "someone" not in text  # where the store of the training lay
+    assert "someone" not in text  # from the path of the training store
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "manifest.sha256"], cwd=folder, check=True)
 
 
@@ -219,7 +219,7 @@ def _flip(path: Path, at: int = -1) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Replaces a file and its line in the manifest, as somebody with bad intentions would."""
+    """Replaces a file and its line in the manifest, as an attacker would."""
     path.write_bytes(content)
     manifest = path.with_name("manifest.sha256")
     lines = [line for line in manifest.read_text().splitlines() if not line.endswith(f"  {path.name}")]

@@ -1,4 +1,4 @@
-"""The notebook, executed by a Jupyter kernel of its own from its first cell to its last."""
+"""The notebook, executed by a Jupyter kernel of its own from the first cell to the last."""
 
 import base64
 import json
@@ -39,7 +39,7 @@ def test_it_runs_from_top_to_bottom(tiny_run_of_all, noisy_heads, monkeypatch, t
     assert len(re.findall(r"^(?:CSF|GM|WM) .*Dice (?:0\.\d\d|1\.00|nan)$", text, re.MULTILINE)) == 18  # of 6 pairs
 
 
-def test_what_it_shows_is_small_and_says_nothing_of_a_machine():
+def test_its_outputs_are_small_and_reveal_nothing_about_a_machine():
     text = NOTEBOOK.read_text(encoding="utf-8")
     assert len(text) < 200_000
     assert re.search(r"/(?:home|root|tmp|work|Users)/", text) is None

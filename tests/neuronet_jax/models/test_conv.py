@@ -1,4 +1,4 @@
-"""The forms of a convolution agree, in value and in both gradients, and padding is TensorFlow's SAME."""
+"""The forms of a convolution agree in value and in both gradients, and padding is TensorFlow's SAME."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_max_pool_equals_scipy() -> None:
     np.testing.assert_array_equal(conv.max_pool(x), blocks[:, 1::2, 1::2, 1::2])
 
 
-def test_max_pool_of_an_odd_side_takes_the_border_alone() -> None:
+def test_max_pool_of_an_odd_side_keeps_the_border_voxel_alone() -> None:
     x = jnp.arange(5.0).reshape(1, 5, 1, 1, 1)
     np.testing.assert_array_equal(conv.max_pool(x).ravel(), [1, 3, 4])
     np.testing.assert_array_equal(conv.max_pool(-x).ravel(), [0, -2, -4])  # padding never wins

@@ -89,7 +89,7 @@ def test_a_training_step_equals_the_published(
         np.testing.assert_allclose(value[...], expected, atol=1e-4 * np.abs(expected).max(), err_msg=paths[path])
 
 
-def test_the_importer_refuses_what_does_not_fit(evaluation: dict[str, np.ndarray]) -> None:
+def test_the_importer_refuses_variables_that_do_not_fit(evaluation: dict[str, np.ndarray]) -> None:
     variables = {k.removeprefix("var/"): v for k, v in evaluation.items() if k.startswith("var/")}
     network = build(REFERENCE, ALL, seed=0)
     missing = dict(variables)

@@ -1,4 +1,4 @@
-"""Compiled programs are kept where the user says, else in a folder of this processor's own."""
+"""Compiled programs are kept in the user's chosen folder, or else in one for this processor."""
 
 import platform
 from pathlib import Path
@@ -21,7 +21,7 @@ def cache_setting():
 
 
 @pytest.mark.usefixtures("cache_setting")
-def test_the_users_choice_stays_and_the_default_is_of_this_processor(
+def test_the_users_choice_stays_and_the_default_is_specific_to_the_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

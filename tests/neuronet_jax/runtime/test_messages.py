@@ -1,4 +1,4 @@
-"""What the programs say on stderr, in processes of their own, where no test listens in between."""
+"""Messages of the programs on stderr, from processes of their own, so that no test intercepts them."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ def _said(*command: str) -> list[str]:
 def test_warnings_and_log_messages_are_plain_lines():
     code = (
         "import logging, warnings\n"
-        "logging.basicConfig()\n"  # as importing absl does, with level and logger in front
+        "logging.basicConfig()\n"  # importing absl does this too, with level and logger in front
         "from neuronet_jax import runtime; runtime.plain()\n"
         "warnings.warn('W_SOMETHING: a reason\\n  in two lines'); logging.getLogger('any').warning('take care')"
     )

@@ -1,4 +1,4 @@
-"""Who joins whom: by the address of a coordinator, under Slurm, on a Cloud TPU slice, and nobody elsewhere."""
+"""Which processes join: by the address of a coordinator, under Slurm, on a Cloud TPU slice; elsewhere none."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ HOSTS = {"worker-network-endpoints": "unknown:unknown:127.0.0.1,unknown:unknown:
 
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The arguments with which JAX was asked to join; the environment names no peers."""
+    """Collects the arguments with which JAX was asked to join. The environment names no peers."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "TPU_", "GCE_", "JAX_COORDINATOR", "JAX_NUM_PROCESSES")):
             monkeypatch.delenv(name)
@@ -32,7 +32,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @contextmanager
 def metadata(attributes: dict[str, str], status: int = 404) -> Iterator[str]:
-    """A metadata server as Cloud TPU VMs have one, at the address returned; other attributes get `status`."""
+    """Serves metadata as on Cloud TPU VMs and returns the address; other attributes get `status`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -57,7 +57,9 @@ def metadata(attributes: dict[str, str], status: int = 404) -> Iterator[str]:
 
 def test_nobody_is_joined_without_peers(joined, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime.join_cluster()
-    monkeypatch.setenv("SLURM_NTASKS", "2")  # a shell in an allocation, or a batch script: srun has started nothing
+    monkeypatch.setenv(
+        "SLURM_NTASKS", "2"
+    )  # a shell in an allocation, or a batch script: srun has not started the process
     runtime.join_cluster()
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     runtime.join_cluster()
