@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := test
-.PHONY: env demo test soak lint format clean
+.PHONY: env demo test soak lint format docs clean
 
 env: $(STAMP)
 
@@ -41,6 +41,11 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The pages need no network. They open as files; searching in them takes a server: python -m http.server --directory build/site
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The pages are in build/site/index.html"
 
 clean:
 	rm -rf .venv-* .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
