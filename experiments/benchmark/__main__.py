@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark                         a training step and inference, against PyTorch
     python -m experiments.benchmark --size=128 --dtype=bfloat16 --against=torch-compile,torch-eager:float32    on a GPU
-    python -m experiments.benchmark --what=head --against=jax-whole,torch-eager,dipy    a whole head, also classically
+    python -m experiments.benchmark --what=head,head-resampled --against=torch-eager,dipy --run=RUN    whole heads
     python -m experiments.benchmark --against=tensorflow@tf-2.15/bin/python    in an environment of its own
     python -m experiments.benchmark --input                 the input pipeline, alone and under a training step
     python -m experiments.benchmark --topology=v5e:2x4      a TPU slice, compiled for ahead of time (extra `tpu`)
@@ -16,6 +16,7 @@ Ratios are what to read; seconds depend on the machine. The tables go to OUT/ben
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import tempfile
@@ -23,11 +24,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from experiments.benchmark.contender import Job
+from experiments.benchmark.heads import HEADS, save_weights, template_head
 from experiments.benchmark.race import Failed, Result, agreement, race, table
 from experiments.benchmark.serve import CONTENDERS
+
+WHATS = ("train", "inference", *HEADS)
+HEAD_TILE = 128  # voxels along each side of the tiles of contenders that take a head tile by tile
 
 
 def machine() -> str:
@@ -41,14 +44,7 @@ def machine() -> str:
     return f"{model}, {cores} cores, {platform.system()}"
 
 
-def template_head(path: Path) -> None:
-    """The MNI152 template at 1 mm, skull-stripped, which comes with nilearn: a whole head to segment."""
-    from nilearn.datasets import load_mni152_template
-
-    np.save(path, np.asarray(load_mni152_template(resolution=1).dataobj, np.float32))
-
-
-def contenders(arguments: argparse.Namespace, what: str, head: str) -> list[Job]:
+def contenders(arguments: argparse.Namespace, what: str, folder: Path) -> list[Job]:
     """Ours first, then the others: NAME[:DTYPE][@PYTHON]."""
     jobs = []
     for entry in ["jax", *filter(None, arguments.against.split(","))]:
@@ -62,10 +58,16 @@ def contenders(arguments: argparse.Namespace, what: str, head: str) -> list[Job]
             raise SystemExit(f"--against takes {', '.join(CONTENDERS)}, got {name!r}")
         if dtype not in ("", "float32", "bfloat16"):
             raise SystemExit(f"--against={entry}: the dtypes are float32 and bfloat16, got {dtype!r}")
-        if (name == "dipy" and what != "head") or (name == "jax-whole" and what != "head"):
-            continue  # these segment whole heads only
-        jobs.append(Job(name, dtype or arguments.dtype, what, arguments.size, arguments.batch, head, python))
+        if name == "dipy" and what not in HEADS:
+            continue  # it segments whole heads only
+        head, weights = (str(folder / f"{what}.nii"), _weights(arguments, folder)) if what in HEADS else ("", "")
+        side = HEAD_TILE if what in HEADS else arguments.size
+        jobs.append(Job(name, dtype or arguments.dtype, what, side, arguments.batch, head, weights, python))
     return jobs
+
+
+def _weights(arguments: argparse.Namespace, folder: Path) -> str:
+    return str(folder / "weights.npz") if arguments.run else ""
 
 
 def versions(results: Sequence[Result]) -> list[str]:
@@ -77,15 +79,17 @@ def compare(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     whats = arguments.what.split(",")
-    if unknown := set(whats) - {"train", "inference", "head"}:
-        raise SystemExit(f"--what takes train, inference, head, got {sorted(unknown)[0]!r}")
-    with tempfile.TemporaryDirectory() as folder:
-        head = Path(folder) / "head.npy"
-        if "head" in whats:
-            template_head(head)
-        jobs = {what: contenders(arguments, what, str(head)) for what in whats}
-        unique = {job.label: job for job in jobs[whats[0]]}
-        differences = agreement(list(unique.values()))
+    if unknown := set(whats) - set(WHATS):
+        raise SystemExit(f"--what takes {', '.join(WHATS)}, got {sorted(unknown)[0]!r}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for what in set(whats) & set(HEADS):
+            template_head(folder / f"{what}.nii", HEADS[what])
+        if arguments.run:
+            save_weights(arguments.run, folder / "weights.npz")
+        jobs = {what: contenders(arguments, what, folder) for what in whats}
+        crops = [what for what in whats if what not in HEADS]  # of whole heads, the labels are compared
+        differences = agreement(list({job.label: job for job in jobs[crops[0]]}.values())) if crops else {}
         lines = [f"# Benchmark\n\n{machine()}. Crop {arguments.size}³, batch {arguments.batch}, five protocols, "]
         lines[0] += f"medians of {arguments.repeats} alternating runs.\n"
         for name, d in differences.items():
@@ -96,6 +100,11 @@ def compare(arguments: argparse.Namespace) -> None:
         for what in whats:
             results = race(jobs[what], arguments.repeats)
             lines += ["", table(results)]
+            lines += [
+                f"\n{r.job.label} finds the same labels on {100 * r.agreement:.4f} % of all voxels."
+                for r in results[1:]
+                if not math.isnan(r.agreement)
+            ]
             everything[what] = [dataclasses.asdict(r) | {"median": r.median} for r in results]
         lines += ["", *versions(results)]
     text = "\n".join(lines) + "\n"
@@ -111,10 +120,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--what", default="train,inference", help="of train, inference, head")
+    parser.add_argument("--what", default="train,inference", help=f"of {', '.join(WHATS)}, by commas")
     parser.add_argument(
         "--against", default="torch-eager,torch-compile,jax-plain", help="NAME[:DTYPE][@PYTHON], by commas"
     )
+    parser.add_argument("--run", default="", help="workdir of a trained run, whose weights label the whole heads")
     parser.add_argument("--out", default="runs/benchmark")
     parser.add_argument("--input", action="store_true", help="measure the input pipeline")
     parser.add_argument("--store", default="", help="with --input: whose (default: demo heads enlarged to 1 mm)")

@@ -22,10 +22,11 @@ class Job:
 
     contender: str  # a key of CONTENDERS
     dtype: str  # of the activations: float32 or bfloat16
-    what: str  # "train": a step, "inference": labels of the same crop, "head": of a whole head in such tiles
-    side: int  # voxels of the cubic crop
+    what: str  # "train": a step; "inference": labels of the same crop; one of heads.HEADS: a file's label maps
+    side: int  # voxels of the cubic crop, and of the tiles of contenders that take a head tile by tile
     batch: int
-    head: str  # .npy file of the whole head, raw intensities [x y z]
+    head: str  # NIfTI file of the whole head
+    weights: str = ""  # .npz of a `neuronet` network's weights by name; empty: the published network, random weights
     python: str = ""  # interpreter of another environment; empty: this one
 
     @property
@@ -35,7 +36,9 @@ class Job:
 
 
 class Contender:
-    """The base of all: `prepare` returns the work to be timed, which returns when the device is done."""
+    """The base of all: `prepare` returns the work to be timed, which ends when the device is done. For a whole head it
+    returns what it found.
+    """
 
     def __init__(self, job: Job):
         self.job = job
@@ -46,6 +49,10 @@ class Contender:
 
     def numbers(self) -> dict[str, np.ndarray] | None:
         """`logits_<protocol>` and `losses` for the shared weights in float32; None: nothing to compare."""
+        return None
+
+    def label_maps(self, found: Any) -> dict[str, np.ndarray] | None:
+        """The label maps by protocol that the work of a whole head found; None: nothing to compare."""
         return None
 
     def memory(self) -> dict[str, float]:

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.benchmark import heads
 from experiments.benchmark.contender import Job
+from experiments.benchmark.heads import HEADS
 
 LOGITS_TOLERANCE = 1e-3  # of the logits' standard deviation; float32 sums in another order differ by 1e-5
 LOSS_TOLERANCE = 1e-3  # relative, after up to two steps of Adam, whose first ones amplify rounding of tiny gradients
@@ -75,6 +77,7 @@ class Result:
     memory: dict[str, float] = dataclasses.field(default_factory=dict)  # GiB by kind
     about: dict[str, str] = dataclasses.field(default_factory=dict)
     failure: str = ""
+    agreement: float = math.nan  # share of a whole head's voxels that are labelled as the first contender does
 
     @property
     def name(self) -> str:
@@ -132,11 +135,19 @@ def _differences(
 
 
 def race(jobs: Sequence[Job], repeats: int) -> list[Result]:
-    """Runs the contenders by turns; one that fails is out, with the reason."""
+    """Runs the contenders by turns; one that fails is out, with the reason.
+
+    Raises Failed where the label maps of a whole head differ from the first contender's.
+    """
     results = [Result(job) for job in jobs]
     processes = [Process(job) for job in jobs]
+    maps: list[dict[str, np.ndarray]] = []
     try:
-        times = [_attempt(result, process, _warm_up) for result, process in zip(results, processes, strict=True)]
+        times = []
+        for result, process in zip(results, processes, strict=True):
+            if result.job.what in HEADS:
+                _attempt(result, process, lambda p, r=result: _compare_labels(p, r, maps))
+            times.append(None if result.failure else _attempt(result, process, _warm_up))
         for _ in range(repeats):
             for result, process, count in zip(results, processes, times, strict=True):
                 if not result.failure:
@@ -150,6 +161,21 @@ def race(jobs: Sequence[Job], repeats: int) -> list[Result]:
         for process in processes:
             process.__exit__()
     return results
+
+
+def _compare_labels(process: Process, result: Result, maps: list[dict[str, np.ndarray]]) -> None:
+    """Sets how far the contender's label maps agree with those of the first in `maps`, to which its own are added."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "labels.npz")
+        if not process.ask(do="labels", path=path)["compared"]:
+            return
+        maps.append(dict(np.load(path)))
+    result.agreement = heads.agreement(maps[0], maps[-1])
+    if not result.agreement >= heads.AGREEMENT:
+        raise SystemExit(
+            f"error: {result.name} and the first contender label different heads: they agree on "
+            f"{100 * result.agreement:.3f} % of all voxels, and {100 * heads.AGREEMENT} % are needed"
+        )
 
 
 def _warm_up(process: Process) -> int:

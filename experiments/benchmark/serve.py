@@ -3,7 +3,8 @@
     python -m experiments.benchmark.serve JOB
 
 answers requests from standard input, one JSON object per line: `numbers` writes what must agree between contenders,
-`time` runs the work, `settle` ends the preparation, `memory` tells the peak. `race.py` is the other end.
+`time` runs the work, `labels` runs it once and writes the label maps that it found, `settle` ends the preparation,
+`memory` tells the peak. `race.py` is the other end.
 """
 
 import importlib
@@ -21,7 +22,6 @@ from experiments.benchmark.contender import Contender, Job
 # Where each contender's class is; imported on demand, since each needs its own framework.
 CONTENDERS = {
     "jax": "with_jax.Jax",
-    "jax-whole": "with_jax.JaxWhole",
     "jax-plain": "with_jax.JaxPlain",
     "jax-neuronet": "with_jax.JaxNeuronet",
     "torch-eager": "with_torch.Torch",
@@ -54,6 +54,12 @@ def serve(job: Job, requests: Any, answers: Any) -> None:
                 for _ in range(request["times"]):
                     work()
                 answer = {"seconds": (time.perf_counter() - begun) / request["times"]}
+            elif request["do"] == "labels":
+                work = work or contender.prepare()
+                maps = contender.label_maps(work())
+                if maps is not None:
+                    np.savez(request["path"], allow_pickle=False, **maps)
+                answer = {"compared": maps is not None}
             elif request["do"] == "settle":
                 contender.settle()
                 answer = {}

@@ -93,6 +93,10 @@ class NeuroNet(nn.Module):
         features = self.features(image)
         return [decoder(features) for decoder in self.decoders]
 
+    def protocols(self) -> list[nn.Module]:
+        """One decoder per protocol: what takes the features to its logits."""
+        return list(self.decoders)
+
     def labels(self, image: Tensor) -> Tensor:
         """image [b 1 x y z] → uint8 [b p x y z]; the logits of one protocol exist at a time."""
         features = self.features(image)

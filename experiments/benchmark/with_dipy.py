@@ -4,9 +4,11 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 
 from experiments.benchmark.contender import Contender
+from experiments.benchmark.heads import HEADS
 
 
 class Dipy(Contender):
@@ -15,9 +17,9 @@ class Dipy(Contender):
     def prepare(self) -> Callable[[], Any]:
         from dipy.segment.tissue import TissueClassifierHMRF  # pyright: ignore[reportMissingImports]
 
-        if self.job.what != "head":
+        if self.job.what not in HEADS:
             raise ValueError(f"dipy segments a whole head, it has no {self.job.what!r}: use --what=head")
-        image = np.load(self.job.head).astype(np.float64)
+        image = np.asarray(nib.load(self.job.head).dataobj, np.float64)  # pyright: ignore[reportAttributeAccessIssue]
         return lambda: TissueClassifierHMRF(verbose=False).classify(image, nclasses=3, beta=0.1)
 
     def about(self) -> dict[str, str]:

@@ -1,19 +1,19 @@
 """This library as a contender."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from experiments.benchmark import heads
 from experiments.benchmark.contender import CHECK_SIDE, CHECK_STEPS, Contender, Job
 from experiments.benchmark.work import (
     CLASSES,
     PUBLISHED_TRAINING,
     random_batch,
     random_variables,
-    tile_by_tile,
-    whitened_head,
 )
 
 
@@ -58,12 +58,14 @@ class Jax(Contender):
         return free if side % (8 * free) == 0 else 1
 
     def network(self, config: Any) -> Any:
-        """With the shared weights, where it is the published network."""
+        """With the shared weights: those given, or the published network's."""
         from flax import nnx
 
         from neuronet_jax import dltk
         from neuronet_jax.models.network import build
 
+        if self.job.weights:
+            return heads.with_weights(build(config.model, config.protocols, config.seed), np.load(self.job.weights))
         if self.family != "reference":
             return build(config.model, config.protocols, config.seed)
         network = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
@@ -108,12 +110,19 @@ class Jax(Contender):
             return train
         from neuronet_jax.runs.model import Model
 
-        model = Model(self.network(config), config, voxel_size_mm=1.0)
         if job.what == "inference":
-            labels = self.labels(model)
+            labels = self.labels(Model(self.network(config), config, voxel_size_mm=1.0))
             image = self.jax.device_put(random_batch(job.batch, (job.side,) * 3)[0])
             return lambda: self.jax.block_until_ready(labels(image))
-        return self.segment_head(model, whitened_head(job.head))
+        from neuronet_jax.inference.segment import segment
+
+        if job.weights:
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, family="neuronet"))
+        model = Model(self.network(config), config, voxel_size_mm=1.0)
+        return lambda: segment(model, job.head)
+
+    def label_maps(self, found: Any) -> dict[str, np.ndarray]:
+        return {name: np.asarray(image.dataobj) for name, image in found.items()}
 
     def labels(self, model: Any) -> Callable[[Any], Any]:
         """The labels of crops [b x y z 1], split over the cores, as an exported program computes them."""
@@ -122,10 +131,6 @@ class Jax(Contender):
         structure, arrays = model.parts
         program = self.jax.jit(lambda arrays, image: nnx.merge(structure, arrays).labels(image))
         return lambda image: program(arrays, self.runtime.over_cores(image, 2, model.config.model.stride))
-
-    def segment_head(self, model: Any, head: np.ndarray) -> Callable[[], Any]:
-        labels = self.labels(model)
-        return lambda: tile_by_tile(lambda tile: np.asarray(labels(tile)), head, self.job.side)
 
     def numbers(self) -> dict[str, np.ndarray] | None:
         if self.family != "reference":
@@ -153,15 +158,6 @@ class Jax(Contender):
         device = self.jax.devices()[0]
         kind = "cpu" if device.platform == "cpu" else device.device_kind
         return super().about() | {"jax": self.jax.__version__, "device": kind}
-
-
-class JaxWhole(Jax):
-    """A whole head as `neuronet_jax.segment` does it: in one piece where it fits."""
-
-    def segment_head(self, model: Any, head: np.ndarray) -> Callable[[], Any]:
-        from neuronet_jax.inference.segment import predict
-
-        return lambda: predict(model, head)
 
 
 class JaxPlain(Jax):

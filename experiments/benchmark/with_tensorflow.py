@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmark.contender import CHECK_SIDE, CHECK_STEPS, Contender, Job
-from experiments.benchmark.work import CLASSES, FILTERS, random_batch, random_variables, tile_by_tile, whitened_head
+from experiments.benchmark.work import CLASSES, FILTERS, random_batch, random_variables
 from neuronet_jax.labels import PROTOCOLS
 
 EPSILON, MOMENTUM = 1e-3, 0.99  # of every normalisation (published)
@@ -38,12 +38,11 @@ class TensorFlow(Contender):
             image, labels = random_batch(job.batch, (job.side,) * 3)
             step = network.train_step(tf.constant(image), tf.constant(labels.astype(np.int32)))
             return lambda: step().numpy()
+        if job.what != "inference":
+            raise ValueError(f"TensorFlow trains on crops and labels them here, it has no {job.what!r}")
         labels = tf.function(lambda image: network.labels(image))
-        if job.what == "inference":
-            image = tf.constant(random_batch(job.batch, (job.side,) * 3)[0])
-            return lambda: labels(image).numpy()
-        head = whitened_head(job.head)
-        return lambda: tile_by_tile(lambda tile: labels(tf.constant(tile)).numpy(), head, job.side)
+        image = tf.constant(random_batch(job.batch, (job.side,) * 3)[0])
+        return lambda: labels(image).numpy()
 
     def numbers(self) -> dict[str, np.ndarray]:
         tf = self.tf

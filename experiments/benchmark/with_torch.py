@@ -3,12 +3,13 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.benchmark.contender import CHECK_SIDE, CHECK_STEPS, Contender, Job
-from experiments.benchmark.work import CLASSES, FILTERS, random_batch, random_variables, tile_by_tile, whitened_head
+from experiments.benchmark.work import CLASSES, FILTERS, random_batch, random_variables
 from neuronet_jax.labels import PROTOCOLS
 
 
@@ -21,9 +22,9 @@ class Torch(Contender):
         super().__init__(job)
         import torch  # pyright: ignore[reportMissingImports]
 
-        from experiments.benchmark import torch_reference
+        from experiments.benchmark import torch_pipeline, torch_reference
 
-        self.torch, self.reference = torch, torch_reference
+        self.torch, self.reference, self.pipeline = torch, torch_reference, torch_pipeline
         on_gpu = torch.cuda.is_available() and os.environ.get("JAX_PLATFORMS") != "cpu"
         self.device = torch.device("cuda" if on_gpu else "cpu")
         torch.backends.cudnn.benchmark = True  # as a user in search of speed would
@@ -70,22 +71,35 @@ class Torch(Contender):
         if job.what == "train":
             return self.train_step(network, *self.batch(job.batch, job.side))
         network.eval()
-        forward = torch.compile(network.labels) if self.compiled else network.labels
-
-        def labels(image: Any) -> Any:
-            with torch.inference_mode(), self.autocast():
-                return forward(image)
-
         if job.what == "inference":
+            forward = torch.compile(network.labels) if self.compiled else network.labels
             image = self.batch(job.batch, job.side)[0]
 
-            def infer() -> Any:
-                labels(image)
+            def infer() -> None:
+                with torch.inference_mode(), self.autocast():
+                    forward(image)
                 self.wait()
 
             return infer
-        head = whitened_head(job.head)
-        return lambda: tile_by_tile(lambda tile: labels(self.image(tile)).cpu().numpy(), head, job.side)
+        if job.weights:
+            network = self.trained_network()
+
+        def segment() -> Any:
+            with torch.inference_mode(), self.autocast():
+                return self.pipeline.segment(network, Path(job.head), 1.0, job.side, self.image)
+
+        return segment
+
+    def label_maps(self, found: Any) -> dict[str, np.ndarray]:
+        return {name: np.asarray(image.dataobj) for name, image in found.items()}
+
+    def trained_network(self) -> Any:
+        from experiments.benchmark import torch_neuronet
+
+        classes = {name: protocol.num_classes for name, protocol in PROTOCOLS.items()}
+        network: Any = torch_neuronet.NeuroNet(classes, FILTERS).eval()
+        torch_neuronet.load_weights(network, np.load(self.job.weights))
+        return network.to(self.device, memory_format=self.torch.channels_last_3d)
 
     def numbers(self) -> dict[str, np.ndarray]:
         torch = self.torch

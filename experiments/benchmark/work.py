@@ -1,8 +1,6 @@
-"""The work that all contenders share: weights, crops, a head, and how tiles cover it."""
+"""The work that all contenders share: weights and crops."""
 
-import itertools
 import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -72,19 +70,3 @@ def random_batch(batch: int, sides: tuple[int, ...], seed: int = 1) -> tuple[np.
     image = rng.standard_normal((batch, *sides, 1), np.float32)
     labels = [rng.integers(0, k, (batch, *sides)) for k in CLASSES]
     return image, np.stack(labels, 1)
-
-
-def whitened_head(path: str) -> np.ndarray:
-    image = np.load(path).astype(np.float32)
-    return (image - image.mean()) / image.std()
-
-
-def tile_by_tile(labels: Callable[[np.ndarray], np.ndarray], head: np.ndarray, side: int) -> np.ndarray:
-    """Labels [p x y z] of a head by the fewest cubic tiles that cover it; `labels` takes [1 x y z 1] to [1 p x y z]."""
-    head = np.pad(head, [(0, max(0, side - n)) for n in head.shape])
-    out = np.empty((len(CLASSES), *head.shape), np.uint8)
-    starts = [np.linspace(0, n - side, -(-n // side)).round().astype(int) for n in head.shape]
-    for x, y, z in itertools.product(*starts):
-        box = (slice(x, x + side), slice(y, y + side), slice(z, z + side))
-        out[(slice(None), *box)] = labels(head[box][None, ..., None])[0]
-    return out

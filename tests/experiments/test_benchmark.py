@@ -36,20 +36,6 @@ def test_shared_weights_fill_the_published_network():
     assert all(np.array_equal(again[name], value) for name, value in work.random_variables(0).items())
 
 
-@pytest.mark.parametrize("shape", [(16, 16, 16), (19, 32, 41), (9, 16, 23)])
-def test_tiles_cover_a_head_of_any_shape(shape):
-    head = np.random.default_rng(0).normal(size=shape)
-
-    def labels(tile):
-        assert tile.shape == (1, 16, 16, 16, 1)
-        return np.repeat(np.moveaxis(tile > 0, -1, 1), len(work.CLASSES), 1)
-
-    out = work.tile_by_tile(labels, head, 16)
-    inside = tuple(slice(0, n) for n in shape)
-    for p in range(len(work.CLASSES)):
-        np.testing.assert_array_equal(out[(p, *inside)], head > 0)
-
-
 def test_ratios_are_to_the_first_and_failures_say_why():
     results = [
         result("jax", [1.0, 3.0, 2.0], 2.0, 1.0),
