@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from neuronet_jax.errors import CodedWarning, NeuronetError
 from neuronet_jax.files import user_cache
@@ -134,12 +134,21 @@ def over_cores(image: np.ndarray, axis: int, stride: int) -> Any:
 
     A mesh splits y in the same way (see `mesh.py`). On other platforms, the image is returned as it is.
     """
-    devices = jax.local_devices()
-    if devices[0].platform != "cpu" or not 1 < len(devices) <= cores():  # more devices than cores: a test of sharding
+    mesh = mesh_over_cores(image.shape[axis] // stride)
+    if mesh.devices.size == 1:
         return image
-    count = sharers(image.shape[axis] // stride, len(devices))
-    mesh = jax.make_mesh((count,), ("space",), axis_types=(AxisType.Auto,), devices=devices[:count])
-    return jax.device_put(image, NamedSharding(mesh, PartitionSpec(*[None] * axis, "space")))
+    return jax.device_put(image, NamedSharding(mesh, PartitionSpec(*[None] * axis, *mesh.axis_names)))
+
+
+def mesh_over_cores(units: int) -> Mesh:
+    """Returns the local devices that share one volume, in a mesh of one axis: on a CPU as many, of one per core, as can
+    share `units` evenly; on other platforms the first device.
+    """
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu" or len(devices) > cores():  # more devices than cores: a test of sharding
+        devices = devices[:1]
+    count = sharers(units, len(devices))
+    return jax.make_mesh((count,), ("space",), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
 def memory_bytes() -> int:

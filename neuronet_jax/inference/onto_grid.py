@@ -1,17 +1,12 @@
 """Class scores read on any grid whose axes are parallel to the network's: labels, posteriors, sums of confidence.
 
 Interpolation and the readout are both linear, so they commute: the finest features (few channels) and the scores of
-the coarser scales (an eighth of the voxels) are interpolated, and the last mixing of channels comes after. What is
-wanted is read plane by plane along x; scores of all classes exist for one plane of the new grid at a time, on the
-device. The two neighbouring planes are mixed first, then y and z follow as matrix products, whose weights are
-arguments: one program serves every scan of a scanner.
-
-Averages over mirrored or shifted heads and over several networks need nothing more: their finest features stand side by
-side, with a row of the readout for each, and the coarser scores are summed (`average`).
+the coarser scales (an eighth of the voxels) are interpolated, and the last mixing of channels comes after. A block is
+read plane by plane along x; scores of all classes exist for one plane of the new grid at a time. The weights of all
+interpolation are arguments: one program serves every scan of a scanner.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,38 +14,44 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from neuronet_jax.inference.blocks import BLOCK, FINE, HALF, Fields
 from neuronet_jax.inference.tiling import rounded_up
 from neuronet_jax.labels import MALP_EM_TO_TISSUE
 from neuronet_jax.models import conv
-from neuronet_jax.models.readout import Readout, membership, spans
+from neuronet_jax.models.readout import membership, spans
 
-# Windows of y and z grow in steps of this many voxels, so that heads of one scanner share a program: brains differ by
-# some 30 mm, and most fit 192 mm of a grid of 1 mm.
-WINDOW = 64
-ROWS = 16  # planes of the new grid are padded to a multiple of it
+ROWS = 8  # rows of the new grid per block are padded to a multiple of it
+# Voxels count towards the confidence where the background is less than e^7, 1,100 times, as likely as some structure.
+DOUBT_NATS = 7.0
 TISSUES = np.equal(np.arange(6)[:, None], MALP_EM_TO_TISSUE[None, :]).astype(np.float32)  # [tissue class]: the merge
 _PRECISE = jax.lax.Precision.HIGH  # the default would round positions and scores to bfloat16 on a TPU
 
 
-class Fields(NamedTuple):
-    """Everything that the scores of a volume follow from: `scores = fine·matrix + bias + upsampled half`."""
+class Axis(NamedTuple):
+    """Rows of the new grid along one axis, in blocks, as arrays, so that grids share programs. `t` rows, of which those
+    beyond a block's own are zero.
+    """
 
-    fine: Float[Array, "x c y z"]  # the finest features
-    half: Float[Array, "x/2 k y/2 z/2"]  # scores of the coarser scales, float32
-    matrix: Float[Array, "c k"]  # float32
-    bias: Float[Array, "k"]  # float32
+    fine: np.ndarray  # float32 [b t FINE]: weights of the block's voxels
+    half: np.ndarray  # float32 [b t HALF]
+    counted: np.ndarray  # float32 [b t]: 1 for the block's own rows
 
 
 class Axes(NamedTuple):
-    """Where the planes of the new grid lie, as arrays, so that grids share programs. Rows beyond the grid are zero."""
+    """The rows of the new grid along x, y and z."""
 
-    planes: np.ndarray  # int32 []: how many planes of x there are; those after it are not read
-    x_fine: tuple[np.ndarray, np.ndarray]  # int32 [u], float32 [u 2]: first voxel, weights of it and the next
-    x_half: tuple[np.ndarray, np.ndarray]  # int32 [u], float32 [u 3]
-    starts: np.ndarray  # int32 [2]: even first voxel of the window along y and z
-    y: tuple[np.ndarray, np.ndarray]  # float32 [v y], [v y/2], over the window
-    z: tuple[np.ndarray, np.ndarray]  # float32 [w z], [w z/2]
-    counted: tuple[np.ndarray, np.ndarray, np.ndarray]  # float32 [u], [v], [w]: 1 where the sums count the voxel
+    x: Axis
+    y: Axis
+    z: Axis
+    planes: np.ndarray  # int32 []: rows along x that some block has
+
+    def of(self, block: Int[Array, "3"]) -> "Axes":
+        """Those of one block, without `b`."""
+        x, y, z = (
+            jax.tree.map(lambda rows, i=i: jax.lax.dynamic_index_in_dim(jnp.asarray(rows), block[i], 0, False), axis)
+            for i, axis in enumerate(self[:3])
+        )
+        return Axes(x, y, z, self.planes)
 
 
 class Reading(NamedTuple):
@@ -68,124 +69,55 @@ class Reading(NamedTuple):
         return sum(self.classes) + tissues if self.confidence else 0
 
 
-class Planes(NamedTuple):
-    """What was read, plane by plane; what lies beyond the grid means nothing."""
+class Found(NamedTuple):
+    """What was read in one block; rows beyond its own mean nothing."""
 
     labels: UInt8[Array, "u p v w"]
     posteriors: Float[Array, "u s v w"]
-    sums: Float[Array, "u 4 k"]  # as in Confidence; the tissues' after all classes
+    sums: Float[Array, "4 k"]  # as in Confidence; the tissues' after all classes
 
 
-def fields(features: list[Array], readout: Readout) -> Fields:
-    """Of one volume's features [1 x y z c] per scale, finest first."""
-
-    def mixed(scale: int) -> Array:  # x k y z
-        small = jnp.moveaxis(features[scale][0], -1, 1)
-        matrix = readout.matrices[scale].astype(small.dtype)
-        scores = jnp.einsum("ck,xcyz->xkyz", matrix, small, preferred_element_type=jnp.float32)
-        return scores + readout.biases[scale].astype(jnp.float32).reshape(1, -1, 1, 1)
-
-    coarsest = len(features) - 1
-    half = mixed(coarsest)
-    for scale in reversed(range(1, coarsest)):
-        for axis in (3, 2, 0):
-            half = conv.upsample_axis(half, axis)
-        half = half + mixed(scale)
-    matrix, bias = (part[0].astype(jnp.float32) for part in readout)
-    return Fields(jnp.moveaxis(features[0][0], -1, 1), half, matrix, bias)
-
-
-def average(members: Iterable[Fields]) -> Fields:
-    """The fields whose scores are the mean of the members'. Takes one after the other, so that few exist at a time."""
-    fine, matrices, half, bias = [], [], None, None
-    for member in members:
-        fine.append(member.fine)
-        matrices.append(member.matrix)
-        half = member.half if half is None else half + member.half
-        bias = member.bias if bias is None else bias + member.bias
-    assert half is not None and bias is not None
-    if len(fine) == 1:
-        return Fields(fine[0], half, matrices[0], bias)
-    share = jnp.float32(1 / len(fine))
-    together = jnp.concatenate([part.astype(fine[0].dtype) for part in fine], axis=1)
-    return Fields(together, half * share, jnp.concatenate(matrices) * share, bias * share)
-
-
-def aligned(member: Fields, flip: bool, shift: int) -> Fields:
-    """The fields of the volume itself, from those of the volume mirrored along x and then moved on by `shift` voxels
-    (even, wrapping round) along every axis.
+def rows(positions: np.ndarray, blocks: Sequence[np.ndarray]) -> Axis:
+    """Returns the rows of an axis at float64 `positions` [n], in voxels of the volume; `blocks` are the indices of the
+    rows in each block of it.
     """
-    fine, half = member.fine, member.half
-    if shift:
-        fine, half = jnp.roll(fine, (-shift,) * 3, (0, 2, 3)), jnp.roll(half, (-shift // 2,) * 3, (0, 2, 3))
-    return member._replace(fine=fine[::-1], half=half[::-1]) if flip else member._replace(fine=fine, half=half)
+    count = rounded_up(max(map(len, blocks)), ROWS)
+    axes = []
+    upsampling = conv.upsampling_matrix(HALF)[2:-2]  # of FINE voxels
+    for b, index in enumerate(blocks):
+        fine = _linear(positions[index] - b * BLOCK)
+        parts = (fine, fine @ upsampling, np.ones(len(index)))
+        axes.append([np.pad(part, [(0, count - len(index))] + [(0, 0)] * (part.ndim - 1)) for part in parts])
+    return Axis(*(np.stack(parts).astype(np.float32) for parts in zip(*axes, strict=True)))
 
 
-def axes(
-    positions: Sequence[np.ndarray],
-    shape: Sequence[int],
-    planes: int,
-    counted: Sequence[np.ndarray] | None = None,
-) -> Axes:
-    """The grid at float64 `positions` [u], [v], [w], evenly spaced, at least one each, in voxels of fields of `shape`.
-
-    `planes` is the most of x that any grid of the same program has; `counted` says which positions the sums count.
-    """
-    counted = [np.ones(len(p)) for p in positions] if counted is None else counted
-    fine = [_linear(p, side) for p, side in zip(positions, shape, strict=True)]
-    x, y, z = ((matrix, matrix @ conv.upsampling_matrix(matrix.shape[1] // 2)) for matrix in fine)
-    planes = rounded_up(planes, ROWS)
-    first = np.floor(positions[0]).astype(int)
-    x_fine, x_half = (
-        _taps(matrix, np.clip(start, 0, matrix.shape[1] - taps), taps, planes)
-        for matrix, start, taps in ((x[0], first, 2), (x[1], first // 2 - 1, 3))
-    )
-    starts, windows, rows = [], [], [planes]
-    for matrices, p, side in ((y, positions[1], shape[1]), (z, positions[2], shape[2])):
-        low = max(0, int(p.min()) // 2 * 2 - 2)  # a half-resolution neighbour more on either side
-        length = min(side, rounded_up(min(side, int(p.max()) + 4) - low, WINDOW))
-        low = min(low, side - length)
-        spacing = float(np.abs(np.diff(p)).max(initial=0)) or length  # those held at the volume's edge repeat
-        count = rounded_up(max(len(p), int((length - 1) / spacing) + 1), ROWS)
-        window = matrices[0][:, low : low + length], matrices[1][:, low // 2 : (low + length) // 2]
-        windows.append(tuple(_padded(matrix, count) for matrix in window))
-        starts.append(low)
-        rows.append(count)
-    ones = [_padded(mask, count) for mask, count in zip(counted, rows, strict=True)]
-    return Axes(
-        planes=np.asarray(len(positions[0]), np.int32),
-        x_fine=x_fine,
-        x_half=x_half,
-        starts=np.asarray(starts, np.int32),
-        y=windows[0],
-        z=windows[1],
-        counted=(ones[0], ones[1], ones[2]),
-    )
-
-
-@partial(jax.jit, static_argnums=2)
-def read(volume: Fields, grid: Axes, reading: Reading) -> Planes:
-    """What `reading` asks for, on the grid."""
-    u, v, w = (len(mask) for mask in grid.counted)
-    empty = Planes(
+def read(volume: Fields, grid: Axes, reading: Reading) -> Found:
+    """Reads one block on its part of the grid."""
+    u, v, w = (len(axis.counted) for axis in grid[:3])
+    empty = Found(
         jnp.zeros((u, len(reading.classes), v, w), jnp.uint8),
         jnp.zeros((u, len(reading.posteriors), v, w), jnp.float32),
-        jnp.zeros((u, 4, reading.columns), jnp.float32),
+        jnp.zeros((4, reading.columns), jnp.float32),
     )
 
-    def plane(x: Any, done: Planes) -> Planes:
-        scores = _scores(volume, grid, x)
-        best, chosen = zip(*(_largest(scores[a:b]) for a, b in spans(reading.classes)), strict=True)
-        new = Planes(jnp.stack(chosen), jnp.zeros((0, v, w)), jnp.zeros((4, 0)))
+    # x of the whole block at once, as one product, and before it loops over planes
+    fine = jnp.einsum("ux,xcyz->ucyz", grid.x.fine, volume.fine.astype(jnp.float32), precision=_PRECISE)
+    half = jnp.einsum("ux,xkyz->ukyz", grid.x.half, volume.half, precision=_PRECISE)
+
+    def plane(x: Any, done: Found) -> Found:
+        scores = _scores(volume, fine[x], half[x], grid)
+        best, leads, chosen = zip(*(_largest(scores[a:b]) for a, b in spans(reading.classes)), strict=True)
+        done = done._replace(labels=done.labels.at[x].set(jnp.stack(chosen)))
         if reading.posteriors or reading.confidence:
             softmax = _softmax(scores, jnp.stack(best), reading)
             if reading.posteriors:
-                new = new._replace(posteriors=_posteriors(softmax, reading))
+                done = done._replace(posteriors=done.posteriors.at[x].set(_posteriors(softmax, reading)))
             if reading.confidence:
-                across, along, up = map(jnp.asarray, grid.counted)
+                across, along, up = (jnp.asarray(axis.counted) for axis in grid[:3])
                 weight = across[x] * along[:, None] * up[None, :]
-                new = new._replace(sums=_sums(softmax, jnp.stack(chosen), weight, reading))
-        return jax.tree.map(lambda whole, part: whole.at[x].set(part), done, new)
+                doubtful = jnp.where(jnp.stack(leads) > -DOUBT_NATS, weight[None], 0.0)
+                done = done._replace(sums=done.sums + _sums(softmax, jnp.stack(chosen), doubtful, reading))
+        return done
 
     return jax.lax.fori_loop(0, grid.planes, plane, empty)
 
@@ -199,33 +131,28 @@ class _Softmax(NamedTuple):
     tissue: Float[Array, "t v w"]  # probability of the merged tissues, where they are read
 
 
-def _scores(volume: Fields, grid: Axes, x: Int[Array, ""]) -> Float[Array, "k v w"]:
-    """Of one plane: interpolated along x, y and z, in this order."""
+def _scores(volume: Fields, fine: Array, half: Array, grid: Axes) -> Float[Array, "k v w"]:
+    """Of one plane, whose fine [c y z] and half [k y z] are interpolated along x already."""
 
-    def interpolated(field: Array, taps: Any, scale: int, y: Any, z: Any) -> Array:
-        starts, weights = taps
-        corner = (starts[x], jnp.int32(0), grid.starts[0] // scale, grid.starts[1] // scale)
-        near = jax.lax.dynamic_slice(field, corner, (weights.shape[1], field.shape[1], y.shape[1], z.shape[1]))
-        plane = jnp.sum(near.astype(jnp.float32) * weights[x].reshape(-1, 1, 1, 1), axis=0)  # c y z
+    def interpolated(plane: Array, y: Any, z: Any) -> Array:
         rows = jnp.einsum("vy,cyz->cvz", y, plane, precision=_PRECISE)
         return jnp.einsum("cvz,wz->cvw", rows, z, precision=_PRECISE)  # last, for it leaves classes the slowest axis
 
-    fine = interpolated(volume.fine, grid.x_fine, 1, grid.y[0], grid.z[0])
-    coarse = interpolated(volume.half, grid.x_half, 2, grid.y[1], grid.z[1])
-    mixed = jnp.einsum("ck,cvw->kvw", volume.matrix, fine, precision=_PRECISE)
-    return coarse + mixed + volume.bias.reshape(-1, 1, 1)
+    mixed = jnp.einsum("ck,cvw->kvw", volume.matrix, interpolated(fine, grid.y.fine, grid.z.fine), precision=_PRECISE)
+    return interpolated(half, grid.y.half, grid.z.half) + mixed + volume.bias.reshape(-1, 1, 1)
 
 
-def _largest(scores: Float[Array, "k v w"]) -> tuple[Array, Array]:
-    """The highest score and its class, the lower class on a tie. As a chain of comparisons: XLA's argmax is five times
-    slower on CPU.
+def _largest(scores: Float[Array, "k v w"]) -> tuple[Array, Array, Array]:
+    """The highest score, how far the best structure's lies above the background's, and the class of the highest score,
+    the lower class on a tie. As a chain of comparisons: XLA's argmax is five times slower on CPU.
     """
-    best, chosen = scores[0], jnp.zeros(scores.shape[1:], jnp.uint8)
-    for k in range(1, len(scores)):
+    best, chosen = scores[1], jnp.ones(scores.shape[1:], jnp.uint8)
+    for k in range(2, len(scores)):
         better = scores[k] > best
         best = jnp.where(better, scores[k], best)
         chosen = jnp.where(better, jnp.uint8(k), chosen)
-    return best, chosen
+    lead = best - scores[0]
+    return jnp.maximum(best, scores[0]), lead, jnp.where(lead > 0, chosen, jnp.uint8(0))
 
 
 def _softmax(scores: Array, best: Array, reading: Reading) -> _Softmax:
@@ -253,7 +180,7 @@ def _posteriors(softmax: _Softmax, reading: Reading) -> Float[Array, "s v w"]:
 
 
 def _sums(
-    softmax: _Softmax, chosen: UInt8[Array, "p v w"], weight: Float[Array, "v w"], reading: Reading
+    softmax: _Softmax, chosen: UInt8[Array, "p v w"], weight: Float[Array, "p v w"], reading: Reading
 ) -> Float[Array, "4 k"]:
     """The plane's share of the confidence."""
     member = membership(reading.classes)
@@ -265,34 +192,25 @@ def _sums(
         """Sums of each class's share of its own protocol's values."""
         return jnp.sum(member * jnp.einsum("kvw,pvw->kp", classes, values, precision=_PRECISE), axis=1)
 
-    voxels = jnp.einsum("kvw,vw->k", own, weight, precision=_PRECISE)
-    certain = of_own(own, weight[None] / softmax.total)  # the chosen class's power is 1
-    everywhere = of_own(softmax.powers, weight[None] / softmax.total)
-    sums = jnp.stack([voxels, certain, everywhere, of_own(own, weight[None] * softmax.entropy)])
+    voxels = of_own(own, weight)
+    certain = of_own(own, weight / softmax.total)  # the chosen class's power is 1
+    everywhere = of_own(softmax.powers, weight / softmax.total)
+    sums = jnp.stack([voxels, certain, everywhere, of_own(own, weight * softmax.entropy)])
     if reading.tissue_of is None:
         return sums
+    here = weight[reading.tissue_of][None]
     merged = jnp.asarray(MALP_EM_TO_TISSUE)[chosen[reading.tissue_of].astype(jnp.int32)]
-    own = jnp.where(merged[None] == np.arange(len(TISSUES), dtype=np.uint8)[:, None, None], weight[None], 0)
+    own = jnp.where(merged[None] == np.arange(len(TISSUES), dtype=np.uint8)[:, None, None], here, 0)
     entropy = jnp.sum(jax.scipy.special.entr(softmax.tissue), axis=0)
-    parts = [own, own * softmax.tissue, weight[None] * softmax.tissue, own * entropy[None]]
+    parts = [own, own * softmax.tissue, here * softmax.tissue, own * entropy[None]]
     return jnp.concatenate([sums, jnp.stack([jnp.sum(part, axis=(1, 2)) for part in parts])], axis=1)
 
 
-def _linear(positions: np.ndarray, side: int) -> np.ndarray:
-    """[position voxel]: linear interpolation."""
-    low = np.clip(np.floor(positions).astype(int), 0, max(side - 2, 0))
-    matrix = np.zeros((len(positions), side))
-    rows = np.arange(len(positions))
-    matrix[rows, low] = 1 - (positions - low)
-    matrix[rows, low + 1] = positions - low
+def _linear(positions: np.ndarray) -> Float[np.ndarray, "n FINE"]:
+    """Linear interpolation as a matrix, at positions from 0 to BLOCK in voxels of the block."""
+    low = np.floor(positions).astype(int)
+    matrix = np.zeros((len(positions), FINE))
+    index = np.arange(len(positions))
+    matrix[index, low] = 1 - (positions - low)
+    matrix[index, low + 1] = positions - low
     return matrix
-
-
-def _taps(matrix: np.ndarray, starts: np.ndarray, taps: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `taps` entries of each row from its start on, the only ones that are not zero; padded to `count` rows."""
-    weights = np.take_along_axis(matrix, starts[:, None] + np.arange(taps), axis=1)
-    return np.pad(starts, (0, count - len(starts))).astype(np.int32), _padded(weights, count)
-
-
-def _padded(rows: np.ndarray, count: int) -> np.ndarray:
-    return np.pad(rows, [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1)).astype(np.float32)

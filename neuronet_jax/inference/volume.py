@@ -1,8 +1,8 @@
 """From a whitened volume on the network's grid to labels, confidence and posteriors on the grid that is asked for.
 
-Every member of the average (networks of an ensemble, the mirrored head, shifted crops) gives its features; the scores
-that follow from them are read once on the network's grid, for the confidence and for where the structures lie, and,
-where the wanted grid is another one, once more there.
+Three steps. Every member of the average (networks of an ensemble, the mirrored head, shifted crops) gives its coarse
+features of the whole volume. From those it is known in which blocks no voxel can be anything but background. The other
+blocks are read: on the wanted grid for the labels, on the volume's own for the confidence.
 """
 
 import math
@@ -14,20 +14,25 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.inference.blocks import BLOCK, CHUNK, Kind, Member, fields, lead, over_blocks, padded
 from neuronet_jax.inference.cost import voxel_budget
-from neuronet_jax.inference.onto_grid import Fields, Reading, aligned, average, axes, fields, read
+from neuronet_jax.inference.onto_grid import DOUBT_NATS, Axes, Found, Reading, read, rows
 from neuronet_jax.inference.segmentation import Options
 from neuronet_jax.inference.tiling import Shape, Tile, receptive_margin, rounded_up, tiles, with_smaller_tiles
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.readout import Readout, spans
 from neuronet_jax.runs.model import Model
+from neuronet_jax.runtime import mesh_over_cores
 
-BUCKET = 32  # sides are padded to multiples of it: heads come in few shapes, so programs are compiled rarely
-# Of a further member's finest features, of a whole network's 850 bytes per voxel: 16 channels in float32.
-MEMBER_SHARE = 0.08
+BUCKET = BLOCK  # sides are padded to multiples of it: heads come in few shapes, so programs are compiled rarely
+# Memory per extra member of an average, as a fraction of VOXEL_BYTES: its image and its coarse features.
+MEMBER_SHARE = 0.15
+# Scores by which a bound must hold: rounding in bfloat16, which has 8 bits, of scores of some ten.
+SLACK = 0.25
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def read_volume(
     low = ((bucket[0] - image.shape[0]) // 2 if options.flip else 0, 0, 0)
     after = [whole - side - a for whole, side, a in zip(bucket, image.shape, low, strict=True)]
     padding = list(zip(low, after, strict=True))
-    padded = np.pad(image.astype(np.float32, copy=False), padding, constant_values=background)
+    whole = np.pad(image.astype(np.float32, copy=False), padding, constant_values=background)
     if positions is not None:
         positions = [np.round(p, 6) + a for p, a in zip(positions, low, strict=True)]  # inverted affines are not exact
     volume = tuple(slice(a, a + side) for a, side in zip(low, image.shape, strict=True))
@@ -79,43 +84,95 @@ def read_volume(
             np.zeros((len(reading.posteriors), *shape), np.float32),
             np.zeros((4, reading.columns)),
         )
+        mesh = mesh_over_cores(tile[1] // max(strides))
         for part in tiles(bucket, tile, margin):
             part = part.within(volume)
             if all(side.start < side.stop for side in part.kept):
-                scores = average(_members(model, padded, part, protocols, options.flip, shifts))
-                _read_tile(scores, part, volume, reading, positions, result)
+                kinds, members = zip(*_members(mesh, model, whole, part, protocols, options.flip, shifts), strict=True)
+                _read_tile(mesh, kinds, members, part, volume, reading, positions, result)
         return result
 
     return with_smaller_tiles(run, bucket, budget, step, margin)
 
 
 def _members(
-    model: Model, padded: np.ndarray, part: Tile, protocols: Sequence[str], flip: bool, shifts: Sequence[int]
-) -> Iterator[Fields]:
-    """The fields of one tile by every member of the average."""
+    mesh: Mesh,
+    model: Model,
+    whole: np.ndarray,
+    part: Tile,
+    protocols: Sequence[str],
+    flip: bool,
+    shifts: Sequence[int],
+) -> Iterator[tuple[Kind, Member]]:
+    """Every member of the average in one tile."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
     for member in model.members:
         known = member.config.protocols
         offsets = dict(zip(known, spans(tuple(PROTOCOLS[name].num_classes for name in known)), strict=True))
+        structure, arrays = member.parts[0], jax.device_put(member.parts[1], everywhere)
         for mirrored in (False, True) if flip else (False,):
             columns = np.concatenate([
                 offsets[name][0] + (PROTOCOLS[name].partners if mirrored else np.arange(PROTOCOLS[name].num_classes))
                 for name in protocols
             ]).astype(np.int32)  # fmt: skip
             for shift in shifts:
-                image = np.roll(padded, (-shift if mirrored else shift, shift, shift), (0, 1, 2))[part.inside]
-                image = np.ascontiguousarray(image[::-1]) if mirrored else image
-                yield aligned(_fields(*member.parts, image, columns), mirrored, shift)
+                image = whole[part.inside]
+                if shift:
+                    image = np.roll(whole, (-shift if mirrored else shift, shift, shift), (0, 1, 2))[part.inside]
+                image = np.ascontiguousarray(image[::-1] if mirrored else image)
+                split = jax.device_put(image, NamedSharding(mesh, PartitionSpec(None, *mesh.axis_names)))
+                volume, coarse, readout = _coarse(mesh, structure, arrays, split, columns)
+                yield Kind(structure, mirrored), Member(arrays, volume, coarse, readout, np.full(3, shift, np.int32))
 
 
-@partial(jax.jit, static_argnums=0)
-def _fields(structure: Any, arrays: Any, image: jax.Array, columns: jax.Array) -> Fields:
-    features, readout = nnx.merge(structure, arrays).features(image[None, ..., None])
+@partial(jax.jit, static_argnums=(0, 1))
+def _coarse(
+    mesh: Mesh, structure: Any, arrays: Any, image: Float[Array, "x y z"], columns: Int[Array, "k"]
+) -> tuple[Array, list[Array], Readout]:
+    """A member's image, coarse features and readout, on every device."""
+    network = nnx.merge(structure, arrays)
+    readout = network.readout()
     chosen = Readout([m[:, columns] for m in readout.matrices], [b[columns] for b in readout.biases])
-    return fields(features, chosen)
+    parts = (*padded(image, network.coarse(image[None, ..., None])), chosen)
+    return jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, PartitionSpec()))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _leads(
+    mesh: Mesh, kinds: Any, classes: tuple[int, ...], members: Any, blocks: Int[Array, "n 3"], counts: Int[Array, "d"]
+) -> Float[Array, "n p"]:
+    return over_blocks(mesh, lambda shared, block: lead(kinds, shared, classes, block * BLOCK), members, blocks, counts)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _read(
+    mesh: Mesh, kinds: Any, reading: Reading, members: Any, grid: Axes, blocks: Int[Array, "n 3"], counts: Array
+) -> Found:
+    def one(shared: Any, block: Array) -> Found:
+        members, grid = shared
+        return read(fields(kinds, members, block * BLOCK), grid.of(block), reading)
+
+    return over_blocks(mesh, one, (members, grid), blocks, counts)
+
+
+def _dealt(mesh: Mesh, blocks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Deals blocks [n 3] to the devices, CHUNK at most to each at a time. Yields all hands, how many blocks count in
+    each, and where the i-th block lies in the hands.
+    """
+    devices = mesh.devices.size
+    for first in range(0, len(blocks), devices * CHUNK):
+        some = blocks[first : first + devices * CHUNK]
+        hands = np.zeros((devices, CHUNK, 3), np.int32)
+        index = np.arange(len(some))
+        hands[index % devices, index // devices] = some
+        counts = np.bincount(index % devices, minlength=devices).astype(np.int32)
+        yield hands.reshape(-1, 3), counts, index % devices * CHUNK + index // devices
 
 
 def _read_tile(
-    scores: Fields,
+    mesh: Mesh,
+    kinds: tuple[Kind, ...],
+    members: tuple[Member, ...],
     part: Tile,
     volume: tuple[slice, ...],
     reading: Reading,
@@ -123,44 +180,89 @@ def _read_tile(
     result: Result,
 ) -> None:
     """Fills in what the tile is believed on."""
-    shape = tuple(side.stop - side.start for side in part.inside)
-    # One voxel more than believed, for voxels of another grid that lie between; y and z whole, so that tiles share
-    # programs.
-    x = np.arange(max(part.kept[0].start - 1, volume[0].start), min(part.kept[0].stop + 1, volume[0].stop))
-    own = [x, *(np.arange(side.start, side.stop) for side in part.inside[1:])]
-    counted = [(p >= kept.start) & (p < kept.stop) for p, kept in zip(own, part.kept, strict=True)]
-    here = reading if positions is None else reading._replace(posteriors=())
-    grid = axes([p - a for p, a in zip(own, part.starts, strict=True)], shape, shape[0], counted)
-    found = read(scores, grid, here)
-    result.sums[...] += np.asarray(found.sums, np.float64).sum(axis=0)
-    labels = np.asarray(found.labels)  # u p v w
-    if positions is None:
-        inside = tuple(slice(k.start - v.start, k.stop - v.start) for k, v in zip(part.kept, volume, strict=True))
-        _place(found, [np.flatnonzero(mask) for mask in counted], inside, result)
-        return
-    wanted = []
-    labelled = labels[: len(x), :, : shape[1], : shape[2]].any(axis=1)
-    for axis, (p, kept, v) in enumerate(zip(positions, part.kept, volume, strict=True)):
-        low = np.floor(np.clip(p, v.start, v.stop - 1))
-        mask = (p > v.start - 1) & (p < v.stop) & (low >= kept.start) & (low < kept.stop)
-        if not reading.posteriors:  # where all neighbours are background, so is what is interpolated from them
-            seen = own[axis][np.any(labelled, axis=tuple({0, 1, 2} - {axis}))]
-            mask &= (low >= seen[0] - 1) & (low <= seen[-1]) if len(seen) else False
-        wanted.append(np.flatnonzero(mask))
-    if all(map(len, wanted)):
-        between = [
-            np.clip(p[index], v.start, v.stop - 1) - a
-            for p, index, v, a in zip(positions, wanted, volume, part.starts, strict=True)
+    own = [np.arange(v.start, v.stop, dtype=float) for v in volume]
+    own_rows = [_rows_of(p, part, axis) for axis, p in enumerate(own)]
+    wanted, wanted_rows = own, own_rows
+    if positions is not None:  # the outermost voxel continues up to one voxel beyond the volume
+        wanted = [np.clip(p, v.start, v.stop - 1) for p, v in zip(positions, volume, strict=True)]
+        seen = [(p > v.start - 1) & (p < v.stop) for p, v in zip(positions, volume, strict=True)]
+        wanted_rows = [
+            _rows_of(np.where(mask, p, -1), part, axis) for axis, (p, mask) in enumerate(zip(wanted, seen, strict=True))
         ]
-        found = read(scores, axes(between, shape, len(positions[0])), reading._replace(confidence=False))
-        _place(found, [np.arange(len(p)) for p in between], tuple(slice(i[0], i[-1] + 1) for i in wanted), result)
+    sides = [range((side.stop - side.start) // BLOCK) for side in part.inside]
+    every = np.stack(np.meshgrid(*sides, indexing="ij"), -1).reshape(-1, 3)
+    here = _with_rows(every, own_rows if reading.confidence else wanted_rows)
+    here |= _with_rows(every, wanted_rows)
+    blocks = every[here]
+    if not reading.posteriors:  # those are wanted everywhere
+        margin = SLACK + (DOUBT_NATS if reading.confidence else 0)
+        blocks = blocks[_highest_leads(mesh, kinds, members, reading, blocks) > -margin]
+    if positions is None:
+        _read_blocks(mesh, kinds, members, part, own, own_rows, reading, blocks, result)
+        return
+    if reading.confidence:
+        sums_only = reading._replace(posteriors=())
+        _read_blocks(mesh, kinds, members, part, own, own_rows, sums_only, blocks, result, labels=False)
+    labels_only = reading._replace(confidence=False)
+    _read_blocks(mesh, kinds, members, part, wanted, wanted_rows, labels_only, blocks, result)
 
 
-def _place(found: Any, rows: Sequence[np.ndarray], inside: tuple[slice, ...], result: Result) -> None:
-    """Puts the planes' rows that mean something where they belong."""
-    u, v, w = (slice(r[0], r[-1] + 1) for r in rows)
-    result.classes[(slice(None), *inside)] = np.asarray(found.labels)[u, :, v, w].swapaxes(0, 1)
-    result.posteriors[(slice(None), *inside)] = np.asarray(found.posteriors)[u, :, v, w].swapaxes(0, 1)
+def _rows_of(positions: np.ndarray, part: Tile, axis: int) -> list[np.ndarray]:
+    """The rows of each block of the tile: those whose position, in voxels of the volume, is there and believed."""
+    kept, start, stop = part.kept[axis], part.inside[axis].start, part.inside[axis].stop
+    believed = (positions >= kept.start) & (positions < kept.stop)
+    block = np.floor((positions - start) / BLOCK).astype(int)
+    return [np.flatnonzero(believed & (block == b)) for b in range((stop - start) // BLOCK)]
+
+
+def _with_rows(blocks: np.ndarray, rows_of: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Whether a block has rows along all axes."""
+    filled = [np.array([len(index) > 0 for index in along]) for along in rows_of]
+    return np.logical_and.reduce([filled[axis][blocks[:, axis]] for axis in range(3)])
+
+
+def _highest_leads(mesh: Mesh, kinds: Any, members: Any, reading: Reading, blocks: np.ndarray) -> np.ndarray:
+    """The largest bound of `lead` over the protocols, for each block."""
+    found = np.zeros(len(blocks), np.float32)
+    done = 0
+    for hands, counts, places in _dealt(mesh, blocks):
+        leads = np.asarray(_leads(mesh, kinds, reading.classes, members, hands, counts))
+        found[done : done + len(places)] = leads[places].max(axis=1)
+        done += len(places)
+    return found
+
+
+def _read_blocks(
+    mesh: Mesh,
+    kinds: Any,
+    members: Any,
+    part: Tile,
+    positions: Sequence[np.ndarray],
+    rows_of: Sequence[Sequence[np.ndarray]],
+    reading: Reading,
+    blocks: np.ndarray,
+    result: Result,
+    labels: bool = True,
+) -> None:
+    """Adds to the result what is read of blocks."""
+    blocks = blocks[_with_rows(blocks, rows_of)]
+    if not len(blocks):
+        return
+    axes = [rows(p - side.start, along) for p, side, along in zip(positions, part.inside, rows_of, strict=True)]
+    grid = Axes(*axes, np.asarray(max(map(len, rows_of[0])), np.int32))
+    done = 0
+    for hands, counts, places in _dealt(mesh, blocks):
+        found = jax.device_get(_read(mesh, kinds, reading, members, grid, hands, counts))
+        for block, place in zip(blocks[done : done + len(places)], places, strict=True):
+            if reading.confidence:
+                result.sums[...] += found.sums[place]
+            if labels:
+                along = [rows_of[axis][b] for axis, b in enumerate(block)]
+                into = (slice(None), *(slice(index[0], index[-1] + 1) for index in along))
+                u, v, w = (slice(len(index)) for index in along)
+                result.classes[into] = found.labels[place][u, :, v, w].swapaxes(0, 1)
+                result.posteriors[into] = found.posteriors[place][u, :, v, w].swapaxes(0, 1)
+        done += len(places)
 
 
 def _shifts(crops: int, stride: int) -> list[int]:

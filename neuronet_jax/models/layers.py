@@ -93,15 +93,19 @@ def channel_covariance(x: Float[Array, "b x y z c"]) -> tuple[Float[Array, " c"]
     return mean, jnp.einsum("bxyzc,bxyzd->cd", centred, centred) / count
 
 
-def normalised_conv(norm: BatchNorm, layer: Conv, x: Array, train: bool) -> Array:
+def normalised_conv(norm: BatchNorm, layer: Conv, x: Array, train: bool, inside: Array | None = None) -> Array:
     """Applies normalisation, relu6 and convolution.
 
+    Where x is a window of a volume, `inside` [1 x y z 1] is 1 on voxels of the volume and 0 beyond it: the convolution
+    must see zeros there, and not what the normalisation makes of them.
     The backward pass recomputes the convolution's input from x; stored, it would take half of a step's memory.
     """
 
     @jax.checkpoint
     def forward(x: Array, scale: Array, shift: Array, kernel: Array) -> Array:
         y = jax.nn.relu6(x * _broadcast(scale, x) + _broadcast(shift, x))
+        if inside is not None:
+            y = y * inside.astype(y.dtype)
         return conv.conv3d(y, kernel.astype(y.dtype), layer.stride)
 
     return forward(x, *norm.coefficients(x, train), layer.kernel[...])
@@ -125,7 +129,19 @@ class ResidualUnit(nnx.Module):
         self.conv1 = Conv(3, filters, filters, rng=rng)
 
     def __call__(self, x: Float[Array, "b x y z c"], train: bool) -> Float[Array, "b u v w f"]:
-        y = normalised_conv(self.norm0, self.conv0, x, train)
+        return self.leave(*self.enter(x, train), train)
+
+    def enter(
+        self, x: Float[Array, "b x y z c"], train: bool, inside: Array | None = None
+    ) -> tuple[Float[Array, "b u v w f"], Float[Array, "b u v w c"]]:
+        """Returns the first convolution and the identity: all that the unit computes at the resolution of x.
+
+        `inside` as in `normalised_conv`.
+        """
+        y = normalised_conv(self.norm0, self.conv0, x, train, inside)
+        return y, conv.max_pool(x) if self.stride == 2 else x
+
+    def leave(self, y: Array, identity: Array, train: bool) -> Float[Array, "b u v w f"]:
+        """Returns the unit's output from what `enter` returned."""
         y = normalised_conv(self.norm1, self.conv1, y, train)
-        identity = conv.max_pool(x) if self.stride == 2 else x
         return y + jnp.pad(identity, ((0, 0),) * 4 + (self.padding,))

@@ -1,5 +1,6 @@
 """The network: one shared encoder, one decoder per protocol, in two families behind `ModelConfig.family`."""
 
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models import head, neuronet, reference
 from neuronet_jax.models.readout import Readout, scores, spans
 
+SLAB = 16  # planes of a whole head whose full resolution exists at a time: four more are computed for the halo
 FAMILIES: dict[str, Any] = {"reference": reference, "neuronet": neuronet}
 
 
@@ -37,6 +39,56 @@ class Network(nnx.Module):
             )
         features = self.encoder(image.astype(self.compute_dtype), train)
         return features, self.decoders(features, train)
+
+    # Whole heads: what `features` computes, in parts that never hold a whole head at full resolution.
+
+    def coarse(self, image: Float[Array, "1 x y z 1"]) -> list[Array]:
+        """Returns the features of all scales but the finest, for `readable`. Sides are multiples of `stride`.
+
+        What lies at full resolution on the way there, five times as much as the rest, exists for a few planes at a
+        time.
+        """
+        image, side = image.astype(self.compute_dtype), image.shape[1]
+        planes = math.gcd(side, SLAB)
+        padded = jnp.pad(image, ((0, 0), (2, 2), (0, 0), (0, 0), (0, 0)))
+
+        def slab(first: Array) -> tuple[Array, Array]:
+            """Two planes more on either side, for the field of view of the convolutions of 3³ and 4³."""
+            window = jax.lax.dynamic_slice_in_dim(padded, first, planes + 4, axis=1)
+            plane = first - 2 + jnp.arange(planes + 4)
+            inside = ((plane >= 0) & (plane < side)).reshape(1, -1, 1, 1, 1)
+            entered, identity = self.encoder.enter(window, inside)
+            return entered[0, 1:-1], identity[0, 1:-1]
+
+        entered, identity = jax.lax.map(slab, jnp.arange(0, side, planes))  # slab x y z c
+        volumes = [part.reshape(1, side // 2, *part.shape[2:]) for part in (entered, identity)]
+        return self.encoder.coarse(*volumes, False)
+
+    def readable(self, coarse: list[Array]) -> list[Array]:
+        """Returns what the readout's coarser matrices mix, from what `coarse` returned or from windows of it."""
+        return self.encoder.readable(coarse, False)
+
+    def finest(
+        self, image: Float[Array, "1 x y z 1"], coarse: Float[Array, "1 x/2 y/2 z/2 c"], inside: Array
+    ) -> Float[Array, "1 u v w c"]:
+        """Returns the finest features of a window, less two voxels on each side.
+
+        `coarse` is the same window of the finest of the features that `coarse` returned. `inside` [1 x y z 1] is 1 on
+        voxels of the volume; beyond it, image and `coarse` are zero.
+        """
+        features = self.encoder.finest(image.astype(self.compute_dtype), coarse, inside)
+        return features[:, 2:-2, 2:-2, 2:-2]
+
+    def range(self, image: Float[Array, "1 x y z 1"]) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
+        """Returns bounds of the finest features of a window, which cost less than the features."""
+        least, most = self.encoder.range(image.astype(self.compute_dtype))
+        return least.astype(jnp.float32), most.astype(jnp.float32)
+
+    def readout(self) -> Readout:
+        """Returns the readout of all protocols, outside training."""
+        return self.decoders([], False)
+
+    # Crops: losses, labels and scores.
 
     def loss_sums(
         self, image: Float[Array, "b x y z 1"], labels: Integer[Array, "b p x y z"], train: bool

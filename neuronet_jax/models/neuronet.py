@@ -33,9 +33,9 @@ class UpUnit(nnx.Module):
         self.norm = BatchNorm(fine, MOMENTUM)
         self.conv = Conv(3, fine, fine, rng=rng)
 
-    def __call__(self, coarse: Array, fine: Array, train: bool) -> Array:
+    def __call__(self, coarse: Array, fine: Array, train: bool, inside: Array | None = None) -> Array:
         x = fine + conv.upsample(self.lateral(coarse))
-        return x + normalised_conv(self.norm, self.conv, x, train)
+        return x + normalised_conv(self.norm, self.conv, x, train, inside)
 
 
 class Encoder(nnx.Module):
@@ -53,12 +53,40 @@ class Encoder(nnx.Module):
 
     def __call__(self, image: Float[Array, "b x y z 1"], train: bool) -> list[Array]:
         """Returns features per scale, finest first, normalised and rectified: [b x y z 16], [b x/2 y/2 z/2 32], …"""
-        features = [self.stem(image)]
-        for down, same in zip(self.down, self.same, strict=True):
+        fine = self.stem(image)
+        coarse = self.coarse(*self.down[0].enter(fine, train), train)
+        return self.readable([self.up[0](coarse[0], fine, train), *coarse], train)
+
+    def enter(self, image: Float[Array, "b x y z 1"], inside: Array) -> tuple[Array, Array]:
+        """Returns what `coarse` takes, of a window of an image (see `ResidualUnit.enter`)."""
+        return self.down[0].enter(self.stem(image), False, inside)
+
+    def coarse(self, entered: Array, identity: Array, train: bool) -> list[Array]:
+        """Returns the features of all scales but the finest, as `readable` takes them."""
+        features = [self.same[0](self.down[0].leave(entered, identity, train), train)]
+        for down, same in zip(self.down[1:], self.same[1:], strict=True):
             features.append(same(down(features[-1], train), train))
-        for scale in reversed(range(len(self.up))):
-            features[scale] = self.up[scale](features[scale + 1], features[scale], train)
-        return [jax.nn.relu6(norm(f, train)) for norm, f in zip(self.norms, features, strict=True)]
+        for scale in reversed(range(1, len(self.up))):
+            features[scale - 1] = self.up[scale](features[scale], features[scale - 1], train)
+        return features
+
+    def finest(self, image: Float[Array, "b x y z 1"], coarse: Array, inside: Array) -> Array:
+        """Returns the finest readable features of a window; those of its two outermost voxels are wrong.
+
+        `coarse` are the features of the next scale in the same window, zero beyond the volume.
+        """
+        return jax.nn.relu6(self.norms[0](self.up[0](coarse, self.stem(image), False, inside), False))
+
+    def range(self, image: Float[Array, "b x y z 1"]) -> tuple[Array, Array]:
+        """Returns the least and the largest value [c] that `finest` can have in a window, without computing it."""
+        del image
+        channels = self.norms[0].gamma[...].shape
+        return jnp.zeros(channels), jnp.full(channels, 6.0)
+
+    def readable(self, features: list[Array], train: bool) -> list[Array]:
+        """Normalises and rectifies features of the coarsest scales, of all where all are given."""
+        norms = self.norms[len(self.norms) - len(features) :]
+        return [jax.nn.relu6(norm(f, train)) for norm, f in zip(norms, features, strict=True)]
 
 
 class Decoder(nnx.Module):

@@ -30,9 +30,33 @@ class Encoder(nnx.Module):
 
     def __call__(self, image: Float[Array, "b x y z 1"], train: bool) -> list[Array]:
         """Returns the features per scale, finest first: [b x y z 16], [b x/2 y/2 z/2 32], …"""
-        features = [self.stem(image)]
-        for down, same in zip(self.units[0::2], self.units[1::2], strict=True):
+        fine = self.stem(image)
+        return [fine, *self.coarse(*self.units[0].enter(fine, train), train)]
+
+    def enter(self, image: Float[Array, "b x y z 1"], inside: Array) -> tuple[Array, Array]:
+        """Returns what `coarse` takes, of a window of an image (see `ResidualUnit.enter`)."""
+        return self.units[0].enter(self.stem(image), False, inside)
+
+    def coarse(self, entered: Array, identity: Array, train: bool) -> list[Array]:
+        """Returns the features of all scales but the finest."""
+        features = [self.units[1](self.units[0].leave(entered, identity, train), train)]
+        for down, same in zip(self.units[2::2], self.units[3::2], strict=True):
             features.append(same(down(features[-1], train), train))
+        return features
+
+    def finest(self, image: Float[Array, "b x y z 1"], coarse: Array, inside: Array) -> Array:
+        """Returns the finest features of a window; those of its outermost voxels are wrong."""
+        del coarse, inside
+        return self.stem(image)
+
+    def range(self, image: Float[Array, "b x y z 1"]) -> tuple[Array, Array]:
+        """Returns the least and the largest value [c] that `finest` has in a window of an image."""
+        features = self.stem(image)[:, 2:-2, 2:-2, 2:-2]
+        return jnp.min(features, axis=(0, 1, 2, 3)), jnp.max(features, axis=(0, 1, 2, 3))
+
+    def readable(self, features: list[Array], train: bool) -> list[Array]:
+        """Returns the features as they are: the decoders normalise."""
+        del train
         return features
 
 

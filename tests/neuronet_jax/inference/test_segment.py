@@ -111,12 +111,23 @@ class Shells(nnx.Module):
     def __init__(self):
         self.thresholds = nnx.Param(jnp.array([0.5, 2.6]))
 
-    def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
+    def coarse(self, image: jax.Array) -> list[jax.Array]:
+        return [image[:, ::2, ::2, ::2]]
+
+    def readable(self, coarse: list[jax.Array]) -> list[jax.Array]:
+        return coarse
+
+    def finest(self, image: jax.Array, coarse: jax.Array, inside: jax.Array) -> jax.Array:
+        return image[:, 2:-2, 2:-2, 2:-2]
+
+    def range(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.min(image)[None], jnp.max(image)[None]
+
+    def readout(self) -> Readout:
         """The scores 0, v − t₁, 2v − t₁ − t₂, of which the largest changes at the thresholds; never WM."""
         low, high = self.thresholds[...]
         slopes, biases = jnp.array([[0.0, 1, 2, 0]]), jnp.stack([0 * low, -low, -low - high, -1e3 + 0 * low])
-        coarse = image[:, ::2, ::2, ::2]
-        return [image, coarse], Readout([slopes, 0 * slopes], [biases, 0 * biases])
+        return Readout([slopes, 0 * slopes], [biases, 0 * biases])
 
 
 def _shells() -> Model:
@@ -209,9 +220,9 @@ def test_F05_shapes_share_compiled_programs():
     traced = []
 
     class Traced(Shells):
-        def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
+        def coarse(self, image: jax.Array) -> list[jax.Array]:
             traced.append(image.shape)
-            return super().features(image)
+            return super().coarse(image)
 
     rng = np.random.default_rng(0)
     for side in (33, 40, 50, 64, 64, 65):
@@ -223,11 +234,11 @@ def test_F06_out_of_memory_goes_on_with_smaller_tiles():
     tried = []
 
     class Limited(Shells):
-        def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
+        def coarse(self, image: jax.Array) -> list[jax.Array]:
             tried.append(image.shape[1:4])
             if image.size > 80 * 64 * 80:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-            return super().features(image)
+            return super().coarse(image)
 
     image = np.random.default_rng(1).normal(size=(150, 40, 130)).astype(np.float32)
     with pytest.warns(UserWarning, match="ran out of memory"):
