@@ -47,7 +47,7 @@ class Member(NamedTuple):
     image: Float[Array, "1 x y z 1"]  # with IMAGE_HALO
     coarse: list[Array]  # float [1 x/2 y/2 z/2 c], …: as `Network.coarse` returns them, with COARSE_HALO
     readout: Readout  # of the classes that are read, in their order
-    shift: Int[Array, "3"]  # even: voxels by which the volume is moved on, after mirroring
+    shift: np.ndarray  # int32 [3], even: voxels by which the volume is moved on, after mirroring
 
 
 class Fields(NamedTuple):
@@ -103,9 +103,10 @@ def lead(
     for kind, member in zip(kinds, members, strict=True):
         network, readout = nnx.merge(kind.structure, member.arrays), member.readout
         start = _start(kind, member, corner)
-        half = _half_scores(network, readout, _windows(member.coarse, start))
+        windows = _windows(member.coarse, start)
+        half = _half_scores(network, readout, windows)
         halves.append(half[::-1] if kind.mirrored else half)
-        low, high = network.range(_window(member.image, start - 2 + IMAGE_HALO, FINE + 4))
+        low, high = network.range(_window(member.image, start - 2 + IMAGE_HALO, FINE + 4), windows[0].features)
         matrix, bias = readout.matrices[0].astype(jnp.float32), readout.biases[0].astype(jnp.float32)
         parts = []
         for a, b in spans(classes):
@@ -113,7 +114,7 @@ def lead(
             share = high @ jnp.maximum(over, 0) + low @ jnp.minimum(over, 0)
             parts.append(share + bias[a + 1 : b] - bias[a])
         rest.append(parts)
-    half = sum(halves) / np.float32(len(halves))
+    half = jnp.mean(jnp.stack(halves), axis=0) if len(halves) > 1 else halves[0]
     bounds = []
     for p, (a, b) in enumerate(spans(classes)):
         highest = jnp.max(half[..., a + 1 : b] - half[..., a : a + 1], axis=(0, 1, 2))

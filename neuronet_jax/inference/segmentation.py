@@ -52,15 +52,17 @@ def posterior(text: str) -> tuple[Protocol, Structure]:
 
 
 class Confidence(NamedTuple):
-    """How sure the network is of each class of a protocol: sums over the voxels of the network's own grid.
+    """How sure the network is of each class of a protocol: sums over voxels of the network's grid, float64 [k] each.
 
-    float64 [k] each; the probability is the softmax over the protocol's classes.
+    The sums count the voxels that could be something else than background: those where the background is less than
+    e^7, 1,100 times, as likely as the likeliest structure. Elsewhere structures are so unlikely that their sums hardly
+    change, and the network's scores need not be computed. Probabilities are the softmax over the protocol's classes.
     """
 
     voxels: np.ndarray  # voxels where the class is the most likely one
     certain: np.ndarray  # sum of the class's probability over those voxels
-    probability: np.ndarray  # sum of the class's probability everywhere: its expected number of voxels
-    entropy: np.ndarray  # sum of the softmax's entropy over those voxels, in nats
+    probability: np.ndarray  # sum of the class's probability over all that count: its expected number of voxels
+    entropy: np.ndarray  # sum of the softmax's entropy over the voxels where the class is the most likely one, in nats
 
 
 @dataclass(frozen=True)

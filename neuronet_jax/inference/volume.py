@@ -249,7 +249,7 @@ def _read_blocks(
     if not len(blocks):
         return
     axes = [rows(p - side.start, along) for p, side, along in zip(positions, part.inside, rows_of, strict=True)]
-    grid = Axes(*axes, np.asarray(max(map(len, rows_of[0])), np.int32))
+    grid = Axes(axes[0], axes[1], axes[2], np.asarray(max(map(len, rows_of[0])), np.int32))
     done = 0
     for hands, counts, places in _dealt(mesh, blocks):
         found = jax.device_get(_read(mesh, kinds, reading, members, grid, hands, counts))

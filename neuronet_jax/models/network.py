@@ -79,9 +79,11 @@ class Network(nnx.Module):
         features = self.encoder.finest(image.astype(self.compute_dtype), coarse, inside)
         return features[:, 2:-2, 2:-2, 2:-2]
 
-    def range(self, image: Float[Array, "1 x y z 1"]) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
-        """Returns bounds of the finest features of a window, which cost less than the features."""
-        least, most = self.encoder.range(image.astype(self.compute_dtype))
+    def range(
+        self, image: Float[Array, "1 x y z 1"], coarse: Float[Array, "1 x/2 y/2 z/2 c"]
+    ) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
+        """Returns bounds of what `finest` returns for a window, which cost less than the features."""
+        least, most = self.encoder.range(image.astype(self.compute_dtype), coarse)
         return least.astype(jnp.float32), most.astype(jnp.float32)
 
     def readout(self) -> Readout:

@@ -77,16 +77,30 @@ class Encoder(nnx.Module):
         """
         return jax.nn.relu6(self.norms[0](self.up[0](coarse, self.stem(image), False, inside), False))
 
-    def range(self, image: Float[Array, "b x y z 1"]) -> tuple[Array, Array]:
-        """Returns the least and the largest value [c] that `finest` can have in a window, without computing it."""
-        del image
-        channels = self.norms[0].gamma[...].shape
-        return jnp.zeros(channels), jnp.full(channels, 6.0)
+    def range(self, image: Float[Array, "b x y z 1"], coarse: Array) -> tuple[Array, Array]:
+        """Returns bounds [c] of `finest` in a window, by interval arithmetic from what costs little."""
+        stem, unit, kernel = self.stem(image)[:, 1:-1, 1:-1, 1:-1], self.up[0], self.up[0].conv.kernel[...]
+        low, high = (a + b for a, b in zip(_range(stem), _range(unit.lateral(coarse)), strict=True))
+        least, most = _rectified_range(unit.norm, low, high)
+        positive, negative = (jnp.sum(part, axis=(0, 1, 2)) for part in (jax.nn.relu(kernel), -jax.nn.relu(-kernel)))
+        low, high = low + least @ positive + most @ negative, high + most @ positive + least @ negative
+        return _rectified_range(self.norms[0], low, high)
 
     def readable(self, features: list[Array], train: bool) -> list[Array]:
         """Normalises and rectifies features of the coarsest scales, of all where all are given."""
         norms = self.norms[len(self.norms) - len(features) :]
         return [jax.nn.relu6(norm(f, train)) for norm, f in zip(norms, features, strict=True)]
+
+
+def _range(x: Float[Array, "b x y z c"]) -> tuple[Array, Array]:
+    return tuple(f(x.astype(jnp.float32), axis=(0, 1, 2, 3)) for f in (jnp.min, jnp.max))
+
+
+def _rectified_range(norm: BatchNorm, low: Array, high: Array) -> tuple[Array, Array]:
+    """Returns the range of relu6 after a normalisation."""
+    scale, shift = norm.affine(norm.mean[...], norm.variance[...])
+    ends = jax.nn.relu6(low * scale + shift), jax.nn.relu6(high * scale + shift)
+    return jnp.minimum(*ends), jnp.maximum(*ends)
 
 
 class Decoder(nnx.Module):

@@ -49,8 +49,9 @@ class Encoder(nnx.Module):
         del coarse, inside
         return self.stem(image)
 
-    def range(self, image: Float[Array, "b x y z 1"]) -> tuple[Array, Array]:
-        """Returns the least and the largest value [c] that `finest` has in a window of an image."""
+    def range(self, image: Float[Array, "b x y z 1"], coarse: Array) -> tuple[Array, Array]:
+        """Returns the least and the largest value [c] of `finest` in a window."""
+        del coarse
         features = self.stem(image)[:, 2:-2, 2:-2, 2:-2]
         return jnp.min(features, axis=(0, 1, 2, 3)), jnp.max(features, axis=(0, 1, 2, 3))
 

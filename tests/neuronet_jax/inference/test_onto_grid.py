@@ -140,8 +140,8 @@ dealt = volume._dealt
 @pytest.mark.parametrize("options", [Options(), Options(flip=True, crops=2)], ids=["once", "averaged"])
 def test_blocks_that_are_not_read_hold_nothing_but_background(family, options, monkeypatch):
     """Labels and sums of the blocks that remain are those of reading every block, on both kinds of grid."""
-    model, image = _rare(family, 62 if options.flip else 64)
-    away = [np.arange(0.3, 60, 0.9), np.arange(61.0, 0, -1.1), np.arange(0.0, 61, 1.3)]
+    model, image = _rare(family, 60 if options.flip else 64)
+    away = [np.arange(0.3, 59, 0.9), np.arange(58.0, 0, -1.1), np.arange(0.0, 59, 1.3)]
     asked = Reading((139,), confidence=True)
     for positions in (None, away):
         read = []
@@ -175,7 +175,7 @@ def test_the_bound_holds_for_every_voxel(family):
         for bound, found in zip(bounds, leads, strict=True):
             highest = found[32 * x : 32 * x + 33].max()
             assert highest <= bound + 1e-4
-            assert bound < highest + 100  # and says something
+            assert bound < 4 * highest  # and says something
 
 
 def test_F05_tiles_give_the_labels_and_sums_of_the_whole_volume(model):

@@ -120,7 +120,7 @@ class Shells(nnx.Module):
     def finest(self, image: jax.Array, coarse: jax.Array, inside: jax.Array) -> jax.Array:
         return image[:, 2:-2, 2:-2, 2:-2]
 
-    def range(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def range(self, image: jax.Array, coarse: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.min(image)[None], jnp.max(image)[None]
 
     def readout(self) -> Readout:
