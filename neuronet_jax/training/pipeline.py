@@ -28,22 +28,22 @@ from neuronet_jax.images.intensity import whiten
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Subject
 
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The random choices of one crop; applying them is `Reader`'s part."""
+    """The random choices for one crop; `Reader` applies them."""
 
     subject: Subject
     at_foreground: bool
-    position: tuple[float, float, float]  # in [0, 1): where a uniform crop starts
-    point: float  # in [0, 1): which foreground voxel a foreground crop is centred on
+    position: tuple[float, float, float]  # in [0, 1): the start of a uniform crop
+    point: float  # in [0, 1): selects the foreground voxel at the centre of a foreground crop
 
 
 @dataclass(frozen=True)
 class Draws(grain.transforms.RandomMap):
-    """Draws one crop of the subject that comes in."""
+    """Draws one crop of the incoming subject."""
 
     foreground_fraction: float
 
@@ -70,18 +70,18 @@ class Reader(grain.transforms.Map):
     protocols: tuple[str, ...]
     crop: tuple[int, int, int]
 
-    def map(self, element: Sequence[Draw]) -> Batch:
-        """`image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z], `present` bool [b p], `slot` i32 [b]."""
+    def map(self, element: Sequence[Draw]) -> HostBatch:
+        """Returns `image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z], `present` bool [b p], `slot` i32 [b]."""
         try:
             return self._read(element)
-        except Exception as error:  # in a worker this is all that the main process gets to know
+        except Exception as error:  # the main process learns only this from a worker
             error.add_note(f"while reading the batch of the slots {[draw.subject.slot for draw in element]}")
             raise
 
-    def _read(self, element: Sequence[Draw]) -> Batch:
+    def _read(self, element: Sequence[Draw]) -> HostBatch:
         info = self.store.info
         window = tuple(min(side, length) for side, length in zip(self.crop, info.grid, strict=True))
-        # Where the grid is smaller than the crop it sits in the middle; background (raw 0, label 0) surrounds it.
+        # A grid smaller than the crop is centred in it, surrounded by background (raw 0, label 0).
         pad = tuple((side - length) // 2 for side, length in zip(self.crop, window, strict=True))
         inside = tuple(slice(before, before + length) for before, length in zip(pad, window, strict=True))
         image = np.zeros((len(element), *self.crop), np.float32)
@@ -102,7 +102,9 @@ class Reader(grain.transforms.Map):
         }
 
     def _starts(self, draws: Sequence[Draw], window: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """First voxel of each crop: uniform over all that fit, or around a foreground voxel, moved into the grid."""
+        """Returns the first voxel of each crop: uniform over all that fit, or around a foreground voxel, moved into the
+        grid.
+        """
         room = np.array(self.store.info.grid) - window
         points = iter(self.store.read_foregrounds([d.subject.slot for d in draws if d.at_foreground]))
         starts = []
@@ -118,7 +120,7 @@ class Reader(grain.transforms.Map):
 
 
 def _prepare_worker(worker_index: int, worker_count: int) -> None:
-    """Keeps JAX, which Grain imports, off the accelerator, and ends the worker with its parent, however that ends."""
+    """Keeps JAX, which Grain imports, off the accelerator, and ends the worker when its parent ends for any reason."""
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:
@@ -126,13 +128,13 @@ def _prepare_worker(worker_index: int, worker_count: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed, or ended by the watchdog, cannot stop its workers; they would stay, asleep, for good."""
+    """Ends this worker with its parent. A killed parent cannot stop its workers, which would sleep forever."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
 
 
-class TrainingIterator(grain.DatasetIterator[Batch]):
+class TrainingIterator(grain.DatasetIterator[HostBatch]):
     """Endless batches with an exact position: `set_state(get_state())` continues with the very next batch.
 
     The state is the number of global batches given out, with the batch size, seed and split that it counts in. It is
@@ -140,14 +142,14 @@ class TrainingIterator(grain.DatasetIterator[Batch]):
     and fits Grain's Orbax checkpoint handler.
     """
 
-    def __init__(self, batches: grain.MapDataset[Batch], config: Config, counts: dict[str, Any]):
+    def __init__(self, batches: grain.MapDataset[HostBatch], config: Config, counts: dict[str, Any]):
         super().__init__()
         self._batches, self._config, self._counts = batches, config, counts
         self._position = 0
         self._running: Any = None  # Grain's iterator from `position` on, made on first use
         self._waited = self._since = 0.0
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         self._assert_not_closed()
         began = time.perf_counter()
         self._since = self._since or began
@@ -158,26 +160,26 @@ class TrainingIterator(grain.DatasetIterator[Batch]):
         return batch
 
     def start_prefetch(self) -> None:
-        """Begins reading ahead."""
+        """Starts reading ahead."""
         if self._running is None:
             self._running = iter(self._dataset())
             self._running.start_prefetch()
 
-    def _dataset(self) -> grain.IterDataset[Batch]:
+    def _dataset(self) -> grain.IterDataset[HostBatch]:
         data = self._config.data
         ahead = self._batches.slice(slice(self._position, None))
         if data.workers == 0:
             return ahead.to_iter_dataset(
                 grain.ReadOptions(num_threads=data.prefetch, prefetch_buffer_size=data.prefetch)
             )
-        if not flags.FLAGS.is_parsed():  # Grain asks absl's flags; a notebook never parses them
+        if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which a notebook never parses
             flags.FLAGS.mark_as_parsed()
         in_worker = ahead.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         per_worker = -(-data.prefetch // data.workers)
         return in_worker.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker), _prepare_worker)
 
     def wait_fraction(self) -> float:
-        """Share of the time since the last call that the caller waited here for batches; 0 before the first batch."""
+        """Returns the share of time since the last call spent waiting for batches; 0 before the first batch."""
         now = time.perf_counter()
         share = self._waited / (now - self._since) if self._since else 0.0
         self._waited, self._since = 0.0, now
@@ -218,7 +220,9 @@ class TrainingIterator(grain.DatasetIterator[Batch]):
 
 
 def _check_shared_memory(config: Config, rows: int) -> None:
-    """Workers hand batches over in shared memory; where that is full the kernel kills them, so ask before."""
+    """Raises NeuronetError if shared memory is too small. Workers pass batches through it; if it fills up, they are
+    killed.
+    """
     place = Path("/dev/shm")
     if not place.is_dir():
         return
@@ -228,9 +232,9 @@ def _check_shared_memory(config: Config, rows: int) -> None:
     free = shutil.disk_usage(place).free
     if batch_bytes * in_flight > free:
         raise NeuronetError(
-            f"{data.workers} workers need {batch_bytes * in_flight / 1e9:.1f} GB in {place}, it has {free / 1e9:.1f} "
-            "free; lower config.data.prefetch, batch or crop, set config.data.workers to 0, or give more "
-            "(docker run --shm-size)"
+            f"{data.workers} workers need {batch_bytes * in_flight / 1e9:.1f} GB in {place}, but only "
+            f"{free / 1e9:.1f} GB are free; lower config.data.prefetch, batch or crop, set config.data.workers to 0, "
+            "or give more (docker run --shm-size)"
         )
 
 
@@ -273,9 +277,9 @@ def training_iterator(store: Store, config: Config, rows: Sequence[int] | None =
 def validation_subjects(
     store: Store, split: str, process_index: int = 0, process_count: int = 1
 ) -> list[Subject | None]:
-    """This process's share of a split: over all processes every subject exactly once.
+    """Returns this process's share of a split: over all processes, every subject exactly once.
 
-    All lists are equally long, so that processes can step together; the short ones end with None, which counts nowhere.
+    All lists have the same length, so that processes can step together. Short ones end with None, which does not count.
     Raises NeuronetError for an empty split.
     """
     subjects = store.split(split)

@@ -1,4 +1,4 @@
-"""Metrics on disk, on TensorBoard's side and on the terminal, and what happens when they cannot be written."""
+"""Metrics on disk, in TensorBoard and on the terminal, and the behaviour when they cannot be written."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from neuronet_jax.training.monitor import Monitor, read_metrics
 
 
 def _events(run: Path) -> list[Event]:
-    """The events of every TensorBoard file of a run (TFRecord: length u64, crc u32, bytes, crc u32)."""
+    """Returns the events of every TensorBoard file of a run (TFRecord: length u64, crc u32, bytes, crc u32)."""
     events = []
     for file in sorted((run / "tensorboard").iterdir()):
         data, at = file.read_bytes(), 0
@@ -48,7 +48,7 @@ def test_scalars_reach_both_files(tmp_path):
     assert written == {"loss": (3, 0.5), "dice": (3, 0.25)}
 
 
-def test_not_finite_is_null(tmp_path):
+def test_non_finite_values_become_null(tmp_path):
     with Monitor(tmp_path, total_steps=10) as watch:
         watch.scalars(1, {"loss": float("nan"), "dice": np.float32("inf")})
     (line,) = read_metrics(tmp_path)
@@ -66,7 +66,7 @@ def test_pictures_are_png(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string))), picture)
 
 
-def test_resume_drops_what_will_be_run_again(tmp_path):
+def test_resume_drops_steps_that_will_run_again(tmp_path):
     with Monitor(tmp_path, total_steps=10) as watch:
         for step in (1, 2, 3, 4):
             watch.scalars(step, {"loss": 1.0})
@@ -121,7 +121,7 @@ def test_D12_failing_tensorboard_warns_once_and_metrics_go_on(tmp_path, caplog, 
             watch.pictures(step, {"a": np.zeros((2, 2, 3), np.uint8)})
     assert _steps(tmp_path) == list(range(1, 40))
     assert [record.message for record in caplog.records] == [
-        "TensorBoard cannot be written, training goes on without: [Errno 28] No space left on device"
+        "TensorBoard cannot be written; training continues without it: [Errno 28] No space left on device"
     ]
 
 
@@ -140,7 +140,7 @@ def test_D12_sinks_that_cannot_even_be_made(tmp_path, caplog):
 
 
 class _Bucket:
-    """A bucket in memory, as `Files` sees one."""
+    """A bucket in memory, with the interface that `Files` uses."""
 
     objects: typing.ClassVar[dict[str, bytes]] = {}
 
