@@ -5,8 +5,7 @@
 
 One task is one whole shard: its subjects are read, checked, conformed and written by one worker, once. A build that
 was killed is continued by the same command: shards with a record of their own are done. Unusable subjects go to
-rejects.tsv with a code and a reason. Exit status: 0 done; 2 an error, named; 3 more rejects than
---max-reject-fraction, the store left unfinished.
+rejects.tsv with a code and a reason.
 """
 
 import argparse
@@ -36,6 +35,7 @@ from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.images.nifti import DEFAULT_LIMITS, Limits
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.programs import DONE, PARTIAL, Parser, run
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Reject, StoreInfo, Subject
 from neuronet_jax.store.writer import StoreWriter
@@ -280,9 +280,8 @@ class _progress:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    statuses = {PARTIAL: "more rejects than --max-reject-fraction; the store is unfinished"}
+    parser = Parser("python -m data_prep.build", description=__doc__, statuses=statuses)
     add = parser.add_argument
     add("--store", required=True, help="where to: a local path, gs://bucket/path or s3://bucket/path")
     add(
@@ -302,31 +301,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--workers", type=int, help="processes on this machine (default: one per core; 0: in this process)"
     )
     where.add_argument("--scheduler", help="address of a Dask scheduler, e.g. of dask-jobqueue on Slurm")
-    add("--voxel_size_mm", type=float, default=1.0)
+    add("--voxel-size-mm", type=float, default=1.0)
     add("--grid", type=_grid, help="voxels X,Y,Z of the stored volumes (default: 192x224x192 mm)")
     add(
-        "--shard_subjects",
+        "--shard-subjects",
         type=int,
         help="subjects per shard, the unit of writing (default: 8, fewer in a small cohort)",
     )
     add("--max-reject-fraction", type=float, default=_MAX_REJECT_FRACTION)
     add("--missing", choices=("keep", "reject"), default="keep", help="subjects that lack some of the label maps")
-    add("--resample_labels", action="store_true", help="accept label maps on another grid than the image's")
+    add("--resample-labels", action="store_true", help="accept label maps on another grid than the image's")
     add("--transform", choices=("sform", "qform", "reject"), default="sform", help="which counts where the two differ")
-    add("--assume_ras", action="store_true", help="accept images without orientation; left and right are then a guess")
-    options = vars(parser.parse_args(arguments))
+    add("--assume-ras", action="store_true", help="accept images without orientation; left and right are then a guess")
+    return run(parser, _build, arguments)
+
+
+def _build(args: argparse.Namespace) -> int:
+    options = vars(args)
     limits = Limits(transform=options.pop("transform"), assume_ras=options.pop("assume_ras"))
-    console = Console(stderr=True)
     try:
         report = build(**options, limits=limits, progress=True)
     except TooManyRejects as error:
-        console.print(str(error), style="red", highlight=False, markup=False)
-        return 3
-    except NeuronetError as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
-        return 2
+        print(f"error: {error}", file=sys.stderr)
+        return PARTIAL
     print(summary(report))
-    return 0
+    return DONE
 
 
 def summary(report: BuildReport) -> str:

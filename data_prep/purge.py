@@ -14,12 +14,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from data_prep.build import read_rejects
 from data_prep.sources.manifest import ids_hash, read_ids
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
+from neuronet_jax.programs import DONE, Parser, run
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Record, StoreInfo, Subject, subjects_from_tsv
 from neuronet_jax.store.writer import StoreWriter
@@ -77,19 +77,16 @@ def _rewrite(source: Store, writer: StoreWriter, first: int, rest: Sequence[Subj
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.purge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m data_prep.purge", description=__doc__)
     parser.add_argument("--store", required=True, help="a local path, gs://bucket/path or s3://bucket/path")
     parser.add_argument("--exclude", required=True, type=Path, help="ids of withdrawn participants, one per line")
-    options = parser.parse_args(arguments)
-    try:
-        count = purge(options.store, read_ids(options.exclude))
-    except NeuronetError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
-        return 2
+    return run(parser, _purge, arguments)
+
+
+def _purge(options: argparse.Namespace) -> int:
+    count = purge(options.store, read_ids(options.exclude))
     print(f"{count} subjects removed from {options.store}")
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def _read_classes(
                 raise RejectError(
                     "E_GEOMETRY",
                     f"its grid {volume.data.shape} is not the image's {image.data.shape} (off by {gap_mm:.3g} mm); "
-                    "--resample_labels takes the nearest voxels",
+                    "--resample-labels takes the nearest voxels",
                 )
             classes = space.to_grid(classes, volume.affine, space.Grid(image.data.shape, image.affine))
             warnings.append("W_RESAMPLED")

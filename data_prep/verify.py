@@ -3,7 +3,7 @@
     python -m data_prep.verify --store=stores/cohort
 
 Chunks are checked by their crc32c, subjects by the hash that was taken when they were prepared. Subjects are named by
-slot (subjects.tsv gives the id). Exit status: 0 sound; 1 something is wrong; 2 the store cannot be read at all.
+slot (subjects.tsv gives the id).
 """
 
 import argparse
@@ -17,8 +17,8 @@ from rich.progress import track
 
 from data_prep.shard import ShardRows
 from data_prep.subject import content_hash
-from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files, local_path
+from neuronet_jax.programs import DONE, FAILED, Parser, run
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import StoreError, StoreInfo, Subject
 
@@ -64,25 +64,23 @@ def remove_locks(store: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    statuses = {DONE: "the store is sound", FAILED: "something is damaged or missing, or the store cannot be read"}
+    parser = Parser("python -m data_prep.verify", description=__doc__, statuses=statuses)
     parser.add_argument("--store", required=True, help="a local path, gs://bucket/path or s3://bucket/path")
     parser.add_argument("--threads", type=int, default=4, help="subjects read at the same time")
     parser.add_argument("--fix", action="store_true", help="delete lock files of killed writers (none may be running)")
-    options = parser.parse_args(arguments)
+    return run(parser, _verify, arguments)
+
+
+def _verify(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
-    try:
-        if options.fix:
-            console.print(f"{remove_locks(options.store)} stale lock files deleted")
-        faults = list(track(verify(options.store, options.threads), "verifying", console=console, transient=True))
-    except NeuronetError as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
-        return 2
+    if options.fix:
+        console.print(f"{remove_locks(options.store)} stale lock files deleted")
+    faults = list(track(verify(options.store, options.threads), "verifying", console=console, transient=True))
     for line in faults:
         print(line)
     print(f"{len(faults)} faults in {options.store}" if faults else f"{options.store} is sound")
-    return 1 if faults else 0
+    return FAILED if faults else DONE
 
 
 if __name__ == "__main__":

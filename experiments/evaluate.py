@@ -33,6 +33,7 @@ from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score
 from neuronet_jax.evaluation.surfaces import SurfaceSummary, SurfaceTable, summarise_surfaces
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.programs import DONE, Parser, run
 from neuronet_jax.results.pictures import save_comparison, save_strip
 from neuronet_jax.runs.calibration import save_calibration
 from neuronet_jax.runs.model import Model
@@ -106,7 +107,7 @@ def check(model: Model, store: Store, split: str) -> None:
     if abs(store.info.voxel_size_mm - model.voxel_size_mm) > 1e-3:
         raise NeuronetError(
             f"the store has voxels of {store.info.voxel_size_mm} mm, the run was trained on {model.voxel_size_mm} mm: "
-            "build a store with --voxel_size_mm of the run"
+            "build a store with the --voxel-size-mm of the run"
         )
     if store.info.split_hash != model.provenance.get("split_hash"):
         log.warning("the store's splits are not those of the run: make sure that it was not trained on these subjects")
@@ -169,9 +170,7 @@ def table(result: Evaluation, title: str) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "experiments.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m experiments.evaluate", description=__doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="workdir of a training run")
     parser.add_argument("--store", metavar="DEST", help="where the subjects are (default: the run's store)")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
@@ -179,27 +178,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo.add_argument("--out", type=Path, metavar="DIR", help="where the results go")
     todo.add_argument("--calibrate", action="store_true", help="write RUN/quality.json from the validation heads")
     parser.add_argument("--surfaces", action="store_true", help="HD95 and surface Dice too (about 20 s per 1 mm head)")
-    args = parser.parse_args(arguments)
+    return run(parser, _evaluate, arguments)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
     runtime.plain()
     keep_compiled()
     one_per_core()
-    try:
-        model = restore(args.run)
-        store = Store.open(args.store or model.config.data.store or str(ensure_demo_store()))
-        if args.calibrate:
-            check(model, store, "validation")
-            calibration = calibrate_on(model, store, store.split("validation"))
-            save_calibration(args.run, calibration)
-            print(f"predicted Dice: {calibration.describe()}")
-            return 0
-        result = evaluate(model, store, args.split, args.out, args.surfaces)
-    except NeuronetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model = restore(args.run)
+    store = Store.open(args.store or model.config.data.store or str(ensure_demo_store()))
+    if args.calibrate:
+        check(model, store, "validation")
+        calibration = calibrate_on(model, store, store.split("validation"))
+        save_calibration(args.run, calibration)
+        print(f"predicted Dice: {calibration.describe()}")
+        return DONE
+    result = evaluate(model, store, args.split, args.out, args.surfaces)
     note = store.info.provenance.get("note", "")
     Console().print(table(result, f"{model.config.name}, {args.split} split" + (f" ({note})" if note else "")))
     print(f"written to {args.out}")
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import jinja2
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.programs import DONE, Parser, run
 from neuronet_jax.results.pictures import save_curves
 from neuronet_jax.results.reports import embed, environment
 
@@ -120,20 +121,17 @@ def _curves(metrics: bytes | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "experiments.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m experiments.report", description=__doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="workdir of the training run")
     parser.add_argument("--eval", required=True, type=Path, metavar="DIR", help="--out of experiments.evaluate")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the report, an .html file")
-    args = parser.parse_args(arguments)
-    try:
-        report(args.run, args.eval, args.out)
-    except NeuronetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run(parser, _report, arguments)
+
+
+def _report(args: argparse.Namespace) -> int:
+    report(args.run, args.eval, args.out)
     print(args.out)
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@
     python -m experiments.train --config=all_targets --workdir=runs/a --config.data.store=/data/ukb --resume
 
 Ctrl-C, SIGTERM and SIGUSR1 save and end with status 0; `--resume` then continues with the very next batch, as if
-nothing had happened. Other statuses: 1 a refusal with its reason, 4 loss or gradient not finite several times in a row,
-5 out of device memory, 6 no progress.
+nothing had happened.
 """
 
 import argparse
@@ -25,11 +24,12 @@ from data_prep.demo.cohort import ensure_demo_store
 from experiments import flags
 from neuronet_jax import runtime
 from neuronet_jax.config import Config
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.evaluation.metrics import mean_dice
 from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.programs import DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, STALLED, Parser, run
 from neuronet_jax.results.pictures import label_picture
 from neuronet_jax.runs.calibration import save_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
@@ -43,7 +43,13 @@ from neuronet_jax.training.pipeline import training_iterator, validation_subject
 from neuronet_jax.training.signals import StopRequest, Watchdog
 from neuronet_jax.training.step import TrainState, evaluation_network, init_state, make_train_step
 
-EXIT_NOT_FINITE, EXIT_MEMORY = 4, 5
+STATUSES = {
+    DONE: "done, or saved after a signal",
+    NOT_FINITE: "loss or gradient not finite several times in a row",
+    OUT_OF_MEMORY: "out of device memory",
+    STALLED: "no progress",
+    INTERRUPTED: "stopped by Ctrl-C before the first step, or by a second Ctrl-C",
+}
 MOST_SKIPPED = 10  # updates refused in a row before the run gives up: a bad batch passes, a broken run does not
 STALL_S = 1800.0  # longer than any compilation, evaluation or save
 
@@ -222,44 +228,39 @@ def spread_over_cores(config: Config) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "experiments.train",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m experiments.train", description=__doc__, settings=True, statuses=STATUSES)
     parser.add_argument(
         "--config", required=True, metavar="NAME[:demo]", help=f"one of {', '.join(flags.NAMES)}, or a .py file"
     )
     parser.add_argument("--workdir", help="the run's folder (default: runs/NAME-TIME)")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --workdir")
     parser.add_argument("--strict", action="store_true", help="with --resume: refuse a damaged checkpoint")
-    parser.add_argument("--reset_data", action="store_true", help="with --resume: start the data anew")
-    options, overrides = parser.parse_known_args(arguments)
+    parser.add_argument("--reset-data", action="store_true", help="with --resume: start the data anew")
+    return run(parser, _train, arguments)
+
+
+def _train(options: argparse.Namespace) -> int:
     runtime.plain()
     log.setLevel(logging.INFO)
+    config = flags.load(options.config, options.overrides)
+    if not config.data.store and ":" not in options.config:
+        # Settings for thousands of 1 mm heads on accelerators would not even fit beside sixteen synthetic ones.
+        config = flags.load(f"{options.config}:demo", options.overrides)
+    if options.resume and not options.workdir:
+        raise UsageError("--resume needs the --workdir of the run to continue")
+    workdir = options.workdir or time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S")
+    keep_compiled()
+    runtime.join_cluster()
+    if not jax.distributed.is_initialized():
+        spread_over_cores(config)
     try:
-        config = flags.load(options.config, overrides)
-        if not config.data.store and ":" not in options.config:
-            # Settings for thousands of 1 mm heads on accelerators would not even fit beside sixteen synthetic ones.
-            config = flags.load(f"{options.config}:demo", overrides)
-        if options.resume and not options.workdir:
-            raise NeuronetError("--resume needs the --workdir of the run to continue")
-        workdir = options.workdir or time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S")
-        keep_compiled()
-        runtime.join_cluster()
-        if not jax.distributed.is_initialized():
-            spread_over_cores(config)
         train(config, workdir, options.resume, options.reset_data, options.strict)
-    except NeuronetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except NotFiniteError as error:
         print(
             f"error: {error}; the last good checkpoint is kept. Lower optimizer.learning_rate, or clip.",
             file=sys.stderr,
         )
-        return EXIT_NOT_FINITE
+        return NOT_FINITE
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -268,8 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"or --config.data.crop, or split volumes with --config.mesh.space\n{error}",
             file=sys.stderr,
         )
-        return EXIT_MEMORY
-    return 0
+        return OUT_OF_MEMORY
+    return DONE
 
 
 if __name__ == "__main__":

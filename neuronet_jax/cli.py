@@ -4,34 +4,28 @@ A command is two functions: `_add_NAME` says its arguments and examples, `_NAME`
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neuronet_jax import __version__, runtime
 from neuronet_jax.errors import NeuronetError
-
-DONE, FAILED, REJECTED = 0, 1, 3  # exit status; 2 is argparse's own
-INTERRUPTED = 130  # as shells report Ctrl-C: 128 + SIGINT
+from neuronet_jax.programs import DONE, FAILED, PARTIAL, Parser, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
-    args = _parser().parse_args(arguments)
+    return run(_parser(), _command, arguments)
+
+
+def _command(args: argparse.Namespace) -> int:
+    from neuronet_jax import runtime
+
     runtime.plain()
-    try:
-        return args.command(args)
-    except NeuronetError as error:
-        print(f"neuronet: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("neuronet: stopped; the same command continues", file=sys.stderr)
-        return INTERRUPTED
+    return args.command(args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         "neuronet",
         description="One network that reproduces the outputs of FSL, SPM and MALP-EM on T1-weighted heads.",
         epilog="""\
@@ -39,9 +33,7 @@ examples:
   neuronet segment T1.nii.gz --run=runs/all_targets --out=labels
   neuronet COMMAND --help    what it takes, what it writes, and more examples
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"neuronet {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_segment(commands)
     _add_import_dltk(commands)
@@ -49,25 +41,13 @@ examples:
     return parser
 
 
-def _add(commands: Any, name: str, help: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A command of its own help page. Arguments are named in full: an abbreviation may mean another one tomorrow."""
-    return commands.add_parser(
-        name,
-        help=help,
-        description=description,
-        epilog=epilog,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def _add_segment(commands: Any) -> None:
-    command = _add(
-        commands,
+    command = commands.add_parser(
         "segment",
-        "label maps of T1-weighted heads, on their own grids",
-        "Label maps and volumes of T1-weighted heads: raw, in any orientation and voxel size.",
-        """\
+        help="label maps of T1-weighted heads, on their own grids",
+        description="Label maps and volumes of T1-weighted heads: raw, in any orientation and voxel size.",
+        statuses={FAILED: "an error; nothing could be done", PARTIAL: "some inputs were rejected; see summary.tsv"},
+        epilog="""\
 examples:
   one head, all protocols of the run
     neuronet segment T1.nii.gz --run=runs/all_targets --out=labels
@@ -106,8 +86,6 @@ results, a BIDS derivative dataset:
   labels/volumes.tsv                                 a row for each head, a column for each structure
   labels/report.html                                 the heads beside each other
   labels/summary.tsv                                 a line for each input; of a shard: summary_shard-1-of-8.tsv
-
-exit status: 0 all done, 1 nothing could be done, 2 wrong arguments, 3 some inputs were rejected (see summary.tsv)
 """,
     )
     command.add_argument(
@@ -142,7 +120,7 @@ exit status: 0 all done, 1 nothing could be done, 2 wrong arguments, 3 some inpu
         help="probability maps of structures, named PROTOCOL:STRUCTURE as in the label tables",
     )
     command.add_argument(
-        "--consistent_tissue", action="store_true", help="derive malp_em_tissue from malp_em, so that the two agree"
+        "--consistent-tissue", action="store_true", help="derive malp_em_tissue from malp_em, so that the two agree"
     )
     command.add_argument(
         "--overwrite",
@@ -150,9 +128,9 @@ exit status: 0 all done, 1 nothing could be done, 2 wrong arguments, 3 some inpu
         help="replace results of another model, other options or another input; complete ones of this command stay",
     )
     command.add_argument(
-        "--assume_ras", action="store_true", help="accept files without orientation; left and right are then a guess"
+        "--assume-ras", action="store_true", help="accept files without orientation; left and right are then a guess"
     )
-    command.add_argument("--no_report", action="store_true", help="leave the HTML pages out")
+    command.add_argument("--no-report", action="store_true", help="leave the HTML pages out")
     command.set_defaults(command=_segment)
 
 
@@ -222,7 +200,7 @@ def _segment(args: argparse.Namespace) -> int:
         print(f"{code} ({count} {'head' if count == 1 else 'heads'}): {meaning}")
     if todo:
         print(heads.timing(len(todo)))
-    return DONE if done == len(targets) else REJECTED
+    return DONE if done == len(targets) else PARTIAL
 
 
 def _choose(wanted: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -233,12 +211,11 @@ def _choose(wanted: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str
 
 
 def _add_import_dltk(commands: Any) -> None:
-    command = _add(
-        commands,
+    command = commands.add_parser(
         "import-dltk",
-        "a run from the weights that the authors of NeuroNet publish",
-        "A run from a published NeuroNet, a TensorFlow SavedModel, without TensorFlow. The grid is 1 mm.",
-        """\
+        help="a run from the weights that the authors of NeuroNet publish",
+        description="A run from a published NeuroNet, a TensorFlow SavedModel, without TensorFlow. The grid is 1 mm.",
+        epilog="""\
 examples:
   the network for all five protocols, as its authors publish it (neuronet_all.tar.gz, unpacked)
     neuronet import-dltk neuronet_all/1514764800 --out=runs/published
@@ -274,13 +251,12 @@ def _import_dltk(args: argparse.Namespace) -> int:
 
 
 def _add_export(commands: Any) -> None:
-    command = _add(
-        commands,
+    command = commands.add_parser(
         "export",
-        "a trained network as one program and its weights, for use without this library",
-        "Writes a run as StableHLO, safetensors and JSON. The images of the program are arrays [x y z] in RAS+ order "
-        "at the run's voxel size; orientation and resampling stay outside.",
-        """\
+        help="a trained network as one program and its weights, for use without this library",
+        description="Writes a run as StableHLO, safetensors and JSON. The images of the program are arrays [x y z] in "
+        "RAS+ order at the run's voxel size; orientation and resampling stay outside.",
+        epilog="""\
 examples:
   a program for heads of any size (sides padded to multiples of 32), the weights beside it
     neuronet export --run=runs/all_targets --out=release

@@ -8,6 +8,10 @@ class NeuronetError(Exception):
     """The library was asked for something that it cannot do. The message says what to change."""
 
 
+class UsageError(NeuronetError):
+    """A program was called with options that it does not take. The message says which ones it takes."""
+
+
 class CodedError(NeuronetError):
     """An error with a stable `code` (`E_CRC`, `E_AFFINE`, …), which other programs select on; people read `reason`."""
 

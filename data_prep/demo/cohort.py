@@ -12,7 +12,6 @@ import csv
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from data_prep.demo.phantom import Head, Lattice, draw_head
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import user_cache
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.programs import DONE, Parser, run
 
 NOTE = "demonstration: synthetic heads, not for research"
 
@@ -69,8 +69,12 @@ def make_demo_cohort(
     if not 0.5 <= voxel_size_mm <= 4:  # finer than any template, or so coarse that small structures vanish
         raise NeuronetError(f"the demo cohort is drawn with voxels of 0.5 to 4 mm, got {voxel_size_mm}")
     ids = [f"demo{number:03d}" for number in range(1, len(splits) + 1)]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.txt").write_text(f"NeuroNet-JAX {neuronet_jax.__version__}, {NOTE}. {__doc__}", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        about = f"NeuroNet-JAX {neuronet_jax.__version__}, {NOTE}. {__doc__}"
+        (folder / "README.txt").write_text(about, encoding="utf-8")
+    except OSError as error:
+        raise NeuronetError(f"cannot write to {folder}: {error}; choose a different folder") from error
 
     tasks = {f"draw-{id_}": (folder / id_, number, seed, voxel_size_mm) for number, id_ in enumerate(ids)}
     count = min(4, os.cpu_count() or 1) if workers is None else workers
@@ -171,19 +175,17 @@ def _code_hash() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m data_prep.demo", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the cohort")
     for split, count in (("train", 12), ("validation", 2), ("test", 2)):
         parser.add_argument(f"--{split}", type=int, default=count, help="number of subjects (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--voxel_size_mm", type=float, default=2.0, help="default: %(default)s")
-    options = vars(parser.parse_args(arguments))
-    try:
-        manifest = make_demo_cohort(options.pop("out"), progress=True, **options)
-    except NeuronetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--voxel-size-mm", type=float, default=2.0, help="default: %(default)s")
+    return run(parser, _demo, arguments)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    options = vars(args)
+    manifest = make_demo_cohort(options.pop("out"), progress=True, **options)
     print(f"{manifest} ({NOTE})")
-    return 0
+    return DONE

@@ -160,4 +160,4 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise NeuronetError(f"cannot read {path}: {error}") from error
+        raise NeuronetError(f"cannot read {path}: {error}; check the path, or whether you may read it") from error

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from experiments.benchmark.contender import Job
 from experiments.benchmark.heads import HEADS, save_weights, template_head
 from experiments.benchmark.race import Failed, Result, agreement, race, table
 from experiments.benchmark.serve import CONTENDERS
+from neuronet_jax.errors import NeuronetError, UsageError
+from neuronet_jax.programs import DONE, Parser, run
 
 WHATS = ("train", "inference", *HEADS)
 HEAD_TILE = 128  # voxels along each side of the tiles of contenders that take a head tile by tile
@@ -51,13 +54,13 @@ def contenders(arguments: argparse.Namespace, what: str, folder: Path) -> list[J
         contender, _, python = entry.partition("@")
         name, _, dtype = contender.partition(":")
         if python and not os.access(python, os.X_OK):
-            raise SystemExit(
+            raise UsageError(
                 f"--against={entry}: after @ comes the Python of another environment; {python} does not run"
             )
         if name not in CONTENDERS:
-            raise SystemExit(f"--against takes {', '.join(CONTENDERS)}, got {name!r}")
+            raise UsageError(f"--against takes {', '.join(CONTENDERS)}, got {name!r}")
         if dtype not in ("", "float32", "bfloat16"):
-            raise SystemExit(f"--against={entry}: the dtypes are float32 and bfloat16, got {dtype!r}")
+            raise UsageError(f"--against={entry}: the dtypes are float32 and bfloat16, got {dtype!r}")
         if name == "dipy" and what not in HEADS:
             continue  # it segments whole heads only
         head, weights = (str(folder / f"{what}.nii"), _weights(arguments, folder)) if what in HEADS else ("", "")
@@ -80,7 +83,7 @@ def compare(arguments: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     whats = arguments.what.split(",")
     if unknown := set(whats) - set(WHATS):
-        raise SystemExit(f"--what takes {', '.join(WHATS)}, got {sorted(unknown)[0]!r}")
+        raise UsageError(f"--what takes {', '.join(WHATS)}, got {sorted(unknown)[0]!r}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for what in set(whats) & set(HEADS):
@@ -114,8 +117,8 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"Written to {out / 'benchmark.md'} and {out / 'benchmark.json'}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser("python -m experiments.benchmark", description=__doc__)
     parser.add_argument("--size", type=int, help="voxels along each side of the crop (default: 96, for --topology 128)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
     parser.add_argument("--batch", type=int, default=1)
@@ -129,10 +132,13 @@ def main() -> None:
     parser.add_argument("--input", action="store_true", help="measure the input pipeline")
     parser.add_argument("--store", default="", help="with --input: whose (default: demo heads enlarged to 1 mm)")
     parser.add_argument("--topology", help="measure what XLA plans for a TPU slice, such as v5e:2x4")
-    arguments = parser.parse_args()
+    return run(parser, _benchmark, arguments)
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
     arguments.size = arguments.size or (128 if arguments.topology else 96)
     if arguments.size < 8 or arguments.size % 8:
-        parser.error(f"--size must be a multiple of 8, got {arguments.size}")
+        raise UsageError(f"--size must be a multiple of 8, got {arguments.size}")
     if arguments.topology:
         from experiments.benchmark import topology
 
@@ -146,8 +152,9 @@ def main() -> None:
         try:
             compare(arguments)
         except Failed as failure:
-            parser.exit(1, f"error: {failure}\n")
+            raise NeuronetError(str(failure)) from failure
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

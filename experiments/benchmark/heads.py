@@ -25,17 +25,18 @@ def template_head(path: Path, spacing_mm: Sequence[float]) -> None:
 
 
 def save_weights(run: str, path: Path) -> None:
-    """Writes a trained run's weights by name. Raises SystemExit for another network than the one of published sizes."""
+    """Writes a trained run's weights by name. Raises NeuronetError for any but the published sizes."""
     from flax import nnx
 
     from experiments.benchmark.work import FILTERS
+    from neuronet_jax.errors import NeuronetError
     from neuronet_jax.labels import PROTOCOLS
     from neuronet_jax.runs.restore import restore
 
     model = restore(run)
     settings = model.config.model
     if settings.family != "neuronet" or settings.filters != FILTERS or model.config.protocols != tuple(PROTOCOLS):
-        raise SystemExit(f"--run takes a run of the neuronet family with filters {FILTERS} and all protocols")
+        raise NeuronetError(f"--run takes a run of the neuronet family with filters {FILTERS} and all protocols")
     variables = nnx.to_flat_state(nnx.state(model.network, nnx.Any(nnx.Param, nnx.BatchStat), graph=False))
     np.savez(path, allow_pickle=False, **{".".join(map(str, name)): np.asarray(v[...]) for name, v in variables})
 

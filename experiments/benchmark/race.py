@@ -16,6 +16,7 @@ import numpy as np
 
 from experiments.benchmark import heads
 from experiments.benchmark.contender import Job
+from neuronet_jax.errors import NeuronetError
 from experiments.benchmark.heads import HEADS
 
 LOGITS_TOLERANCE = 1e-3  # of the logits' standard deviation; float32 sums in another order differ by 1e-5
@@ -172,8 +173,8 @@ def _compare_labels(process: Process, result: Result, maps: list[dict[str, np.nd
         maps.append(dict(np.load(path)))
     result.agreement = heads.agreement(maps[0], maps[-1])
     if not result.agreement >= heads.AGREEMENT:
-        raise SystemExit(
-            f"error: {result.name} and the first contender label different heads: they agree on "
+        raise NeuronetError(
+            f"{result.name} and the first contender label different heads: they agree on "
             f"{100 * result.agreement:.3f} % of all voxels, and {100 * heads.AGREEMENT} % are needed"
         )
 

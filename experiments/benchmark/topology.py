@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from neuronet_jax.errors import NeuronetError
+
 GIB = 2**30
 # Family and devices that share a volume; the rest of the slice is data-parallel, one crop per replica. The published
 # network trains as published, ours with the whole configuration: soft Dice, augmentation, averaged weights.
@@ -44,7 +46,7 @@ def described_devices(topology: str) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # whatever libtpu, or its absence, raises
-        raise SystemExit(
+        raise NeuronetError(
             f"--topology={topology} cannot be described: {error}\nIt needs libtpu (pip install '.[tpu]', best in an "
             "environment of its own) and a slice that it knows, such as v5e:2x4"
         ) from error

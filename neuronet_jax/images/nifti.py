@@ -367,7 +367,7 @@ def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.nda
         if not limits.assume_ras:
             raise RejectError(
                 "E_NO_XFORM",
-                "sform_code and qform_code are 0: left and right are unknown (--assume_ras accepts the file)",
+                "sform_code and qform_code are 0: left and right are unknown (--assume-ras accepts the file)",
             )
         affine = np.diag([*zooms, 1.0])
         affine[:3, 3] = -zooms * (np.array(shape) - 1) / 2  # centred

@@ -236,7 +236,7 @@ class Checkpoints:
         found = sorted(name for name in names if "_of_" in name) or "none"
         raise NeuronetError(
             f"checkpoint {step} has the data positions {found}, but not {_position_name()}: "
-            "run as many processes as before, or give --reset_data to start the data anew"
+            "run as many processes as before, or give --reset-data to start the data anew"
         )
 
     def _probe(self) -> None:

@@ -194,7 +194,7 @@ class TrainingIterator(grain.DatasetIterator[HostBatch]):
         if processes != 1:  # releases before 0.2 gave each process an order of its own
             raise NeuronetError(
                 f"the data position is that of {processes} processes in an older release, whose order no longer "
-                "exists; start the data anew with --reset_data"
+                "exists; start the data anew with --reset-data"
             )
         state = {name: value for name, value in state.items() if name != "processes"}
         if set(state) != {"position", *self._counts}:

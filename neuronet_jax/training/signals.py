@@ -11,7 +11,7 @@ from types import TracebackType
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_STALLED = 6
+from neuronet_jax.programs import STALLED
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class StopRequest:
 
 
 class Watchdog:
-    """A thread that ends the process with EXIT_STALLED when the run makes no progress.
+    """A thread that ends the process with STALLED when the run makes no progress.
 
     After `timeout_s` without `progress`, it warns and writes the stacks of all threads to stderr. After twice that time
     it writes them again and exits, so that a scheduler can restart the job. Causes are, for example, a hung reader or a
@@ -99,7 +99,7 @@ class Watchdog:
                 log.warning("no progress for %.3g s; the run ends after as long again without progress", still_s)
                 faulthandler.dump_traceback(all_threads=True)
             if still_s >= 2 * self._timeout_s:
-                log.error("no progress for %.3g s: ending the process with status %d", still_s, EXIT_STALLED)
+                log.error("no progress for %.3g s: ending the process with status %d", still_s, STALLED)
                 faulthandler.dump_traceback(all_threads=True)
                 sys.stdout.flush()
-                os._exit(EXIT_STALLED)  # a stalled main thread cannot raise
+                os._exit(STALLED)  # a stalled main thread cannot raise

@@ -329,7 +329,7 @@ def test_an_unforeseen_error_stops_one_subject_only(make_cohort, build, monkeypa
 
 def test_A40_bad_ids_stop_the_command(make_cohort, tmp_path, capsys):
     manifest = make_cohort(("1001", "../../1002"))
-    assert main([f"--manifest={manifest}", f"--store={tmp_path / 'store'}"]) == 2
+    assert main([f"--manifest={manifest}", f"--store={tmp_path / 'store'}"]) == 1
     assert "E_ID: the id in row 3" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "store").exists()
 
@@ -359,7 +359,7 @@ def test_exit_statuses(make_cohort, tmp_path, capsys):
     arguments = [f"--manifest={manifest}", f"--store={tmp_path / 'store'}", "--voxel_size_mm=4", "--workers=0"]
     assert main(arguments) == 0
     assert "3 subjects (train 3)" in capsys.readouterr().out
-    assert main([*arguments, "--missing=reject"]) == 2  # a finished store of other settings
+    assert main([*arguments, "--missing=reject"]) == 1  # a finished store of other settings
     assert "E_EXISTS" in capsys.readouterr().err
     (manifest.parent / "1" / "T1.nii.gz").write_bytes(b"")
     arguments[1] = f"--store={tmp_path / 'other'}"

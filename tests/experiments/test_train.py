@@ -167,5 +167,5 @@ def test_what_cannot_train_says_so_in_one_line(store: Path, tmp_path: Path, caps
     assert train.main([*arguments(store, tmp_path / "a"), "--config.batch=64"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "lower the batch" in error
-    assert train.main(["--config=all_targets:demo", "--resume"]) == 1
+    assert train.main(["--config=all_targets:demo", "--resume"]) == 2
     assert "--workdir" in capsys.readouterr().err

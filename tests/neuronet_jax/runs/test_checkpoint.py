@@ -452,7 +452,7 @@ def test_E09_missing_data_position(open_run, config):
     folder = Path(checkpoints._folder) / "1"
     shutil.rmtree(folder / "position")
     _seal(folder)
-    with pytest.raises(NeuronetError, match=r"data positions none, but not process_0_of_1\.json.*--reset_data"):
+    with pytest.raises(NeuronetError, match=r"data positions none, but not process_0_of_1\.json.*--reset-data"):
         checkpoints.restore(_small(0))
     restored = checkpoints.restore(_small(0), reset_data=True)
     assert (restored.data_position, restored.step) == (None, 1)

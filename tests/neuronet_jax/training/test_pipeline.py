@@ -303,7 +303,7 @@ def test_C04_positions_of_an_older_release(make_store: MakeStore, start: Any) ->
     again = start(store, settings())
     again.set_state({**state, "position": 3, "processes": 1})
     assert_same(take(again, 2), whole[3:])
-    with pytest.raises(NeuronetError, match=r"of 2 processes in an older release.*--reset_data"):
+    with pytest.raises(NeuronetError, match=r"of 2 processes in an older release.*--reset-data"):
         again.set_state({**state, "position": 3, "processes": 2})
 
 

@@ -13,7 +13,8 @@ from typing import IO
 
 import pytest
 
-from neuronet_jax.training.signals import EXIT_STALLED, StopRequest, Watchdog
+from neuronet_jax.programs import STALLED
+from neuronet_jax.training.signals import StopRequest, Watchdog
 
 ROOT = Path(__file__).parents[3]
 
@@ -139,7 +140,7 @@ def test_C02_D07_a_stall_gives_a_warning_with_stacks_then_ends_the_process():
         _until(process.stdout, "moving")
         begin = time.monotonic()
         out, error = process.communicate(timeout=30)
-    assert process.returncode == EXIT_STALLED
+    assert process.returncode == STALLED
     assert 0.8 < time.monotonic() - begin < 10  # twice the timeout, and slack for a busy machine
     assert "no progress for 0.5 s; the run ends" in error
     assert error.count('File "<string>"') == 2  # the position of the main thread, at T and at 2 T
