@@ -16,8 +16,8 @@ import numpy as np
 
 from experiments.benchmark import heads
 from experiments.benchmark.contender import Job
-from neuronet_jax.errors import NeuronetError
 from experiments.benchmark.heads import HEADS
+from neuronet_jax.errors import NeuronetError
 
 LOGITS_TOLERANCE = 1e-3  # of the logits' standard deviation; float32 sums in another order differ by 1e-5
 LOSS_TOLERANCE = 1e-3  # relative, after up to two steps of Adam, whose first ones amplify rounding of tiny gradients
