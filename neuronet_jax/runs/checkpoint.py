@@ -1,7 +1,7 @@
 """Checkpoints of a run: state, data position and config, written in the background and checked on reading.
 
     WORKDIR/checkpoints/<step>/state      arrays by path (`params/encoder/…`), Orbax's sharded format
-                               position   one JSON per process: where its data iterator stood
+                               position   JSON, written by the first process: where the data stood, the same for all
                                run        JSON: schema, versions, config, score, shape and dtype of every array
                                manifest.sha256   checksum of every file above; `sha256sum -c` reads it
 
@@ -30,6 +30,7 @@ from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.runs.checksums import MANIFEST, damage, write_manifest
 
+_POSITION = "position.json"
 SCHEMA = 1  # raised when a release can no longer read what an older one wrote
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 class Restored(NamedTuple):
     state: Any  # the target's tree, its leaves jax.Arrays with the target's shardings
-    data_position: Any  # as given to `save` by this process; None after `reset_data`
+    data_position: Any  # as given to `save`; None after `reset_data`
     step: int
 
 
@@ -83,7 +84,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, data_position: Any, config: Config, score: float | None = None) -> None:
         """Copies `state` off the devices, then returns; the rest goes on in the background.
 
-        `state` is any pytree of arrays, `data_position` anything JSON, of this process (a Grain iterator's
+        `state` is any pytree of arrays, `data_position` anything JSON, the same in every process (a Grain iterator's
         `get_state()`), `score` the mean validation Dice, where it was just measured: the best one is kept.
         Raises NeuronetError where `step` is not later than every checkpoint there is: nothing would be saved.
         """
@@ -157,7 +158,7 @@ class Checkpoints:
         device where they have none), whatever devices the checkpoint was written from. With no `step`, a damaged
         checkpoint is set aside with a warning and the one before is taken; with `strict` or a `step` it is an error.
         Raises NeuronetError on a difference in tree, shape, dtype or kind of random key, naming every path, and where
-        the data position is missing or of another number of processes, unless `reset_data`.
+        the data position is missing, unless `reset_data`.
         """
         step = self._sound(step, strict)
         state = self._arrays(step, target, part=False)
@@ -231,13 +232,10 @@ class Checkpoints:
     def _position(self, step: int) -> Any:
         folder = self._folder / str(step) / "position"
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
-        if _position_name() in names:
-            return json.loads((folder / _position_name()).read_text())
-        found = sorted(name for name in names if "_of_" in name) or "none"
-        raise NeuronetError(
-            f"checkpoint {step} has the data positions {found}, but not {_position_name()}: "
-            "run as many processes as before, or give --reset-data to start the data anew"
-        )
+        older = sorted(name for name in names if name.startswith("process_0_of_"))  # one per process before 0.2
+        if _POSITION not in names and not older:
+            raise NeuronetError(f"checkpoint {step} holds no data position; give --reset-data to start the data anew")
+        return json.loads((folder / (_POSITION if _POSITION in names else older[0])).read_text())
 
     def _probe(self) -> None:
         """Writes and removes a file, so that a run that cannot save ends before its first step."""
@@ -339,15 +337,12 @@ def _raw_shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
 
 
-def _position_name() -> str:
-    return f"process_{multihost.process_index()}_of_{multihost.process_count()}.json"
-
-
 class _Position(ocp.CheckpointHandler):
-    """One JSON file per process, for Orbax to write: every process reads its own share of the data."""
+    """One JSON file, for Orbax to write."""
 
     def save(self, directory: epath.Path, args: "_PositionSave") -> None:
-        (directory / _position_name()).write_text(json.dumps(args.position))
+        if multihost.process_index() == 0:
+            (directory / _POSITION).write_text(json.dumps(args.position))
 
     def restore(self, directory: epath.Path, args: object = None) -> None:
         raise NotImplementedError("the file is read without Orbax, see Checkpoints._position")
