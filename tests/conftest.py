@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests write nothing to the user's cache folder
@@ -72,18 +73,17 @@ def make_record(slot: int, split: str, grid: tuple[int, int, int], seed: int = 0
     return Record(image, labels, sample_foreground(labels, present, seed=slot), subject)
 
 
-@pytest.fixture
-def make_store(tmp_path: Path) -> Callable[..., tuple[Store, dict[int, Record]]]:
+@pytest.fixture(scope="session")
+def build_store() -> Callable[..., tuple[Store, dict[int, Record]]]:
     """Builds a finished store of `splits` (one subject each; "" leaves a hole) and returns it with its records."""
 
-    def make(
+    def build(
+        dest: str,
         splits: tuple[str, ...],
         grid: tuple[int, int, int] = (36, 40, 32),
-        dest: str = "",
         shard_subjects: int = 2,
         chunk: int = 16,
     ) -> tuple[Store, dict[int, Record]]:
-        dest = dest or str(tmp_path / "store")
         writer = StoreWriter.create(
             dest,
             protocols=PROTOCOLS,
@@ -101,5 +101,15 @@ def make_store(tmp_path: Path) -> Callable[..., tuple[Store, dict[int, Record]]]
         rejects = [Reject(f"rejected{slot}", "E_CRC", "bad gzip") for slot, split in enumerate(splits) if not split]
         writer.finalize([record.subject for record in records.values()], rejects)
         return Store.open(dest), records
+
+    return build
+
+
+@pytest.fixture
+def make_store(tmp_path: Path, build_store: Callable[..., Any]) -> Callable[..., tuple[Store, dict[int, Record]]]:
+    """`build_store` in the test's own folder, or at `dest`."""
+
+    def make(splits: tuple[str, ...], dest: str = "", **settings: Any) -> tuple[Store, dict[int, Record]]:
+        return build_store(dest or str(tmp_path / "store"), splits, **settings)
 
     return make

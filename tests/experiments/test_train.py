@@ -82,16 +82,25 @@ def last_state(store: Path, run: Path) -> TrainState:
         return checkpoints.restore(state, reset_data=True).state  # whatever the number of processes
 
 
-def test_D05_killed_and_resumed_equals_never_killed(store: Path, tmp_path: Path) -> None:
-    finish(start(store, tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def whole(build_store, tmp_path_factory: pytest.TempPathFactory) -> TrainState:
+    """The last state of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    store = Path(build_store(str(folder / "store"), SPLITS)[0].dest)
+    finish(start(store, folder / "run"))
+    return last_state(store, folder / "run")
+
+
+def test_D05_killed_and_resumed_equals_never_killed(store: Path, tmp_path: Path, whole: TrainState) -> None:
     broken = tmp_path / "broken"
     killed = start(store, broken)
     wait_for_step(broken, random.Random().randint(3, STEPS - 2), killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     finish(start(store, broken, "--resume"))
-    whole, resumed = last_state(store, tmp_path / "whole"), last_state(store, broken)
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)  # every bit of parameters, moments, optimiser, averages
+    jax.tree.map(
+        np.testing.assert_array_equal, last_state(store, broken), whole
+    )  # every bit of parameters, moments, optimiser, averages
     lines = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
 
@@ -117,9 +126,10 @@ def test_D03_sigterm_saves_and_the_run_goes_on(store: Path, tmp_path: Path) -> N
     assert "subject0" not in text  # A41: no identifier of a participant in a run's folder
 
 
-def test_two_processes_train_one_run_and_one_process_continues_it(store: Path, tmp_path: Path) -> None:
+def test_two_processes_train_one_run_and_one_process_continues_it(
+    store: Path, tmp_path: Path, whole: TrainState
+) -> None:
     """C04, C07: the batches do not depend on the processes, so two and then one end where one alone does."""
-    finish(start(store, tmp_path / "whole"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -134,7 +144,7 @@ def test_two_processes_train_one_run_and_one_process_continues_it(store: Path, t
         stopped = checkpoints.latest()
     assert stopped is not None and 4 <= stopped < STEPS
     finish(start(store, run, "--resume"))
-    whole, continued = last_state(store, tmp_path / "whole"), last_state(store, run)
+    continued = last_state(store, run)
     assert int(continued.step) == STEPS and int(continued.skipped) == 0
     for ours, theirs in zip(jax.tree.leaves(continued.params), jax.tree.leaves(whole.params), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)  # sums over devices round in a different order
