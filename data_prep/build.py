@@ -31,6 +31,7 @@ from data_prep.lease import lease
 from data_prep.shard import ShardRows, build_shard
 from data_prep.sources.manifest import Source, assign_splits, check_sources, ids_hash, read_ids, read_manifest
 from data_prep.subject import Settings, image_hash
+from neuronet_jax.codes import explain
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.images.nifti import DEFAULT_LIMITS, Limits
@@ -50,6 +51,10 @@ _MAX_REJECT_FRACTION = 0.05
 
 class TooManyRejects(NeuronetError):
     """More subjects were rejected than the caller allows; the store stays unfinished, rejects.tsv is written."""
+
+    def __init__(self, reason: str, codes: dict[str, int]):
+        super().__init__(reason)
+        self.codes = codes  # subjects per E_… code
 
 
 @dataclass(frozen=True)
@@ -137,10 +142,13 @@ def build_sources(
         rejects = [reject for slot in sorted(rows) for reject in rows[slot].rejects]
         if len(rejects) > max_reject_fraction * len(kept):
             files.write("rejects.tsv", _rejects_tsv(rejects))
-            codes = ", ".join(f"{code} {n}" for code, n in sorted(collections.Counter(r.code for r in rejects).items()))
+            codes = dict(sorted(collections.Counter(reject.code for reject in rejects).items()))
+            counts = ", ".join(f"{code} {n}" for code, n in codes.items())
             raise TooManyRejects(
-                f"{len(rejects)} of {len(kept)} subjects were rejected ({codes}), more than {max_reject_fraction:.1%}; "
-                f"see rejects.tsv in the store, repair the files or raise --max-reject-fraction, and run it again"
+                f"{len(rejects)} of {len(kept)} subjects were rejected ({counts}), more than "
+                f"{max_reject_fraction:.1%}; see rejects.tsv in the store, repair the files or raise "
+                "--max-reject-fraction, and run it again",
+                codes,
             )
         writer.finalize(subjects, rejects)
         _tidy(files)
@@ -322,7 +330,7 @@ def _build(args: argparse.Namespace) -> int:
     try:
         report = build(**options, limits=limits, progress=True)
     except TooManyRejects as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join([f"python -m data_prep.build: error: {error}", *_explained(error.codes)]), file=sys.stderr)
         return PARTIAL
     print(summary(report))
     return DONE
@@ -335,10 +343,15 @@ def summary(report: BuildReport) -> str:
         return ", ".join(f"{name} {n}" for name, n in table.items()) or "none"
 
     total = sum(report.subjects.values())
-    return (
-        f"{total} subjects ({counts(report.subjects)}) in {report.seconds:.1f} s\n"
-        f"rejected: {counts(report.rejected)}; warnings: {counts(report.warnings)}; excluded: {report.excluded}"
-    )
+    lines = [
+        f"{total} subjects ({counts(report.subjects)}) in {report.seconds:.1f} s",
+        f"rejected: {counts(report.rejected)}; warnings: {counts(report.warnings)}; excluded: {report.excluded}",
+    ]
+    return "\n".join([*lines, *_explained(report.rejected | report.warnings)])
+
+
+def _explained(codes: Iterable[str]) -> list[str]:
+    return [f"{code}: {explain(code)}" for code in codes]
 
 
 def _grid(text: str) -> tuple[int, int, int]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neuronet_jax import __version__
+from neuronet_jax.codes import explain
 from neuronet_jax.evaluation.agreement import Agreement
 from neuronet_jax.evaluation.quality import Quality
 from neuronet_jax.images.nifti import Volume
@@ -29,20 +30,6 @@ from neuronet_jax.runs.calibration import Calibration
 if TYPE_CHECKING:
     import jinja2
 
-WARNINGS = {
-    "W_AGREEMENT": "The two MALP-EM outputs contradict each other: the network is unsure what it sees.",
-    "W_BRAIN_VOLUME": "The labelled volume fits no adult brain: check that it is whole and that nothing else is there.",
-    "W_CONTRAST": "This does not look T1-weighted: brightness should rise from CSF over grey to white matter.",
-    "W_CUT": "The brain ends at the border of the image: volumes of structures there are too small.",
-    "W_INTENSITY": "Stray bright voxels were clipped, or many voxels are negative.",
-    "W_LR_UNSAFE": "The file states no orientation: left and right are a guess.",
-    "W_NAN": "Some voxels were NaN or infinite and were set to 0.",
-    "W_NDIM": "The file has a fourth dimension of length one, which was dropped.",
-    "W_NO_BRAIN": "No brain is visible, or the share of grey matter does not fit a brain.",
-    "W_OBLIQUE": "The scan is tilted or sheared more than usual.",
-    "W_QUALITY": "The predicted Dice is below the threshold from the run's validation subjects.",
-    "W_XFORM": "The file's sform and qform differ; the sform was used.",
-}
 FAR = 3.5  # robust deviations of an outlier (Iglewicz and Hoaglin, "How to detect and handle outliers", 1993)
 LEAST_FOR_OUTLIERS = 10  # scans: with fewer, the median absolute deviation is hardly known
 MOST_OUTLIERS, MOST_THUMBNAILS, LOWEST = 40, 200, 5  # as many as a person looks through; 200 pictures are 5 MB
@@ -95,7 +82,7 @@ def render_scan(page: ScanPage) -> str:
     return environment().get_template("scan.html").render(
         scan=page.name,
         note=page.provenance.get("note", ""),
-        warnings=[(code, WARNINGS.get(code, "")) for code in page.warnings],
+        warnings=[(code, explain(code)) for code in page.warnings],
         score=page.quality.score,
         calibration=page.quality.calibration,
         unanimous=page.agreement.unanimous(),
@@ -168,9 +155,9 @@ def render_cohort(
 
 
 def explained(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
-    """Returns every warning code in `rows`, its meaning and the number of scans that have it."""
-    counts = Counter(code for row in rows for code in row.warnings.split(",") if code != "n/a")
-    return [(code, WARNINGS.get(code, ""), count) for code, count in sorted(counts.items())]
+    """Lists every code of the scans, its meaning and remedy, and how many scans have it; errors come first."""
+    counts = Counter(code for row in rows for code in (row.code, *row.warnings.split(",")) if code != "n/a")
+    return [(code, explain(code), count) for code, count in sorted(counts.items())]
 
 
 def _facts(provenance: Mapping[str, Any]) -> dict[str, Any]:

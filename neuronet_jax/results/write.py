@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from neuronet_jax import __version__
+from neuronet_jax.codes import CODES
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.evaluation import agreement, plausibility, quality
 from neuronet_jax.images import nifti
@@ -28,13 +29,6 @@ from neuronet_jax.results.tables import (
 )
 from neuronet_jax.runs.calibration import UNKNOWN, Calibration
 
-# The repair behind each warning.
-REPAIRS = {
-    "W_NAN": "voxels that were NaN or infinite were set to 0",
-    "W_NDIM": "axes of length 1 after the third were dropped",
-    "W_XFORM": "sform and qform differ: the sform was used",
-    "W_LR_UNSAFE": "the file states no orientation: RAS was assumed, so left and right are a guess",
-}
 _NO_BIDS = (  # files without a name in BIDS
     *("summary*.tsv", "volumes.tsv", "*_volumes.tsv", "*_agreement.tsv", "*_quality.tsv", "*_provenance.json"),
     *("*_lut.txt", "*report.html"),
@@ -179,7 +173,7 @@ def _write_sidecar(
         "Config": [member.get("config", "n/a") for member in members],
         "Version": __version__,
         "Warnings": list(warnings),
-        "Repairs": [text for code, text in REPAIRS.items() if code in volume.warnings],
+        "Repairs": [CODES[code].meaning for code in sorted(volume.warnings) if CODES[code].repair],
     }
     _write_json(path, content, provenance)
 

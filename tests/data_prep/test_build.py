@@ -10,6 +10,7 @@ import pytest
 from data_prep import shard, subject, verify
 from data_prep.build import build as build_store
 from data_prep.build import default_grid, main, summary
+from neuronet_jax.codes import explain
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.store.reader import Store
@@ -364,7 +365,9 @@ def test_exit_statuses(make_cohort, tmp_path, capsys):
     (manifest.parent / "1" / "T1.nii.gz").write_bytes(b"")
     arguments[1] = f"--store={tmp_path / 'other'}"
     assert main(arguments) == 3
+    assert f"E_FORMAT: {explain('E_FORMAT')}" in capsys.readouterr().err
     assert main([*arguments, "--max-reject-fraction=0.34"]) == 0
+    assert f"E_FORMAT: {explain('E_FORMAT')}" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*arguments, "--grid=1,2"])
 

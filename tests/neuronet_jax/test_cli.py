@@ -20,10 +20,11 @@ from flax import nnx
 import neuronet_jax
 from experiments.flags import load
 from neuronet_jax.cli import _parser, main
+from neuronet_jax.codes import explain
 from neuronet_jax.errors import RejectError
-from neuronet_jax.inference import segment as inference
 from neuronet_jax.inference.segmentation import Options
 from neuronet_jax.results import cohort
+from neuronet_jax.runs import restore as restoring
 from neuronet_jax.runs.model import Model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +46,7 @@ class Threshold(nnx.Module):
 def run(monkeypatch, tmp_path) -> str:
     config = replace(load("tissue:demo"), protocols=("fsl_fast", "fsl_first"))
     model = Model(Threshold(), config, 2.0, {"config": "test"})
-    monkeypatch.setattr(inference, "restore", lambda run: model)
+    monkeypatch.setattr(restoring, "restore", lambda run: model)
     return f"--run={tmp_path}"
 
 
@@ -83,7 +84,9 @@ def test_F03_a_batch_goes_on_past_bad_files(run, heads, tmp_path, capsys):
         ("c.nii.gz", "rejected", "E_CONSTANT"),
         ("missing.nii.gz", "rejected", "E_IO"),
     ]
-    assert "1 of 4 heads segmented" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 of 4 heads segmented" in printed
+    assert all(explain(code) in printed for code in ("E_TRUNCATED", "E_CONSTANT", "E_IO"))
     written = sorted(path.name for path in (out / "sub-a" / "anat").iterdir())
     assert written == [
         "sub-a_agreement.tsv",
@@ -130,7 +133,7 @@ def test_F09_results_of_another_input_are_kept_unless_told(run, heads, tmp_path,
     (heads / "a.nii.gz").write_bytes((heads / "d.nii.gz").read_bytes())
     command.append("--assume_ras")
     assert main(command) == 1
-    assert "sub-a: its results are of another input file\ngive --overwrite" in capsys.readouterr().err
+    assert "sub-a: its results come from a different input file\nadd --overwrite" in capsys.readouterr().err
     assert _state(out) == before
     assert main([*command, "--overwrite"]) == 0
     assert _state(out) != before and main(command) == 0
@@ -145,10 +148,10 @@ def test_pages_and_the_table_of_the_cohort(run, heads, tmp_path):
     assert [row["scan"] for row in rows] == ["sub-a", "sub-e"] and len(rows[0]) == 1 + 3 + 15
     assert rows[0]["fsl_fast.CSF"] == rows[1]["fsl_fast.CSF"] != "0"
     page = (out / "report.html").read_text()
-    assert "2 of 3 heads segmented" in page and "E_TRUNCATED" in page
+    assert "2 of 3 scans segmented" in page and "E_TRUNCATED" in page
     assert "uncalibrated" in page and 'href="sub-a/anat/sub-a_report.html"' in page
     head = (out / "sub-a" / "anat" / "sub-a_report.html").read_text()
-    assert "2 heads, this one included" in head and "uncalibrated" in head
+    assert "2 scans, including this one" in head and "uncalibrated" in head
     (done, _, _) = _summary(out)
     assert float(done["predicted_dice"]) <= 1 and done["calibrated"] == "no"
     plain = tmp_path / "plain"
@@ -166,7 +169,7 @@ def test_a_choice_of_protocols(run, heads, tmp_path, capsys):
 
 def test_options_reach_the_network(run, heads, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(inference, "restore", lambda *runs, one=inference.restore: asked.append(runs) or one(""))
+    monkeypatch.setattr(restoring, "restore", lambda *runs, one=restoring.restore: asked.append(runs) or one(""))
 
     def segment_volume(model, volume, protocols, options):
         asked.append((protocols, options))

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from neuronet_jax.codes import CODES
 from neuronet_jax.evaluation import agreement, quality
 from neuronet_jax.images import nifti
 from neuronet_jax.inference.segmentation import Confidence, Segmentation
@@ -70,7 +71,14 @@ def test_pages_are_self_contained(tmp_path):
             assert (path.parent / link).is_file()
     head = (tmp_path / "sub-01" / "anat" / "sub-01_report.html").read_text()
     assert head.count('src="data:') == 1 + 3 + 1 + 1  # image, maps, votes, and the small one
-    for text in ("Agreement on tissue", "uncalibrated", "W_BRAIN_VOLUME", "BrainStem", "FSL FIRST (fsl_first)"):
+    for text in (
+        "Agreement on tissue",
+        "uncalibrated",
+        "W_BRAIN_VOLUME",
+        CODES["W_BRAIN_VOLUME"].remedy,
+        "BrainStem",
+        "FSL FIRST (fsl_first)",
+    ):
         assert text in head
 
 

@@ -281,7 +281,7 @@ def test_sidecars_state_the_origin_of_the_map(tmp_path, target):
     sidecar = json.loads(target.labels("malp_em").with_name("sub-01_ses-2_seg-malpem_dseg.json").read_text())
     assert sidecar["WeightsSHA256"] == ["aa", "bb"] and sidecar["Note"] == "synthetic"
     assert sidecar["Version"] == __version__ and sidecar["LabelTableSHA256"] == PROTOCOLS["malp_em"].version
-    assert sidecar["Repairs"] == ["voxels that were NaN or infinite were set to 0"]
+    assert sidecar["Repairs"] == ["Some voxels were NaN or infinite and were set to 0."]
     description = json.loads((target.out / "dataset_description.json").read_text())["GeneratedBy"][0]["Description"]
     assert json.loads(description)["flip"] is True
     assert json.loads(description)["label_tables_sha256"]["fsl_fast"] == PROTOCOLS["fsl_fast"].version
