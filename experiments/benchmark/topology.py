@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.files import Files
 
 GIB = 2**30
 # Family and devices that share a volume; the rest of the slice is data-parallel, one crop per replica. The published
@@ -21,23 +22,36 @@ LAYOUTS = (("reference", 1), ("reference", 2), ("neuronet", 1))
 
 
 def measure(topology: str, side: int, out: Path) -> None:
-    """Prints and writes the table for a slice such as `v5e:2x4`, activations in bfloat16."""
+    """Prints and writes the table for a slice such as `v5e:2x4`, activations in bfloat16.
+
+    Each row is saved as soon as it is compiled. A table that was cut off is continued; a whole one is measured anew.
+    """
     os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles; it must not look for a TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     devices = described_devices(topology)
-    rows = []
-    for family, space in LAYOUTS:
-        if len(devices) % space == 0:
-            rows.append({"family": family, "data": len(devices) // space, "space": space})
-            rows[-1] |= plan(devices, family, space, side)
-            print(f"{family}, space={space}: compiled in {rows[-1]['compile_seconds']:.0f} s", flush=True)
-    text = f"# {topology}, one {side}³ crop per replica, bfloat16, five protocols\n\n{table(rows)}\n"
-    print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    name = f"topology-{topology.replace(':', '-')}"
-    (out / f"{name}.md").write_text(text)
-    (out / f"{name}.json").write_text(json.dumps(rows, indent=2))
+    layouts = [layout for layout in LAYOUTS if len(devices) % layout[1] == 0]
+    files, name = Files(str(out.absolute())), f"topology-{topology.replace(':', '-')}"
+    title = f"# {topology}, one {side}³ crop per replica, bfloat16, five protocols"
+    rows = unfinished(files.read(f"{name}.json"), side, layouts)
+    print(f"{title}\n\n{table(rows)}", flush=True)
+    for family, space in layouts[len(rows) :]:
+        row = {"family": family, "data": len(devices) // space, "space": space, "side": side}
+        rows.append(row | plan(devices, family, space, side))
+        print(table(rows).splitlines()[-1], flush=True)
+        files.write(f"{name}.md", f"{title}\n\n{table(rows)}\n".encode())
+        files.write(f"{name}.json", json.dumps(rows, indent=2).encode())
     print(f"Written to {out / name}.md and .json")
+
+
+def unfinished(content: bytes | None, side: int, layouts: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Returns the rows of a table that was cut off, if it is for the same crop; none of a whole or unreadable one."""
+    try:
+        rows = json.loads(content or b"[]")
+        begun = [(row["family"], row["space"], row["side"]) for row in rows]
+    except (ValueError, KeyError, TypeError):
+        return []
+    expected = [(family, space, side) for family, space in layouts]
+    return rows if begun == expected[: len(begun)] and len(begun) < len(expected) else []
 
 
 def described_devices(topology: str) -> Sequence[Any]:

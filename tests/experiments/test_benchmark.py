@@ -1,6 +1,7 @@
 """The benchmark's bookkeeping. That contenders compute the same is checked in every run, and in the soak."""
 
 import dataclasses
+import json
 import math
 import sys
 import venv
@@ -111,6 +112,45 @@ def test_topology_describes_the_whole_step_on_the_slice(space):
 def test_topology_table_is_per_chip():
     row = {"family": "reference", "data": 4, "space": 2, "temp_gib": 1.049, "accessed_gib": 18.96, "tflop": 0.204}
     assert topology.table([row]).splitlines()[2] == "| reference | 4 × 2 | 1.05 | 19.0 | 0.20 |"
+
+
+COSTS = {"compile_seconds": 1.0, "temp_gib": 1.0, "accessed_gib": 2.0, "tflop": 3.0}
+
+
+def test_a_topology_table_that_was_cut_off_keeps_its_rows_and_is_continued(tmp_path, monkeypatch, capsys):
+    compiled = []
+
+    def plan(devices, family, space, side):
+        if len(compiled) == 2:
+            raise KeyboardInterrupt
+        compiled.append((family, space))
+        return COSTS
+
+    monkeypatch.setattr(topology, "described_devices", lambda _: range(8))
+    monkeypatch.setattr(topology, "plan", plan)
+    with pytest.raises(KeyboardInterrupt):
+        topology.measure("v5e:2x4", 16, tmp_path)
+    printed = capsys.readouterr().out
+    page, content = tmp_path / "topology-v5e-2x4.md", tmp_path / "topology-v5e-2x4.json"
+    assert sorted(tmp_path.iterdir()) == [content, page]
+    rows = json.loads(content.read_text())
+    assert [(row["family"], row["space"]) for row in rows] == compiled == list(topology.LAYOUTS[:2])
+    assert all(line in printed and line in page.read_text() for line in topology.table(rows).splitlines())
+
+    compiled.clear()
+    topology.measure("v5e:2x4", 16, tmp_path)
+    assert compiled == list(topology.LAYOUTS[2:])
+    assert len(json.loads(content.read_text())) == 3 and page.read_text().count("\n| ") == 4
+
+
+def test_only_an_unfinished_topology_table_of_the_same_crop_is_continued():
+    rows = [{"family": family, "space": space, "side": 16} for family, space in topology.LAYOUTS]
+    begun = json.dumps(rows[:2]).encode()
+    assert topology.unfinished(begun, 16, topology.LAYOUTS) == rows[:2]
+    assert topology.unfinished(begun, 32, topology.LAYOUTS) == []
+    assert topology.unfinished(begun, 16, topology.LAYOUTS[1:]) == []
+    for content in (None, b"[", b"[1]", b'[{"family": "neuronet"}]', json.dumps(rows).encode()):
+        assert topology.unfinished(content, 16, topology.LAYOUTS) == []
 
 
 def test_enlarged_heads_hold_every_voxel_eight_times():
