@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := test
-.PHONY: env demo test test-all codes soak lint format docs clean
+.PHONY: env demo test test-all codes soak slurm-test lint format docs clean
 
 env: $(STAMP)
 
@@ -43,10 +43,14 @@ test: lint
 soak: $(STAMP)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m soak --timeout=3600 $(PYTEST_ARGS)
 
+slurm-test: $(STAMP)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slurm tests/experiments/launch $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/shellcheck experiments/launch/*.sh
 	$(BIN)/lint-imports --no-cache
 
 format: $(STAMP)

@@ -4,12 +4,12 @@ A few can only be understood here: they need a cluster, a cloud, a GPU or hours.
 program's own parser.
 """
 
-import argparse
 import contextlib
 import importlib
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ import pytest
 
 from experiments import train
 from neuronet_jax.config import Config
+from neuronet_jax.programs import Parser
 from neuronet_jax.training.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,8 +118,6 @@ def run(command: str, trained: bool = True) -> None:
     for there, here in ELSEWHERE.items():
         command = command.replace(there, here)
     words = shlex.split(command.replace("$SLURM_ARRAY_TASK_ID", "1"))
-    settings = dict(word.split("=", 1) for word in _taken_while(words, r"[A-Z_]+=.*"))
-    words = words[len(settings) :]
     program, *arguments = words
     match program:
         case "make":
@@ -134,10 +133,13 @@ def run(command: str, trained: bool = True) -> None:
                 run(wrapped[0])
             else:
                 run(shlex.join([arguments[-len(script) - 1], *script]))
-        case _ if program.startswith("experiments/launch/"):
-            text = (ROOT / program).read_text()
-            assert all(f"${{{name}:" in text for name in settings)
+        case "experiments/launch/slurm.sh":
             _call("experiments.train", arguments, trained=True)
+        case "experiments/launch/tpu_pod.sh":
+            command, *rest = arguments
+            subprocess.run([ROOT / program, command, "--dry-run", *rest], check=True, capture_output=True)
+            if "--" in rest:
+                _call("experiments.train", rest[rest.index("--") + 1 :], trained=True)
         case "neuronet":
             _call("neuronet", arguments, trained)
         case "python" if arguments[0] == "-m":
@@ -156,12 +158,12 @@ def _call(program: str, arguments: list[str], trained: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if named in UNDERSTOOD or remote:
             patch.setattr(sys, "argv", [program, *arguments])
-            parse = argparse.ArgumentParser.parse_args
+            parse = Parser.parse_args
 
             def understood(self, *given):
                 raise Understood(parse(self, *given))
 
-            patch.setattr(argparse.ArgumentParser, "parse_args", understood)
+            patch.setattr(Parser, "parse_args", understood)
             with pytest.raises(Understood):
                 module.main()
             return
