@@ -114,6 +114,13 @@ CODES = {
         "The predicted Dice is not calibrated for these weights.",
         "Run `python -m experiments.evaluate --run=RUN --calibrate`.",
     ),
+    "E_NAMESAKE": Code(
+        "A package `experiments` or `data_prep` of a different project takes the place of the one of this project.",
+        "Run the program in a different folder or with `python -P -m`, or use an environment of its own.",
+    ),
+    "W_NAMESAKE": Code(
+        "A folder `experiments` or `data_prep` is hidden by the package of this project.", "Rename the folder."
+    ),
     # the cohort
     "E_DUPLICATE": Code(
         "A subject or an image occurs twice.", "Keep one of them in the manifest, or exclude the second id."

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from neuronet_jax import __version__
+from neuronet_jax import __version__, namesakes
 from neuronet_jax.errors import NeuronetError, UsageError
 
 DONE, FAILED, USAGE, PARTIAL = 0, 1, 2, 3  # argparse itself ends with 2
@@ -87,6 +87,7 @@ def run(parser: Parser, command: Callable[[argparse.Namespace], int], arguments:
     """Runs `command` with the options in `arguments` and returns the exit status. An error becomes one message."""
     options = parser.parse_args(arguments)
     try:
+        namesakes.require()
         return command(options)
     except NeuronetError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
