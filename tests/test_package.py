@@ -64,6 +64,22 @@ def test_the_installed_command_answers(wheel, tmp_path):
     assert Path(where).is_relative_to(site) and classes == "139"
 
 
+def test_citation_and_changelog_are_of_this_version():
+    assert f"\nversion: {neuronet_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {neuronet_jax.__version__}\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_test_all_tests_the_versions_that_run_and_names_the_others(tmp_path):
+    """A version manager leaves a stand-in for a version that it could install: it exists, and fails."""
+    for name, script in {"python3.11": f'exec "{sys.executable}" "$@"', "python3.12": "exit 127"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    printed = _run("make", "test-all", "MAKE=echo", "PYTHON=none", cwd=ROOT, PATH=path).splitlines()
+    assert printed == ["test PYTHON=python3.11", "python3.12 is not installed here: its tests are left out."]
+
+
 def test_importing_the_library_loads_nothing_heavy():
     """JAX takes seconds to import; its users may only want `--help` or the label tables."""
     code = """
