@@ -109,7 +109,7 @@ def check(model: Model, store: Store, split: str) -> None:
             f"the store has voxels of {store.info.voxel_size_mm} mm, the run was trained on {model.voxel_size_mm} mm: "
             "build a store with the --voxel-size-mm of the run"
         )
-    if store.info.split_hash != model.provenance.get("split_hash"):
+    if store.info.split_hash != model.origin.split_hash:
         log.warning("the store's splits are not those of the run: make sure that it was not trained on these subjects")
 
 
@@ -141,7 +141,7 @@ def _draw(
 
 def _describe(model: Model, store: Store, split: str, result: Evaluation) -> dict:
     return {
-        "run": model.provenance,
+        "run": model.provenance.to_json(),
         "split": split,
         "split_hash": store.info.split_hash,
         "note": store.info.provenance.get("note", ""),

@@ -4,7 +4,6 @@ A program takes its own options with `programs.Parser(settings=True)` and gives 
 """
 
 import ast
-import dataclasses
 import difflib
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from neuronet_jax.config import Config, from_dict
+from neuronet_jax.config import Config, flatten, from_dict
 from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.programs import SETTING
 
@@ -44,11 +43,6 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Config:
 def to_config(settings: ConfigDict, name: str) -> Config:
     """Returns `settings` as the frozen, checked dataclass that the library takes."""
     return from_dict(Config, {"name": name, **settings.to_dict()})
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """The fields of a config by their dotted names."""
-    return _flat(dataclasses.asdict(config))
 
 
 def _builder(path: str) -> Callable[[str], ConfigDict]:
@@ -80,7 +74,7 @@ def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _override(settings: ConfigDict, field: str, text: str) -> None:
-    fields = _flat(settings.to_dict())
+    fields = flatten(settings.to_dict())
     if field not in fields:
         raise UsageError(f"--config.{field}: there is no such field{_nearest(field, tuple(fields))}")
     settings.update_from_flattened_dict({field: _parse(field, fields[field], text)})
@@ -122,13 +116,6 @@ def _expand(store: str) -> str:
             f"config.data.store: there is no folder {path!r}; give the --store of a finished data_prep.build"
         )
     return path
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.programs import DONE, Parser, run
 from neuronet_jax.results.pictures import save_curves
 from neuronet_jax.results.reports import embed, environment
+from neuronet_jax.runs.directory import RunDirectory
 
 LOWEST = 10  # structures listed: what to look at first
 
@@ -84,7 +85,7 @@ def report(run: str, evaluation: Path, out: Path) -> None:
             lowest=lowest_structures(rows),
             strips=[embed(path.read_bytes()) for path in pictures if "_" not in path.name],
             comparisons=[embed(path.read_bytes()) for path in pictures if "_" in path.name],
-            curves=_curves(Files(run).read("metrics.jsonl")),
+            curves=_curves(RunDirectory(run).metrics()),
         )
     except (OSError, ValueError, KeyError, jinja2.UndefinedError) as error:
         raise NeuronetError(f"{evaluation} holds no evaluation ({error}): run experiments.evaluate first") from error
@@ -104,11 +105,10 @@ def lowest_structures(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     return sorted(means, key=lambda row: row["dice"])[:LOWEST]
 
 
-def _curves(metrics: bytes | None) -> str:
+def _curves(metrics: Sequence[dict[str, Any]]) -> str:
     """Loss and validation Dice over the steps of a run; empty where it kept none."""
     curves: dict[str, list[tuple[int, float]]] = {"loss": [], "dice": []}
-    for line in (metrics or b"").decode().splitlines():
-        values = json.loads(line)
+    for values in metrics:
         for name, points in curves.items():
             if values.get(name) is not None:
                 points.append((values["step"], values[name]))

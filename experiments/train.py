@@ -27,13 +27,14 @@ from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.evaluation.metrics import mean_dice
 from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score
-from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.programs import DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, STALLED, Parser, run
 from neuronet_jax.results.pictures import label_picture
 from neuronet_jax.runs.calibration import save_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
+from neuronet_jax.runs.directory import RunDirectory
 from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.provenance import TrainingData
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.runtime import keep_compiled
 from neuronet_jax.store.reader import Store
@@ -68,6 +69,7 @@ def train(
     store = open_store(config)
     process, processes = jax.process_index(), jax.process_count()
     mesh = make_mesh(config)
+    RunDirectory(workdir).claim(config, TrainingData.of_store(store.info), resume)  # before anything in it is opened
     data = training_iterator(store, config, batch_rows(mesh, config.batch))
     held_out = validation_subjects(store, "validation", process, processes)
     held_out = held_out[: -(-config.evaluate_subjects // processes) or None]
@@ -79,7 +81,6 @@ def train(
         Watchdog(STALL_S) as watchdog,
     ):
         # --- What is computed: the state on the mesh, the step.
-        claim_workdir(workdir, config, store, resume, checkpoints.latest())
         graphdef, state = init_state(config, mesh)
         train_step = make_train_step(config, graphdef, mesh)
         if resume and checkpoints.latest() is not None:
@@ -173,45 +174,6 @@ def open_store(config: Config) -> Store:
         config.name,
     )
     return Store.open(str(ensure_demo_store()))
-
-
-def claim_workdir(workdir: str, config: Config, store: Store, resume: bool, latest: int | None) -> None:
-    """Writes the run's description, or checks that a run that goes on is the same run."""
-    digest = np.frombuffer(config.to_json().encode(), np.uint8)
-    multihost_utils.assert_equal(digest, "the processes of this run were given different configs")
-    files = Files(workdir)
-    earlier = files.read("config.json")
-    if earlier is not None:
-        if not resume:
-            raise NeuronetError(f"{workdir} holds a run already: continue it with --resume, or give another --workdir")
-        changes = differences(Config.from_json(earlier.decode()), config)
-        if changes:
-            raise NeuronetError(f"{workdir} was trained with another config: {'; '.join(changes)}")
-    elif resume and latest is None:
-        log.warning("--resume: %s holds no run yet, starting at step 0", workdir)
-    if jax.process_index() == 0 and earlier is None:
-        files.write("store.json", store.info.to_json())
-        files.write("config.json", config.to_json().encode())
-
-
-def differences(before: Config, after: Config) -> list[str]:
-    """What changed between two configs, but for what may change within a run: its length (the schedule stretches to
-    it), and how data are read, logged and kept.
-    """
-    free = (
-        "steps",
-        "data.store",
-        "data.workers",
-        "data.read_threads",
-        "data.prefetch",
-        "mesh.",
-        "log_every",
-        "keep_",
-        "evaluate_",
-        "checkpoint_",
-    )
-    old, new = flags.flatten(before), flags.flatten(after)
-    return [f"{k} was {old[k]!r}, is {new[k]!r}" for k in old if old[k] != new[k] and not k.startswith(free)]
 
 
 def local(state: TrainState) -> TrainState:

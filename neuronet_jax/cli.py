@@ -157,6 +157,7 @@ def _segment(args: argparse.Namespace) -> int:
     from neuronet_jax.results.resume import Records
     from neuronet_jax.results.write import prepare, write_cohort
     from neuronet_jax.runs.calibration import load_calibration, uncalibrated
+    from neuronet_jax.runs.provenance import Provenance
     from neuronet_jax.runs.restore import restore
     from neuronet_jax.runtime import keep_compiled
 
@@ -170,10 +171,10 @@ def _segment(args: argparse.Namespace) -> int:
     derived = ("malp_em_tissue",) if options.consistent_tissue else ()
     protocols = _choose(args.protocols, (*model.config.protocols, *derived))
     if len(args.run) == 1:
-        calibration = load_calibration(args.run[0], model.provenance.get("step", 0))
+        calibration = load_calibration(args.run[0], model.origin.step)
     else:
         calibration = uncalibrated("an ensemble is another model than any of its runs")
-    provenance = {**model.provenance, **calibration.provenance(), **options.changed()}
+    provenance = Provenance(model.provenance.members, calibration.sha256, options.changed())
     targets = bids.plan(found, args.out, protocols, options.posteriors)
     summary = "summary.tsv"
     if args.shard is not None:
@@ -304,7 +305,7 @@ def _export(args: argparse.Namespace) -> int:
     from neuronet_jax.runs.restore import restore
 
     model = restore(args.run)
-    calibration = load_calibration(args.run, model.provenance.get("step", 0))
+    calibration = load_calibration(args.run, model.origin.step)
     export(model, args.out, args.shape, calibration)
     print(f"{args.out} holds the program, its weights and what they mean; sha256sum -c manifest.sha256 checks them")
     print(f"predicted Dice of `segment --run={args.out}`: {calibration.describe()}")

@@ -10,7 +10,6 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator
 from typing import Any, Self
 
 from neuronet_jax.errors import NeuronetError
@@ -180,8 +179,9 @@ def check(config: Config) -> None:
     def among(path: str, value: str, *choices: str) -> None:
         require(value in choices, path, value, " or ".join(choices))
 
-    for path, value in _numbers(dataclasses.asdict(config)):
-        require(math.isfinite(value) and value >= 0, path, value, "finite and not negative")
+    for path, value in flatten(dataclasses.asdict(config)).items():
+        if isinstance(value, (int, float)):
+            require(math.isfinite(value) and value >= 0, path, value, "finite and not negative")
     for path in ("batch", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
         require(getattr(config, path) >= 1, path, getattr(config, path), "at least 1")
 
@@ -219,9 +219,9 @@ def check(config: Config) -> None:
     require(config.mesh.space >= 1, "mesh.space", config.mesh.space, "at least 1")
 
 
-def _numbers(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            yield from _numbers(value, f"{path}.{name}" if path else name)
-    elif isinstance(tree, (int, float)):
-        yield path, tree
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested groups of settings by their dotted names, such as "data.crop"."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

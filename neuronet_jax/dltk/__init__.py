@@ -21,11 +21,11 @@ from flax import nnx
 from neuronet_jax.config import AugmentConfig, Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from neuronet_jax.dltk import tensorbundle
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import Network, build
 from neuronet_jax.runs.checkpoint import Checkpoints
-from neuronet_jax.store.schema import SCHEMA_VERSION, StoreInfo
+from neuronet_jax.runs.directory import RunDirectory
+from neuronet_jax.runs.provenance import Imported, TrainingData
 
 # The protocols of each published network in the order of its tails (the `config_*.json` of the reference code)
 VARIANTS = {
@@ -55,26 +55,19 @@ def import_run(saved_model: Path, run: str, name: str | None = None, axes: str =
     _, params, moments = nnx.split(network, nnx.Param, nnx.BatchStat, graph=False)
 
     hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(prefix.parent.glob("variables.*"))}
-    imported = {"from": "TensorFlow SavedModel", "axes": axes.upper(), "sha256": hashes}
+    imported = Imported("TensorFlow SavedModel", axes.upper(), hashes)
     index = hashes["variables.index"][:12]  # it holds the checksums of all data, so it stands for them
     note = (
         f"weights of the published {config.name} network, imported from TensorFlow; variables.index has sha256 {index}…"
     )
-    info = StoreInfo(  # of a store there was none: a run says by it what its grid is and where it comes from
-        schema_version=SCHEMA_VERSION,
-        protocols=config.protocols,
-        grid=config.data.crop,
-        voxel_size_mm=1.0,
-        slots=0,
-        shard_subjects=1,
-        chunk=config.data.crop[0],
-        provenance={"imported": imported, "note": note},
-    )
+    folder, in_use = RunDirectory(run), f"{run} holds a run already; give a different --out"
+    if folder.config() is not None or folder.training_data() is not None:
+        raise NeuronetError(in_use)
     with Checkpoints(run) as checkpoints:
         if checkpoints.latest() is not None:
-            raise NeuronetError(f"{run} holds a run already; give another --out")
+            raise NeuronetError(in_use)
         checkpoints.save(step, {"params": params, "moments": moments}, None, config)
-    Files(run).write("store.json", info.to_json())
+    folder.describe(config, TrainingData(config.protocols, voxel_size_mm=1.0, note=note, imported=imported))
     return config
 
 

@@ -57,7 +57,7 @@ def calibrate_on(
         if any(subject.present):
             samples.append(_sample(model, store, subject))
         progress()
-    return calibrate(samples, model.provenance.get("step", 0))
+    return calibrate(samples, model.origin.step)
 
 
 def _sample(model: Model, store: Store, subject: Subject) -> Sample:

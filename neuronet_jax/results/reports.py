@@ -26,6 +26,7 @@ from neuronet_jax.results.bids import Target
 from neuronet_jax.results.pictures import Slices, colors_of, votes_colors
 from neuronet_jax.results.tables import Row, Volumes
 from neuronet_jax.runs.calibration import Calibration
+from neuronet_jax.runs.provenance import Provenance
 
 if TYPE_CHECKING:
     import jinja2
@@ -47,7 +48,7 @@ class ScanPage:
     agreement: Agreement
     quality: Quality
     warnings: tuple[str, ...]
-    provenance: Mapping[str, Any]
+    provenance: Provenance
 
 
 @cache
@@ -81,7 +82,7 @@ def render_scan(page: ScanPage) -> str:
     first = next(iter(page.maps))
     return environment().get_template("scan.html").render(
         scan=page.name,
-        note=page.provenance.get("note", ""),
+        note=page.provenance.note,
         warnings=[(code, explain(code)) for code in page.warnings],
         score=page.quality.score,
         calibration=page.quality.calibration,
@@ -123,7 +124,7 @@ def render_cohort(
     agreements: Mapping[str, Sequence[Mapping[str, str]]],
     thumbnails: Mapping[str, str],
     calibration: Calibration,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
 ) -> str:
     """Returns a page with the scans of one command (`rows`) and the volumes of all scans in its folder, as HTML.
 
@@ -139,7 +140,7 @@ def render_cohort(
     return environment().get_template("cohort.html").render(
         rows=shown,
         done=sum(row.status == "done" for row in rows),
-        note=provenance.get("note", ""),
+        note=provenance.note,
         warned=explained(rows),
         calibration=calibration.describe() if scored else "",
         lowest=[row.output for row in scored[:LOWEST]] if len(scored) > LOWEST else [],
@@ -160,12 +161,12 @@ def explained(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
     return [(code, explain(code), count) for code, count in sorted(counts.items())]
 
 
-def _facts(provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(provenance: Provenance) -> dict[str, Any]:
     """Returns the origin of the labels, with the members of an ensemble side by side. The note has its own place."""
-    members = provenance.get("ensemble", [provenance])
-    shared = {name: value for name, value in provenance.items() if name not in ("note", "ensemble")}
-    if len(members) == 1:
+    shared = {name: value for name, value in provenance.to_json().items() if name not in ("note", "ensemble")}
+    if len(provenance.members) == 1:
         return shared
+    members = [member.to_json() for member in provenance.members]
     names = dict.fromkeys(name for member in members for name in member if name != "note")
     return shared | {name: ", ".join(str(member.get(name, "n/a")) for member in members) for name in names}
 

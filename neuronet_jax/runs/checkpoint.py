@@ -29,6 +29,7 @@ from orbax.checkpoint import multihost
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.runs.checksums import MANIFEST, damage, write_manifest
+from neuronet_jax.runs.directory import RunDirectory
 
 _POSITION = "position.json"
 SCHEMA = 1  # raised when a release can no longer read what an older one wrote
@@ -53,8 +54,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: str | os.PathLike, keep: int = 3, read_only: bool = False):
         """Raises NeuronetError where the directory is missing (`read_only`) or cannot be written."""
-        path = os.fspath(run_dir)
-        self._folder = epath.Path(path if "://" in path else os.path.abspath(path)) / "checkpoints"
+        self._folder = epath.Path(RunDirectory(run_dir).checkpoints)
         self._keep = keep
         self._read_only = read_only
         self._saving: int | None = None  # the step that Orbax is writing

@@ -1,6 +1,6 @@
 """A trained network with what is needed to apply it: `restore` reads one, or an ensemble, from training runs."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -8,6 +8,7 @@ from flax import nnx
 
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.runs.provenance import UNKNOWN_ORIGIN, Origin, Provenance
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,7 @@ class Model:
     network: Any
     config: Config
     voxel_size_mm: float  # of the grid that it was trained on
-    provenance: dict[str, Any] = field(default_factory=dict)  # where the weights come from, as JSON
+    origin: Origin = UNKNOWN_ORIGIN  # of this network's weights
     max_voxels: int = 0  # larger volumes are tiled; 0: what the device's memory allows
     others: tuple["Model", ...] = ()  # further members of an ensemble, whose scores are averaged with this one's
 
@@ -32,6 +33,11 @@ class Model:
     def members(self) -> tuple["Model", ...]:
         return (self, *self.others)
 
+    @property
+    def provenance(self) -> Provenance:
+        """The origins of all members."""
+        return Provenance(tuple(member.origin for member in self.members))
+
 
 def ensemble(first: Model, *others: Model) -> Model:
     """One model that averages the scores of all. Raises NeuronetError where they do not predict the same."""
@@ -42,9 +48,4 @@ def ensemble(first: Model, *others: Model) -> Model:
         ):
             if mine != its:
                 raise NeuronetError(f"an ensemble needs models of one {what}, got {mine} and {its}: run them apart")
-    if not others:
-        return first
-    provenance: dict[str, Any] = {"ensemble": [model.provenance for model in (first, *others)]}
-    if note := "; ".join(dict.fromkeys(m.provenance["note"] for m in (first, *others) if "note" in m.provenance)):
-        provenance["note"] = note
-    return replace(first, provenance=provenance, others=others)
+    return replace(first, others=others) if others else first

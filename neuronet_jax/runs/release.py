@@ -29,12 +29,14 @@ from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
-from neuronet_jax.runs.calibration import QUALITY, UNKNOWN, Calibration, calibration_to_json
+from neuronet_jax.runs.calibration import UNKNOWN, Calibration, calibration_to_json
 from neuronet_jax.runs.checksums import MANIFEST
+from neuronet_jax.runs.directory import QUALITY, RELEASE
 from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.provenance import Origin
 
 SCHEMA = 1  # raised when a release can no longer read what an older one wrote
-RELEASE, WEIGHTS = "release.json", "weights.safetensors"
+WEIGHTS = "weights.safetensors"
 _HEADER_BYTES = 2**20  # of safetensors, at most: names, dtypes and shapes of some hundred arrays take 20 kB
 _FIX = "fetch the release again"
 
@@ -77,7 +79,7 @@ def release(
         "labels": {name: _label_table(name) for name in model.config.protocols},
         "voxel_size_mm": model.voxel_size_mm,
         "orientation": "RAS",
-        "provenance": model.provenance,
+        "provenance": model.origin.to_json(),
         "programs": [{k: v for k, v in program._asdict().items() if k != "content"} for program in programs],
         "sha256": {name: _sha256(content) for name, content in contents.items()},
     }
@@ -113,7 +115,7 @@ def restore_release(folder: str) -> Model:
             )
     filled = [(path, variable.replace(jnp.asarray(weights[weight_name(path)]))) for path, variable in variables]
     network = nnx.merge(structure, nnx.from_flat_state(filled))
-    return Model(network, config, description["voxel_size_mm"], description["provenance"])
+    return Model(network, config, description["voxel_size_mm"], Origin.from_json(description["provenance"]))
 
 
 def weight_name(path: Sequence[Any]) -> str:

@@ -11,12 +11,12 @@ import numpy as np
 from flax import nnx
 
 from neuronet_jax.errors import CodedWarning, NeuronetError
-from neuronet_jax.files import Files
 from neuronet_jax.models.network import build
 from neuronet_jax.runs.checkpoint import Checkpoints
+from neuronet_jax.runs.directory import TRAINING_DATA, RunDirectory
 from neuronet_jax.runs.model import Model, ensemble
+from neuronet_jax.runs.provenance import Origin
 from neuronet_jax.runs.release import restore_release
-from neuronet_jax.store.schema import StoreInfo
 
 
 def restore(run: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Model:
@@ -31,12 +31,12 @@ def restore(run: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Model
 
 
 def _restore(run: str) -> Model:
-    if Files(run).read("release.json") is not None:
+    folder = RunDirectory(run)
+    if folder.is_release():
         return restore_release(run)
-    data = Files(run).read("store.json")
+    data = folder.training_data()
     if data is None:
-        raise NeuronetError(f"{run} holds no run (no store.json); --run takes the --workdir of a training run")
-    info = StoreInfo.from_json(data)
+        raise NeuronetError(f"{run} holds no run (no {TRAINING_DATA}); --run takes the --workdir of a training run")
     checkpoints = Checkpoints(run, read_only=True)
     try:
         step = checkpoints.best() or checkpoints.latest()
@@ -59,17 +59,9 @@ def _restore(run: str) -> Model:
     weights = state["average"] if averaged else (state["params"], state["moments"])
     # anew from the host: not bound to the device that they were read to
     params, moments = jax.tree.map(lambda array: jnp.asarray(np.asarray(array)), weights)
-    provenance = {
-        "config": config.name,
-        "step": step,
-        "split_hash": info.split_hash,
-        "weights_sha256": weights_sha256(params, moments),
-    }
-    if note := info.provenance.get("note"):  # such as: a demonstration on synthetic heads
-        provenance["note"] = note
-    if imported := info.provenance.get("imported"):  # the files that the weights come from
-        provenance["imported"] = imported
-    return Model(nnx.merge(structure, params, moments), config, info.voxel_size_mm, provenance)
+    digest = weights_sha256(params, moments)
+    origin = Origin(config.name, step, data.split_hash, digest, data.note, data.imported)
+    return Model(nnx.merge(structure, params, moments), config, data.voxel_size_mm, origin)
 
 
 def weights_sha256(params: Any, moments: Any) -> str:

@@ -28,9 +28,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-from neuronet_jax.files import Files
+from neuronet_jax.runs.directory import METRICS, TENSORBOARD, RunDirectory
 
-METRICS = "metrics.jsonl"
 SHOWN = ("loss", "dice")  # metrics shown beside the progress bar
 UPLOAD_S = 60.0  # interval between copies to a bucket
 
@@ -54,12 +53,12 @@ class Monitor:
         self._progress: Progress | None = None
         if not self._active:
             return
-        place = os.fspath(run_dir)
-        self._bucket = Files(place) if "://" in place else None
-        self._folder = Path(tempfile.mkdtemp(prefix="neuronet-") if self._bucket else place)
+        self._run = RunDirectory(run_dir)
+        self._bucket = self._run.files if "://" in self._run.path else None
+        self._folder = Path(tempfile.mkdtemp(prefix="neuronet-") if self._bucket else self._run.path)
         self._uploaded = time.monotonic() if self._bucket else 0.0
         self._try(METRICS, lambda: self._keep_until(resume_step))
-        self._try("TensorBoard", lambda: self._open_events(self._folder / "tensorboard", resume_step))
+        self._try("TensorBoard", lambda: self._open_events(self._folder / TENSORBOARD, resume_step))
         console = Console(stderr=True)
         if console.is_terminal:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
@@ -117,7 +116,7 @@ class Monitor:
 
     def _keep_until(self, step: int) -> None:
         """Starts metrics.jsonl with the earlier run's lines up to `step`, without broken ones."""
-        lines = read_metrics(self._bucket.dest if self._bucket else self._folder)
+        lines = self._run.metrics()
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = self._folder / f"{METRICS}.tmp"
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
@@ -162,17 +161,6 @@ class Monitor:
             if sink not in self._failed:
                 self._failed.add(sink)
                 log.warning("%s cannot be written; training continues without it: %s", sink, error)
-
-
-def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl in order, each with `step` and `time`, without a line cut short by a crash."""
-    lines = []
-    for line in (Files(os.fspath(run_dir)).read(METRICS) or b"").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # a crash or a full disk cut it short
-            continue
-    return lines
 
 
 def _finite(value: float) -> float | None:

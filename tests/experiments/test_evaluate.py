@@ -18,6 +18,7 @@ from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.readout import Readout
 from neuronet_jax.runs.calibration import QUALITY, load_calibration
 from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.provenance import Origin
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Record, Subject, sample_foreground
 from neuronet_jax.store.writer import StoreWriter
@@ -76,7 +77,7 @@ def store(tmp_path) -> Store:
 @pytest.fixture
 def model(store) -> Model:
     config = replace(load("tissue:demo"), protocols=NAMES[:2])
-    return Model(Threshold(), config, 2.0, {"config": "tissue:demo", "step": 7, "split_hash": store.info.split_hash})
+    return Model(Threshold(), config, 2.0, Origin("tissue:demo", 7, store.info.split_hash))
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -177,7 +178,7 @@ def test_refusals_say_what_to_change(model, store, tmp_path):
 
 
 def test_another_split_is_said(model, store, tmp_path, caplog):
-    evaluate.evaluate(replace(model, provenance={}), store, "train", tmp_path / "out")
+    evaluate.evaluate(replace(model, origin=Origin()), store, "train", tmp_path / "out")
     assert "not those of the run" in caplog.text
 
 

@@ -30,6 +30,8 @@ from neuronet_jax.runs.model import Model
 ROOT = Path(__file__).resolve().parents[2]
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.readout import Readout
+from neuronet_jax.runs import restore as restoring
+from neuronet_jax.runs.provenance import Origin
 
 
 class Threshold(nnx.Module):
@@ -45,7 +47,7 @@ class Threshold(nnx.Module):
 @pytest.fixture
 def run(monkeypatch, tmp_path) -> str:
     config = replace(load("tissue:demo"), protocols=("fsl_fast", "fsl_first"))
-    model = Model(Threshold(), config, 2.0, {"config": "test"})
+    model = Model(Threshold(), config, 2.0, Origin("test"))
     monkeypatch.setattr(restoring, "restore", lambda run: model)
     return f"--run={tmp_path}"
 

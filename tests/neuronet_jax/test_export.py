@@ -27,6 +27,7 @@ from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
 from neuronet_jax.runs.calibration import Calibration, Line, Threshold, load_calibration, save_calibration
 from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.provenance import Origin
 
 SHAPE = (64, 96, 32)
 
@@ -35,7 +36,7 @@ def _model(family: str) -> Model:
     config = load("all_targets:demo")
     settings = replace(config.model, family=family, filters=(4, 6, 8, 10))
     config = replace(config, model=settings, data=replace(config.data, store="/home/someone/store"))
-    return Model(build(settings, config.protocols, seed=3), config, 2.0, {"config": "test", "step": 7})
+    return Model(build(settings, config.protocols, seed=3), config, 2.0, Origin("test", 7))
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from neuronet_jax.dltk import tensorbundle
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
+from neuronet_jax.runs.directory import RunDirectory
+from neuronet_jax.runs.provenance import TrainingData
 
 DTYPES = {"float32": 1, "float64": 2, "int32": 3, "uint8": 4, "int64": 9}
 VARIABLES = {
@@ -244,9 +246,11 @@ def test_an_imported_network_is_a_run(spm, tmp_path, capsys):
     assert "published network spm_tissue" in capsys.readouterr().out
     model = restore(tmp_path / "run")
     assert model.config.protocols == ("spm_tissue",) and model.voxel_size_mm == 1.0
-    assert model.provenance["step"] == 99_000
-    assert len(model.provenance["imported"]["sha256"]["variables.data-00000-of-00001"]) == 64
-    assert str(tmp_path) not in str(model.provenance) and "spm_tissue" in model.provenance["note"]
+    assert model.origin.step == 99_000 and model.origin.imported is not None
+    assert len(model.origin.imported.sha256["variables.data-00000-of-00001"]) == 64
+    assert str(tmp_path) not in str(model.origin) and "spm_tissue" in model.origin.note
+    with pytest.raises(NeuronetError, match="imported network, which cannot be trained further"):
+        RunDirectory(tmp_path / "run").claim(model.config, TrainingData(("spm_tissue",), 1.0), resume=True)
 
     network = build(model.config.model, ("spm_tissue",), seed=5)
     dltk.load_variables(network, {name: spm[name] for name in dltk.variable_paths(network).values()})
@@ -256,7 +260,7 @@ def test_an_imported_network_is_a_run(spm, tmp_path, capsys):
     np.testing.assert_array_equal(labels, segment(replace(model, network=network), image)["spm_tissue"])
 
     assert _import(tmp_path, spm, "--config=spm_tissue") == 1  # the run is in use
-    assert "holds a run already; give another --out" in capsys.readouterr().err
+    assert "holds a run already; give a different --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

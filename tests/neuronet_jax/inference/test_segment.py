@@ -19,9 +19,10 @@ from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
 from neuronet_jax.models.readout import Readout
 from neuronet_jax.runs.checkpoint import Checkpoints
+from neuronet_jax.runs.directory import RunDirectory
 from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.provenance import Provenance, TrainingData
 from neuronet_jax.runs.restore import restore
-from neuronet_jax.store.schema import StoreInfo
 from neuronet_jax.training import mesh, step
 
 FILTERS = (2, 4)
@@ -294,15 +295,15 @@ def test_restore_gives_the_best_checkpoint_with_averaged_weights(tmp_path, avera
         changed = {"average": weights} if averaged else {"params": weights[0], "moments": weights[1]}
         checkpoints.save(number, replace(state, **changed), {}, config, score)
     checkpoints.close()
-    info = StoreInfo(1, PROTOCOL_NAMES, (32, 32, 32), 2.0, 1, 1, 32, {"note": "made for a test"}, split_hash="abc")
-    (tmp_path / "store.json").write_bytes(info.to_json())
+    data = TrainingData(PROTOCOL_NAMES, 2.0, split_hash="abc", note="made for a test")
+    RunDirectory(tmp_path).describe(config, data)
 
     model = restore(tmp_path)
-    assert (model.voxel_size_mm, model.provenance["step"]) == (2.0, 2)
-    assert model.provenance["note"] == "made for a test" and model.provenance["split_hash"] == "abc"
-    assert restore(tmp_path).provenance == model.provenance and len(model.provenance["weights_sha256"]) == 64
+    assert (model.voxel_size_mm, model.origin.step) == (2.0, 2)
+    assert model.origin.note == "made for a test" and model.origin.split_hash == "abc"
+    assert restore(tmp_path).origin == model.origin and len(model.origin.weights_sha256) == 64
     both = restore(tmp_path, tmp_path)
-    assert both.provenance == {"ensemble": [model.provenance] * 2, "note": "made for a test"} and len(both.members) == 2
+    assert both.provenance == Provenance((model.origin, model.origin)) and len(both.members) == 2
     expected = nnx.state(nnx.merge(graphdef, state.params, state.moments))
     for restored, fresh in zip(jax.tree.leaves(nnx.state(model.network)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(restored, fresh + 2, rtol=1e-6)

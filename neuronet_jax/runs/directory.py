@@ -1,0 +1,131 @@
+"""The folder of a run: the names of its files, the description it gives of itself, and who may train in it.
+
+    WORKDIR/config.json          settings; the last file written when a run begins
+            training_data.json   the data that it is trained on (older runs: store.json, a copy of the store's)
+            checkpoints/         see `checkpoint.py`
+            metrics.jsonl        one line per report, see `training/monitor.py`
+            tensorboard/         the same for TensorBoard, and pictures
+            quality.json         calibration of predicted Dice, see `calibration.py`
+
+A release (see `release.py`) holds `release.json` instead of the first three.
+"""
+
+import json
+import logging
+import os
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from neuronet_jax.config import Config, flatten
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.files import Files
+from neuronet_jax.runs.provenance import Imported, TrainingData
+from neuronet_jax.store.schema import StoreInfo
+
+CONFIG, TRAINING_DATA, CHECKPOINTS = "config.json", "training_data.json", "checkpoints"
+METRICS, TENSORBOARD, QUALITY, RELEASE = "metrics.jsonl", "tensorboard", "quality.json", "release.json"
+_STORE = "store.json"  # of version 0.1.0
+
+# Settings that may change within a run: its length (the schedule stretches to it), and how data are read, logged, kept.
+_FREE = (
+    *("steps", "data.store", "data.workers", "data.read_threads", "data.prefetch", "mesh."),
+    *("log_every", "keep_", "evaluate_", "checkpoint_"),
+)
+
+log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """The folder of one run or release, local or in a bucket. Making one touches nothing."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """`path` is kept when the process moves. Raises NeuronetError for a kind of place that is not supported."""
+        given = os.fspath(path)
+        self.path = given if "://" in given else os.path.abspath(given)
+        self.files = Files(self.path)
+
+    @property
+    def checkpoints(self) -> str:
+        return f"{self.path}/{CHECKPOINTS}"
+
+    def is_release(self) -> bool:
+        return self.files.read(RELEASE) is not None
+
+    def config(self) -> Config | None:
+        """The settings that the run began with; None before it begins. Raises NeuronetError if they are damaged."""
+        data = self.files.read(CONFIG)
+        return None if data is None else Config.from_json(data.decode(errors="replace"))
+
+    def training_data(self) -> TrainingData | None:
+        """The data that the run was trained on; None before it begins. Raises NeuronetError if they are damaged."""
+        if (data := self.files.read(TRAINING_DATA)) is not None:
+            return TrainingData.from_json(data)
+        if (data := self.files.read(_STORE)) is not None:
+            return _older_training_data(StoreInfo.from_json(data))
+        return None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl in order, each with `step` and `time`."""
+        lines = []
+        for line in (self.files.read(METRICS) or b"").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:  # a crash or a full disk cut it short
+                continue
+        return lines
+
+    def claim(self, config: Config, data: TrainingData, resume: bool = False) -> None:
+        """Makes this the folder of a run with these settings, or checks that the run in it is the one to continue.
+
+        Every process of a run calls it, before it opens or changes anything in the folder. Raises NeuronetError if
+        the folder holds a run and `resume` is not asked for, if that run has different settings, and if it is an
+        imported network.
+        """
+        earlier, earlier_data = self.config(), self.training_data()
+        # after reading and before writing: the processes wait for each other here
+        digest = np.frombuffer(config.to_json().encode(), np.uint8)
+        multihost_utils.assert_equal(digest, "the processes of this run were given different configs")
+        if earlier_data is not None and earlier_data.imported:
+            raise NeuronetError(
+                f"{self.path} holds an imported network, which cannot be trained further: give a different --workdir"
+            )
+        if earlier is not None:
+            if not resume:
+                raise NeuronetError(
+                    f"{self.path} holds a run already: continue it with --resume, or give a different --workdir"
+                )
+            if changed := changes(earlier, config):
+                raise NeuronetError(f"{self.path} was trained with a different config: {'; '.join(changed)}")
+            return
+        if resume:
+            log.warning("--resume: %s holds no run yet, starting at step 0", self.path)
+        if jax.process_index() == 0:
+            self.describe(config, data)
+
+    def describe(self, config: Config, data: TrainingData) -> None:
+        """Writes the description of a run: its data, then its settings."""
+        self.files.write(TRAINING_DATA, data.to_json())
+        self.files.write(CONFIG, config.to_json().encode())
+
+
+def changes(before: Config, after: Config) -> list[str]:
+    """Describes the settings that differ, except those that may change within a run."""
+    old, new = flatten(asdict(before)), flatten(asdict(after))
+    return [f"{k} was {old[k]!r}, is {new[k]!r}" for k in old if old[k] != new[k] and not k.startswith(_FREE)]
+
+
+def _older_training_data(info: StoreInfo) -> TrainingData:
+    """The training data of a run that keeps a copy of its store's description.
+
+    An imported run made one up, for a store with 0 slots.
+    """
+    data = TrainingData.of_store(info)
+    if "imported" not in info.provenance:
+        return data
+    return TrainingData(
+        data.protocols, data.voxel_size_mm, note=data.note, imported=Imported.from_json(info.provenance["imported"])
+    )
