@@ -154,7 +154,7 @@ def test_calibrate_writes_what_the_validation_heads_say(model, store, tmp_path, 
     assert evaluate.main(command) == 1 and "no subject in its validation split" in capsys.readouterr().err
     monkeypatch.setattr(Store, "split", lambda store, name: [store.subjects[0], store.subjects[2]])
     assert evaluate.main(command) == 0
-    assert "calibrated on 2 validation heads, too few for a threshold" in capsys.readouterr().out
+    assert "calibrated on 2 validation subjects, too few for a threshold" in capsys.readouterr().out
     found = load_calibration(str(tmp_path), 7)
     assert found is not None and found.heads == 2 and set(found.lines) == {"fsl_fast", "fsl_first"}
     # the only head with this reference: half of what is predicted is right, and a line fits that but for the prior
