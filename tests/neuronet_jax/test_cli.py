@@ -23,15 +23,14 @@ from neuronet_jax.cli import _parser, main
 from neuronet_jax.codes import explain
 from neuronet_jax.errors import RejectError
 from neuronet_jax.inference.segmentation import Options
+from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.models.readout import Readout
 from neuronet_jax.results import cohort
 from neuronet_jax.runs import restore as restoring
 from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.provenance import Origin
 
 ROOT = Path(__file__).resolve().parents[2]
-from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.models.readout import Readout
-from neuronet_jax.runs import restore as restoring
-from neuronet_jax.runs.provenance import Origin
 
 
 class Threshold(nnx.Module):
