@@ -76,6 +76,24 @@ def _write(path: Path, voxels: Any) -> None:
     image.to_filename(path)
 
 
+# What a process of a job sees: how many processes there are, and which GPUs JAX would take.
+JOIN = """\
+import jax
+from neuronet_jax import runtime
+runtime.join_cluster()
+print(jax.process_count(), jax.config.jax_cuda_visible_devices)
+"""
+
+
+def test_tasks_of_a_step_join_and_take_all_gpus_of_their_nodes(slurm, tmp_path: Path):
+    size = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2")
+    assert slurm.run("srun", *size, "python", "-c", JOIN, timeout_s=120).splitlines() == ["2 all"] * 2
+    (tmp_path / "join.py").write_text(JOIN)
+    job = slurm.submit(*size, f"--output={tmp_path}/log", f"--wrap=python {tmp_path}/join.py")  # without srun: alone
+    assert slurm.wait(job, 60, tmp_path / "log") == "COMPLETED"
+    assert (tmp_path / "log").read_text().split() == ["1", "all"]
+
+
 @pytest.fixture(scope="module")
 def store(slurm, raw: Path, tmp_path_factory) -> tuple[Path, str, str]:
     """A store that workers in Slurm jobs wrote, what the build said, and the names of those jobs."""
@@ -125,13 +143,14 @@ def trained(slurm, store, tmp_path_factory) -> tuple[Path, str, int]:
     job = slurm.submit(*time_and_place, "experiments/launch/slurm.sh", f"--config={config}", f"--workdir={run}")
 
     end = time.monotonic() + 240
-    while slurm.job(job)["Restarts"] == "0":
+    stopped = None
+    while stopped is None or slurm.job(job)["Restarts"] == "0":
         text = log.read_text() if log.exists() else ""
         assert time.monotonic() < end and slurm.job(job)["JobState"] != "FAILED", text + slurm.log()
         time.sleep(0.5)
-    with Checkpoints(run, read_only=True) as checkpoints:
-        stopped = checkpoints.latest()
-    assert stopped is not None, log.read_text()
+        # On a machine with other work, the first warning may come before the training has begun.
+        saved = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+        stopped = max(saved, default=None)
     # A run may be made longer or shorter when it goes on; without this the test would never end.
     config.write_text(CONFIG.format(store=store[0], steps=stopped + 20))
     assert slurm.wait(job, 180, log) == "COMPLETED", log.read_text()
@@ -140,10 +159,10 @@ def trained(slurm, store, tmp_path_factory) -> tuple[Path, str, int]:
 
 def test_training_saves_when_warned_is_requeued_and_resumes(trained):
     run, log, stopped = trained
-    assert log.count("USR1: saving after this step") == 2  # srun hands the signal to both processes
-    assert re.findall(r"stopped as asked after step (\d+)", log) == [str(stopped)] * 2
+    assert log.count("USR1: saving after this step") >= 2  # srun hands the signal to both processes
+    assert re.findall(r"stopped as asked after step (\d+)", log)[:2] == [str(stopped)] * 2
     starts = re.findall(r"training tiny from step (\d+) to (\d+) on 2 devices", log)
-    assert sorted(starts) == sorted([("0", str(ENDLESS)), (str(stopped), str(stopped + 20))] * 2)
+    assert starts.count(("0", str(ENDLESS))) == starts.count((str(stopped), str(stopped + 20))) == 2
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, stopped + 21))  # none lost, none twice
     with Checkpoints(run, read_only=True) as checkpoints:
