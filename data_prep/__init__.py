@@ -1,4 +1,4 @@
-"""From a raw archive of scans and label maps to one finished store."""
+"""Data preparation: from a raw archive of scans and label maps to one finished store."""
 
 from neuronet_jax import namesakes
 

@@ -45,12 +45,12 @@ HEAD_MM = (
     192,
     224,
     192,
-)  # holds an adult brain with room for a crop to move; the published heads were cut to about that
+)  # holds an adult brain with room for a crop to move; the published work cropped to about this size
 _MAX_REJECT_FRACTION = 0.05
 
 
 class TooManyRejects(NeuronetError):
-    """More subjects were rejected than the caller allows; the store stays unfinished, rejects.tsv is written."""
+    """More subjects were rejected than the caller allows. The store stays unfinished; rejects.tsv is written."""
 
     def __init__(self, reason: str, codes: dict[str, int]):
         super().__init__(reason)
@@ -59,7 +59,7 @@ class TooManyRejects(NeuronetError):
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What became of the cohort. `rejects` names subjects: not for logs."""
+    """The outcome of a build. `rejects` names subjects, so it must stay out of logs."""
 
     subjects: dict[str, int]  # per split
     rejects: tuple[Reject, ...]
@@ -69,7 +69,7 @@ class BuildReport:
 
     @property
     def rejected(self) -> dict[str, int]:
-        """Subjects per E_… code."""
+        """Number of subjects per E_… code."""
         return dict(collections.Counter(reject.code for reject in self.rejects))
 
 
@@ -83,7 +83,7 @@ def build(
     splits: Path | None = None,
     **options: Any,
 ) -> BuildReport:
-    """Builds the store of a manifest (columns in `data_prep.manifest`); `options` as for `build_sources`."""
+    """Builds the store of a manifest (columns in `data_prep.sources.manifest`); `options` as for `build_sources`."""
     excluded = read_ids(Path(exclude)) if exclude else set()
     sources = assign_splits(read_manifest(Path(manifest)), Path(splits) if splits else None)
     return build_sources(sources, store, voxel_size_mm=voxel_size_mm, grid=grid, excluded=excluded, **options)
@@ -106,17 +106,18 @@ def build_sources(
     note: str = "",
     progress: bool = False,
 ) -> BuildReport:
-    """Builds the store at `store` from `sources`, or continues it; one finished from the same input is left as it is.
+    """Builds the store at `store` from `sources`, or continues it. A store finished from the same input is left as it
+    is.
 
     Subjects in `excluded` are left out without a trace; `note` is kept in the store's provenance. Raises NeuronetError
-    for a bad cohort, a place that holds another store, or failed writing, and TooManyRejects.
+    for a bad cohort, a place that holds a different store, or failed writing, and TooManyRejects.
     """
     start = time.monotonic()
     check_sources(sources)
     kept = [source for source in sources if source.id not in set(excluded)]
     protocols = tuple(name for name in PROTOCOLS if any(name in source.labels for source in kept))
     if not protocols:
-        raise NeuronetError("no subject with a label map is left to build from")
+        raise NeuronetError("no subject has a label map: check the manifest's columns and --exclude")
     settings = Settings(protocols, grid or default_grid(voxel_size_mm), voxel_size_mm, missing, resample_labels, limits)
     shard_subjects = shard_subjects or min(max(len(kept) // 16, 1), 8)  # small cohorts still feed several workers
     provenance = _provenance(kept, settings, excluded, note)
@@ -126,7 +127,7 @@ def build_sources(
         finished = Store.open(store)
         if finished.info.provenance != provenance or finished.info.shard_subjects != shard_subjects:
             raise NeuronetError(
-                f"E_EXISTS: {store} holds a finished store of other input or settings; choose another place"
+                f"E_EXISTS: {store} holds a finished store of different input or settings; choose a different place"
             )
         rejects = read_rejects(files)
         _tidy(files)
@@ -162,7 +163,7 @@ def _build_shards(
     run: Callable[[dict[str, tuple]], Iterator[Any]],
     advance: Callable[[int], None],
 ) -> dict[int, ShardRows]:
-    """The rows of every shard, by first slot; those that an earlier run wrote are not written again."""
+    """Builds the shards that an earlier run has not finished. Returns the rows of every shard, by first slot."""
     rows = _finished(writer, shards)
     advance(sum(len(shards[slot]) for slot in rows))
     duplicates: dict[str, int] = {}
@@ -173,7 +174,7 @@ def _build_shards(
                 raise result
             rows[result.slot] = result
             advance(len(shards[result.slot]))
-        # images under two ids are known only now: their shards are written again without the second
+        # images with two ids are known only now: their shards are written again without the second one
         for subject, first in _duplicates(rows):
             duplicates[subject.id] = first
             again = rows.pop(writer.info.shard_of(subject.slot), None)
@@ -182,10 +183,12 @@ def _build_shards(
 
 
 def _finished(writer: StoreWriter, slots: Iterable[int]) -> dict[int, ShardRows]:
-    """The rows of the shards that an earlier run wrote, except where it rejected: somebody may have repaired the
-    files."""
+    """Returns the rows of the shards that an earlier run wrote.
+
+    Shards with rejects are built again, because somebody may have repaired the files.
+    """
     there = set(writer.files.names("unfinished-"))
-    with ThreadPoolExecutor(32) as pool:  # a bucket answers many at once
+    with ThreadPoolExecutor(32) as pool:  # a bucket answers many requests at once
         found = pool.map(
             lambda slot: ShardRows.read(writer.files, slot), (s for s in slots if ShardRows.name(s) in there)
         )
@@ -193,13 +196,13 @@ def _finished(writer: StoreWriter, slots: Iterable[int]) -> dict[int, ShardRows]
 
 
 def default_grid(voxel_size_mm: float) -> tuple[int, int, int]:
-    """Voxels that hold `HEAD_MM`, in multiples of 16: three halvings, then an even split over two devices."""
+    """Returns the voxels that hold `HEAD_MM`, in multiples of 16: three halvings, then an even split over 2 devices."""
     x, y, z = (16 * math.ceil(math.ceil(side / voxel_size_mm) / 16) for side in HEAD_MM)
     return x, y, z
 
 
 def _provenance(sources: Sequence[Source], settings: Settings, excluded: Collection[str], note: str) -> dict[str, Any]:
-    """What the store was made of and how, without paths or ids: equal for equal builds."""
+    """Returns the origin and settings of the store, without paths or ids. Equal builds have equal provenance."""
     rows = [f"{source.id}\t{source.split}\t{','.join(sorted(source.labels))}\n" for source in sources]
     return json.loads(
         json.dumps(
@@ -229,13 +232,14 @@ def _writer(store: str, settings: Settings, slots: int, shard_subjects: int, pro
     info = StoreInfo.from_json(data)
     if info.provenance != provenance or info.shard_subjects != shard_subjects:
         raise NeuronetError(
-            f"E_EXISTS: {store} holds an unfinished store of other input or settings; delete it or choose another place"
+            f"E_EXISTS: {store} holds an unfinished store of different input or settings; delete it or choose a "
+            "different place"
         )
     return StoreWriter.open(store)
 
 
 def _duplicates(rows: dict[int, ShardRows]) -> list[tuple[Subject, int]]:
-    """Every subject whose image an earlier slot already has, and that slot."""
+    """Returns every subject whose image an earlier slot already has, with that slot."""
     first: dict[str, int] = {}
     subjects = [subject for slot in sorted(rows) for subject in rows[slot].subjects]
     return [(s, first[image_hash(s)]) for s in subjects if first.setdefault(image_hash(s), s.slot) != s.slot]
@@ -252,7 +256,7 @@ def read_rejects(files: Files) -> list[Reject]:
 
 
 def _tidy(files: Files) -> None:
-    """Removes what only an unfinished store needs."""
+    """Removes the files that only an unfinished store needs."""
     for name in [*files.names("unfinished-"), "unfinished.json"]:
         files.delete(name)
 
@@ -269,7 +273,7 @@ class _Rate(ProgressColumn):
 
 
 class _progress:
-    """A bar with rate and time left; `with` gives the function that advances it."""
+    """A progress bar with rate and time left; `with` gives the function that advances it."""
 
     def __init__(self, shown: bool, total: int):
         columns = (TextColumn("building"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
@@ -337,7 +341,7 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def summary(report: BuildReport) -> str:
-    """The report in a few lines, without ids."""
+    """Returns the report in a few lines, without ids."""
 
     def counts(table: dict[str, int]) -> str:
         return ", ".join(f"{name} {n}" for name, n in table.items()) or "none"

@@ -1,7 +1,7 @@
-"""One writer per shard: a small file says who is at work, and how one finds out that it is no more.
+"""One writer per shard: a small file names the writer, and shows whether it is still alive.
 
-A process of this machine that is gone is seen at once. Any other (a second build, a Dask worker that was given up)
-rewrites its lease every few seconds, so a lease that stays the same belongs to nobody.
+A dead process on this machine is detected at once. Any other writer (a second build, an abandoned Dask worker) rewrites
+its lease every few seconds, so a lease that stays unchanged has no owner.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from neuronet_jax.files import Files
 BEAT_S = 10.0
 _PATIENCE_S = 60.0  # six missed beats: longer than a network file system or a bucket stalls
 
-_held: set[str] = set()  # tokens of this process: its own old leases are stale too
+_held: set[str] = set()  # this process's live tokens: its own old leases are stale too
 
 
 @contextlib.contextmanager
 def lease(files: Files, name: str) -> Iterator[None]:
-    """Holds the file `name` for the time of the block. Raises NeuronetError E_LEASE where a live process holds it."""
+    """Holds the file `name` for the duration of the block. Raises NeuronetError E_LEASE if a live process holds it."""
     token = uuid.uuid4().hex
     _held.add(token)
     stop = threading.Event()
@@ -55,10 +55,12 @@ def _acquire(files: Files, name: str, token: str) -> None:
         raise NeuronetError(
             f"E_LEASE: {name} is held by process {holder['pid']} on {holder['host']}; wait for it, or stop it first"
         )
-    # of several who see one stale lease, one may take it over: the claim of its successor is atomic
+    # if several processes see a stale lease, one may take it over: claiming its successor is atomic
     successor = f"{name}.{json.loads(found)['token']}" if found else name
     if not files.claim(successor, _content(token, 0)):
-        raise NeuronetError(f"E_LEASE: {name} was just taken over by another process; wait for it, or stop it first")
+        raise NeuronetError(
+            f"E_LEASE: {name} was just taken over by a different process; wait for it, or stop it first"
+        )
     files.write(name, _content(token, 0))
     if successor != name:
         files.delete(successor)
@@ -73,7 +75,7 @@ def _is_alive(files: Files, name: str, found: bytes) -> bool:
             os.kill(holder["pid"], 0)
         except ProcessLookupError:
             return False
-        except PermissionError:  # it lives, and is somebody else's
+        except PermissionError:  # the process is alive and belongs to a different user
             pass
     waited = 0.0
     while waited < _PATIENCE_S:
@@ -88,5 +90,5 @@ def _beat(files: Files, name: str, token: str, stop: threading.Event) -> None:
     count = 0
     while not stop.wait(BEAT_S):
         count += 1
-        with contextlib.suppress(NeuronetError):  # a beat that cannot be written is a beat missed
+        with contextlib.suppress(NeuronetError):  # a failed write counts as a missed beat
             files.write(name, _content(token, count))

@@ -1,9 +1,9 @@
-"""Reads every chunk of every subject of a store, and says what is damaged or missing.
+"""Reads every chunk of every subject of a store, and reports damage and gaps.
 
     python -m data_prep.verify --store=stores/cohort
 
-Chunks are checked by their crc32c, subjects by the hash that was taken when they were prepared. Subjects are named by
-slot (subjects.tsv gives the id).
+Chunks are checked by their crc32c, subjects by their hash at preparation. Subjects are named by slot (subjects.tsv
+gives the id).
 """
 
 import argparse
@@ -24,9 +24,9 @@ from neuronet_jax.store.schema import StoreError, StoreInfo, Subject
 
 
 def verify(store: str, threads: int = 4) -> Iterator[str]:
-    """One line per fault of the store: gaps of an unfinished one, damaged or changed subjects of a finished one.
+    """Yields one line per fault: gaps of an unfinished store, damaged or changed subjects of a finished one.
 
-    Raises NeuronetError where the store's own tables disagree (see `Store.open`).
+    Raises NeuronetError if the store's own tables disagree (see `Store.open`).
     """
     files = Files(store)
     unfinished = files.read("unfinished.json")
@@ -35,7 +35,7 @@ def verify(store: str, threads: int = 4) -> Iterator[str]:
         yield "E_INCOMPLETE: the store is not finished; run the command that builds it again"
         for slot in range(0, info.slots, info.shard_subjects):
             if ShardRows.read(files, slot) is None:
-                yield f"E_SHARD_MISSING: the shard at slot {slot} was not written yet"
+                yield f"E_SHARD_MISSING: the shard at slot {slot} has not been written yet"
         return
     opened = Store.open(store)
 
@@ -47,7 +47,7 @@ def verify(store: str, threads: int = 4) -> Iterator[str]:
         except StoreError as error:
             return str(error)
         if content_hash(image, labels, foreground) != subject.content_hash:
-            return f"E_MISMATCH: slot {subject.slot} is not what was prepared; rebuild the store"
+            return f"E_MISMATCH: slot {subject.slot} has changed since it was prepared; rebuild the store"
         return None
 
     with ThreadPoolExecutor(threads) as pool:  # reading, decompressing and hashing all release the interpreter
@@ -55,7 +55,7 @@ def verify(store: str, threads: int = 4) -> Iterator[str]:
 
 
 def remove_locks(store: str) -> int:
-    """Deletes what killed writers left in a local store (TensorStore's `.__lock` files); how many there were."""
+    """Deletes the lock files of killed writers in a local store (TensorStore's `.__lock`) and returns their number."""
     root = local_path(store)
     stale: Sequence[Path] = list(root.rglob("*.__lock")) if root else []
     for path in stale:

@@ -1,4 +1,4 @@
-"""Interrupted builds: killed, out of disk, run twice at once; the next run ends with the same store."""
+"""Interrupted builds: killed, out of disk, run twice at once. The next run ends with the same store."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ GRID = (48, 56, 48)
 
 
 def test_A36_a_full_disk_is_an_error_and_the_next_run_resumes(make_cohort, build, tmp_path, tree):
-    """The limit on the size of a file stands for the full disk: the write itself fails, in the middle."""
+    """A limit on the file size stands for the full disk: the write itself fails, in the middle."""
     manifest = make_cohort(protocols=("fsl_fast",))
     build(manifest, "whole", shard_subjects=1)
     options = ["--voxel_size_mm=4", "--grid=48,56,48", "--workers=0", "--shard_subjects=1"]
@@ -53,7 +53,9 @@ def test_A37_killed_anywhere_and_run_again_equals_uninterrupted(make_cohort, bui
             build(manifest, f"killed{operation}", shard_subjects=2)
         if not reached:
             break
-        if not (tmp_path / f"killed{operation}" / "COMPLETE").exists():  # else killed while tidying up: whole already
+        if not (
+            tmp_path / f"killed{operation}" / "COMPLETE"
+        ).exists():  # else it was killed while tidying up, and is already complete
             with pytest.raises(StoreError, match="E_INCOMPLETE"):
                 Store.open(tmp_path / f"killed{operation}")
         build(manifest, f"killed{operation}", shard_subjects=2)
@@ -106,9 +108,10 @@ def test_A37_sigkill_of_a_real_build(make_cohort, build, tmp_path, tree):
 
 
 def test_A38_a_lost_worker_loses_no_subject(make_cohort, build, tmp_path, tree):
-    """Real processes, one of which is killed while it holds a shard.
+    """One of several real processes is killed while it holds a shard.
 
-    Dask gives that shard to another one, which finds the lease of a dead process. The store equals a single process's.
+    Dask gives that shard to a different worker, which finds the lease of a dead process. The store equals that of a
+    single process.
     """
     manifest = make_cohort(tuple(f"{number}" for number in range(1001, 1011)), protocols=("fsl_fast", "malp_em"))
     build(manifest, "here", shard_subjects=1)
@@ -164,7 +167,7 @@ def test_A38_a_lease_of_another_host_counts_while_it_beats(tmp_path, monkeypatch
     assert files.names() == ["shard.lease"]
 
 
-def test_repaired_files_are_taken_in_by_the_next_run(make_cohort, build, tmp_path):
+def test_the_next_run_takes_repaired_files(make_cohort, build, tmp_path):
     manifest = make_cohort()
     good = (manifest.parent / "1" / "T1.nii.gz").read_bytes()
     (manifest.parent / "1" / "T1.nii.gz").write_bytes(good[:500])
