@@ -38,7 +38,7 @@ TINY = {
 # Understood, not run: what it takes.
 UNDERSTOOD = {
     "experiments.benchmark": "minutes, other frameworks, a TPU compiler",
-    "data_prep.demo": "drawing heads, which tests/data_prep/demo does",
+    "data_prep.demo": "drawing phantoms, which tests/data_prep/demo does",
     "neuronet import-dltk": "the published weights; tests/neuronet_jax/dltk imports others",
 }
 # Where the main function is, if not in the module of the program's name.

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Threshold(nnx.Module):
-    """A network whose labels are known: 1 where a voxel lies above the mean, for two protocols."""
+    """A network with known labels: 1 for voxels above the mean, for two protocols."""
 
     def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
         classes = [PROTOCOLS[name].num_classes for name in ("fsl_fast", "fsl_first")]
@@ -53,7 +53,7 @@ def run(monkeypatch, tmp_path) -> str:
 
 @pytest.fixture
 def heads(tmp_path) -> Path:
-    """Three heads of 2 mm: a is good, b is truncated, c is constant; and d without orientation."""
+    """Returns a folder with 2 mm scans: a is good, b truncated, c constant, and d without orientation."""
     rng = np.random.default_rng(0)
     for name in "abc":
         data = np.zeros((60, 70, 64), np.int16)
@@ -74,7 +74,7 @@ def _summary(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def test_F03_a_batch_goes_on_past_bad_files(run, heads, tmp_path, capsys):
+def test_F03_a_cohort_continues_past_bad_files(run, heads, tmp_path, capsys):
     out = tmp_path / "out"
     inputs = [str(heads / f"{name}.nii.gz") for name in ("b", "a", "c", "missing")]
     assert main(["segment", *inputs, run, f"--out={out}"]) == 3
@@ -86,7 +86,7 @@ def test_F03_a_batch_goes_on_past_bad_files(run, heads, tmp_path, capsys):
         ("missing.nii.gz", "rejected", "E_IO"),
     ]
     printed = capsys.readouterr().out
-    assert "1 of 4 heads segmented" in printed
+    assert "1 of 4 scans segmented" in printed
     assert all(explain(code) in printed for code in ("E_TRUNCATED", "E_CONSTANT", "E_IO"))
     written = sorted(path.name for path in (out / "sub-a" / "anat").iterdir())
     assert written == [
@@ -120,13 +120,13 @@ def test_F09_the_same_command_again_touches_nothing(run, heads, tmp_path, capsys
     command = ["segment", str(heads / "a.nii.gz"), str(heads / "b.nii.gz"), run, f"--out={out}"]
     assert main(command) == 3
     before, summary = _state(out), _summary(out)
-    for again in (command, [*command, "--overwrite"]):  # what would come out the same is kept
-        assert main(again) == 3  # b is tried again: it might have been repaired
+    for again in (command, [*command, "--overwrite"]):  # results that would not change are kept
+        assert main(again) == 3  # b is tried again: it may have been repaired
         assert _state(out) == before and _summary(out) == summary
-        assert f"1 of 2 heads segmented in {out}, 1 of them before" in capsys.readouterr().out
+        assert f"1 of 2 scans segmented in {out}, 1 of them earlier" in capsys.readouterr().out
 
 
-def test_F09_results_of_another_input_are_kept_unless_told(run, heads, tmp_path, capsys):
+def test_F09_results_of_a_different_input_are_replaced_only_on_request(run, heads, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["segment", str(heads / "a.nii.gz"), run, f"--out={out}"]
     assert main(command) == 0
@@ -192,7 +192,7 @@ def test_options_reach_the_network(run, heads, tmp_path, monkeypatch):
     ]
 
 
-def test_A09_a_file_without_orientation_needs_a_word(run, heads, tmp_path):
+def test_A09_a_file_without_orientation_needs_an_option(run, heads, tmp_path):
     command = ["segment", str(heads / "d.nii.gz"), run, f"--out={tmp_path / 'out'}"]
     assert main(command) == 3
     assert _summary(tmp_path / "out")[0]["code"] == "E_NO_XFORM"
@@ -214,7 +214,7 @@ def test_wrong_arguments_exit_2(arguments):
 
 
 def _commands() -> dict[str, argparse.ArgumentParser]:
-    """Every help page by the arguments that show it."""
+    """Returns every help page by the arguments that show it."""
     parser = _parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return {"": parser, **commands.choices}
@@ -257,7 +257,7 @@ def test_examples_of_the_help_are_commands(name, capsys):
         line = line.replace("$SLURM_ARRAY_TASK_ID", "8").partition("   ")[0]
         if "COMMAND" in line:
             continue
-        args = _parser().parse_args(shlex.split(line)[1:])  # exits with 2 where one is wrong
+        args = _parser().parse_args(shlex.split(line)[1:])  # exits with 2 if one is wrong
         assert args.command.__name__ == f"_{shlex.split(line)[1].replace('-', '_')}"
         if name == "segment":
             Options(posteriors=args.posteriors)  # names that exist
