@@ -1,4 +1,4 @@
-"""Programs that compose the library: train, evaluate, compare, benchmark."""
+"""Programs that compose the library: train, evaluate, report, demo and benchmark."""
 
 from neuronet_jax import namesakes
 

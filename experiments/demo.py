@@ -1,8 +1,8 @@
-"""The whole way in minutes, on synthetic heads: train, segment a held-out head, evaluate, report.
+"""Runs every step within minutes, on synthetic heads: train, segment a held-out scan, evaluate, report.
 
     python -m experiments.demo [--out=DIR] [--config=all_targets:demo] [--config.FIELD=…]
 
-Each step is a command of its own, printed before it runs. The numbers say nothing about real brains.
+Each step is a separate command, printed before it runs. The numbers say nothing about real brains.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from data_prep.demo.cohort import demo_manifest, ensure_demo_store
 from neuronet_jax.programs import DONE, NOT_FINITE, OUT_OF_MEMORY, PARTIAL, STALLED, Parser, run
 
 STATUSES: dict[int, str] = dict.fromkeys(
-    (PARTIAL, NOT_FINITE, OUT_OF_MEMORY, STALLED), "as the step that failed; see its --help"
+    (PARTIAL, NOT_FINITE, OUT_OF_MEMORY, STALLED), "the status of the step that failed; see its --help"
 )
 
 
 def held_out_head(store: Path) -> Path:
-    """The T1 image of the demo cohort's first test subject, as the scanner would have written it."""
+    """Returns the T1 image of the demo cohort's first test subject, as a scanner would have written it."""
     manifest = demo_manifest(store)
     with manifest.open(encoding="utf-8", newline="") as file:
         row = next(row for row in csv.DictReader(file) if row["split"] == "test")
@@ -31,8 +31,8 @@ def held_out_head(store: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m experiments.demo", description=__doc__, settings=True, statuses=STATUSES)
-    parser.add_argument("--out", default=time.strftime("runs/demo-%Y%m%d-%H%M%S"), help="where everything goes")
-    parser.add_argument("--config", default="all_targets:demo", help="as of experiments.train")
+    parser.add_argument("--out", default=time.strftime("runs/demo-%Y%m%d-%H%M%S"), help="output folder")
+    parser.add_argument("--config", default="all_targets:demo", help="settings, as for experiments.train")
     return run(parser, _demo, arguments)
 
 

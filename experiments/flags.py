@@ -46,7 +46,7 @@ def to_config(settings: ConfigDict, name: str) -> Config:
 
 
 def _builder(path: str) -> Callable[[str], ConfigDict]:
-    """The `get_config` of a named config or of the user's own file."""
+    """Returns the `get_config` of a named config or of the user's own file."""
     file = _FOLDER / f"{path}.py" if path in NAMES else Path(path)
     if file.suffix != ".py" or not file.is_file():
         hint = _nearest(path, NAMES)
@@ -58,7 +58,7 @@ def _builder(path: str) -> Callable[[str], ConfigDict]:
 
 
 def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """`--config.a=1 --config.b 2` as [("a", "1"), ("b", "2")]."""
+    """Returns `--config.a=1 --config.b 2` as [("a", "1"), ("b", "2")]."""
     pairs, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -81,7 +81,7 @@ def _override(settings: ConfigDict, field: str, text: str) -> None:
 
 
 def _parse(field: str, default: Any, text: str) -> Any:
-    """`text` as a value of the type of `default`."""
+    """Parses `text` as a value of the type of `default`."""
     kind = type(default)
     if kind is str:
         return text
@@ -97,7 +97,9 @@ def _parse(field: str, default: Any, text: str) -> Any:
 
 
 def _parse_tuple(field: str, default: tuple, text: str) -> tuple:
-    """`64,64,64`, `(64, 64, 64)` or `[64, 64, 64]`; words as `fsl_fast,malp_em`, with or without quotes."""
+    """Parses `64,64,64`, `(64, 64, 64)` or `[64, 64, 64]`, and words such as `fsl_fast,malp_em`, with or without
+    quotes.
+    """
     if isinstance(default[0], str):
         return tuple(word.strip(" '\"") for word in text.strip("()[]").split(",") if word.strip(" '\""))
     value = ast.literal_eval(text)
@@ -107,7 +109,9 @@ def _parse_tuple(field: str, default: tuple, text: str) -> tuple:
 
 
 def _expand(store: str) -> str:
-    """`store` with ~ and variables filled in. Raises NeuronetError where one is unset or a local folder is missing."""
+    """Returns `store` with ~ and variables expanded. Raises NeuronetError for an unset variable or a missing local
+    folder.
+    """
     path = os.path.expanduser(os.path.expandvars(store))
     if unset := re.search(r"\$\{?(\w+)", path):
         raise NeuronetError(f"config.data.store is {store!r}, but the variable {unset[1]} is not set")
@@ -119,7 +123,7 @@ def _expand(store: str) -> str:
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
-    """A hint with the nearest of `words`, compared whole first, then by their last part (`learning_rate`)."""
+    """Returns a hint with the nearest of `words`, compared whole first, then by the last part (`learning_rate`)."""
     near = difflib.get_close_matches(word, words, 1)
     if not near:
         last = {name.rpartition(".")[2]: name for name in words}

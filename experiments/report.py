@@ -1,4 +1,4 @@
-"""An evaluation as one HTML file that holds everything it shows, and names no subject.
+"""Writes an evaluation as one self-contained HTML file that names no subject.
 
 python -m experiments.report --run=runs/all_targets --eval=evaluation --out=report.html
 """
@@ -24,7 +24,7 @@ from neuronet_jax.results.pictures import save_curves
 from neuronet_jax.results.reports import embed, environment
 from neuronet_jax.runs.directory import RunDirectory
 
-LOWEST = 10  # structures listed: what to look at first
+LOWEST = 10  # structures listed, for a first look
 
 _TEMPLATE = environment().from_string("""\
 {% extends "base.html" %}
@@ -32,8 +32,8 @@ _TEMPLATE = environment().from_string("""\
 {% block body %}
 <h1>{{ summary.run.config }}, {{ summary.split }} split</h1>
 {% if summary.note %}<p class="note">{{ summary.note }}</p>{% endif %}
-<p>Step {{ summary.run.step }}. Dice similarity coefficient over whole heads: per subject the mean over the structures
-that are present in the reference or the prediction, then mean ± standard deviation and minimum over subjects.</p>
+<p>Step {{ summary.run.step }}. Dice similarity coefficient over whole scans: for each subject the mean over the
+structures present in the reference or the prediction, then mean ± standard deviation and minimum over subjects.</p>
 <div class="scroll"><table>
   <tr><th>protocol<th>tool<th>mean ± sd<th>min<th>subjects</tr>
   {% for name, row in summary.protocols.items() %}
@@ -49,9 +49,9 @@ that are present in the reference or the prediction, then mean ± standard devia
   <td class="number">{{ row.nsd | number(4) }}<td class="number">{{ row.missed }}</tr>
   {% endfor %}
 </table></div>
-<p>Missed: present in the reference or the prediction alone. Their distance is infinite, and the median counts it.</p>
+<p>Missed: present in one map only. The distance is then infinite, and the median includes it.</p>
 {% endif %}
-{% for picture in strips %}<p><img alt="a held-out head and its predicted label maps" src="{{ picture }}">{% endfor %}
+{% for picture in strips %}<p><img alt="a held-out scan and its predicted label maps" src="{{ picture }}">{% endfor %}
 <h2>Hardest structures</h2>
 <div class="scroll"><table>
   <tr><th>protocol<th>structure<th>mean Dice<th>subjects</tr>
@@ -72,7 +72,7 @@ that are present in the reference or the prediction, then mean ± standard devia
 def report(run: str, evaluation: Path, out: Path) -> None:
     """Writes the report of an evaluation (`experiments.evaluate --out`) of a run to the file `out`.
 
-    Raises NeuronetError where the evaluation is missing or damaged, or the report cannot be written.
+    Raises NeuronetError if the evaluation is missing or damaged, or if the report cannot be written.
     """
     try:
         summary = json.loads((evaluation / "summary.json").read_text())
@@ -93,7 +93,7 @@ def report(run: str, evaluation: Path, out: Path) -> None:
 
 
 def lowest_structures(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    """The structures of the lowest mean Dice over the subjects to which it applies, worst first."""
+    """Returns the structures with the lowest mean Dice over the subjects to which it applies, worst first."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
         if not math.isnan(float(row["dice"])):
@@ -106,7 +106,7 @@ def lowest_structures(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def _curves(metrics: Sequence[dict[str, Any]]) -> str:
-    """Loss and validation Dice over the steps of a run; empty where it kept none."""
+    """Returns loss and validation Dice over the steps of a run, empty if it has no metrics."""
     curves: dict[str, list[tuple[int, float]]] = {"loss": [], "dice": []}
     for values in metrics:
         for name, points in curves.items():
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m experiments.report", description=__doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="workdir of the training run")
     parser.add_argument("--eval", required=True, type=Path, metavar="DIR", help="--out of experiments.evaluate")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the report, an .html file")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="output file, .html")
     return run(parser, _report, arguments)
 
 

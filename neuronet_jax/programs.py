@@ -1,4 +1,4 @@
-"""What all programs share: the spelling of their options, their exit statuses, and how they report an error."""
+"""The conventions of all programs: spelling of options, exit statuses, and error reports."""
 
 import argparse
 import difflib
@@ -11,7 +11,7 @@ from neuronet_jax.errors import NeuronetError, UsageError
 
 DONE, FAILED, USAGE, PARTIAL = 0, 1, 2, 3  # argparse itself ends with 2
 NOT_FINITE, OUT_OF_MEMORY, STALLED = 4, 5, 6  # of a training run
-INTERRUPTED = 130  # as shells report Ctrl-C: 128 + SIGINT
+INTERRUPTED = 130  # the shells' status for Ctrl-C: 128 + SIGINT
 
 STATUSES = {
     DONE: "done",
@@ -19,15 +19,15 @@ STATUSES = {
     USAGE: "wrong options",
     INTERRUPTED: "stopped by Ctrl-C",
 }
-SETTING = "--config."  # begins an option that names a field of the config
+SETTING = "--config."  # prefix of options that set a field of the config
 
 
 class Parser(argparse.ArgumentParser):
     """A parser with `--version`, whose help ends with the exit statuses.
 
-    Options are written in full. Their words are joined by `-`, and `_` is understood as well; the fields of
-    `--config.FIELD` are spelled the other way round, as in the config. `statuses` adds to STATUSES or replaces some.
-    With `settings`, options `--config.FIELD` go unread to the attribute `overrides` of what `parse_args` returns.
+    Options are written in full. Their words are joined by `-`; `_` is accepted too. The fields of `--config.FIELD` are
+    spelled with `_`, as in the config. `statuses` adds to STATUSES or replaces some. With `settings`, `parse_args`
+    returns options `--config.FIELD` unparsed in the attribute `overrides`.
     """
 
     def __init__(self, *args: Any, statuses: Mapping[int, str] | None = None, settings: bool = False, **kwargs: Any):
@@ -50,11 +50,11 @@ class Parser(argparse.ArgumentParser):
         if self._settings:
             found.overrides = rest
         elif rest:
-            self.error(f"there is no place for {' '.join(rest)}")
+            self.error(f"unexpected arguments: {' '.join(rest)}")
         return found
 
     def _refuse_unknown(self, arguments: Sequence[str]) -> None:
-        """Ends the program at an option that it lacks, before argparse complains about others that are missing."""
+        """Ends the program at an unknown option, before argparse complains about missing ones."""
         known = self._option_string_actions
         for argument in arguments:
             name = argument.partition("=")[0]

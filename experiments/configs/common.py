@@ -1,7 +1,8 @@
-"""What every named config shares. A config names its protocols; everything else is here, once.
+"""The settings that every named config shares.
 
-The comparison is over tasks, and a task is a tuple of protocol names, composed by addition.
-`--config.model.family=reference` gives the published network in place of ours; it changes nothing else.
+A config names its protocols; everything else is here, once. The comparison is over tasks, and a task is a tuple of
+protocol names, composed by addition. `--config.model.family=reference` selects the published network instead of ours
+and changes nothing else.
 """
 
 from ml_collections import ConfigDict
@@ -57,8 +58,8 @@ def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
     return settings.lock()
 
 
-# Two cores train a batch of two 48³ crops in 0.8 s: about four minutes in all. Small crops, a high rate and little
-# change of intensities are what so short a run learns most from.
+# Two cores train a batch of two 48³ crops in 0.8 s: about four minutes in all. So short a run learns most from small
+# crops, a high learning rate and weak intensity augmentation.
 _DEMO = {
     "data": {"crop": (48, 48, 48), "foreground_fraction": 0.75, "workers": 0, "read_threads": 4, "prefetch": 2},
     "augment": {"intensity": 0.3},

@@ -173,7 +173,7 @@ def test_refusals_say_what_to_change(model, store, tmp_path):
     with pytest.raises(NeuronetError, match="the run was trained on 1"):
         evaluate.evaluate(replace(model, voxel_size_mm=1.0), store, "test", tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(NeuronetError, match="choose another --out"):
+    with pytest.raises(NeuronetError, match="choose a different --out"):
         evaluate.evaluate(model, store, "test", tmp_path / "file")
 
 
