@@ -4,8 +4,8 @@
     python -m experiments.train --config=all_targets --workdir=runs/a --config.data.store=/data/ukb --config.batch=16
     python -m experiments.train --config=all_targets --workdir=runs/a --config.data.store=/data/ukb --resume
 
-Ctrl-C, SIGTERM and SIGUSR1 save and end with status 0; `--resume` then continues with the very next batch, as if
-nothing had happened.
+Ctrl-C, SIGTERM and SIGUSR1 save and end with status 0. `--resume` then continues with the very next batch, as if the
+run had not been interrupted.
 """
 
 import argparse
@@ -51,7 +51,7 @@ STATUSES = {
     STALLED: "no progress",
     INTERRUPTED: "stopped by Ctrl-C before the first step, or by a second Ctrl-C",
 }
-MOST_SKIPPED = 10  # updates refused in a row before the run gives up: a bad batch passes, a broken run does not
+MOST_SKIPPED = 10  # skipped updates in a row before the run ends: a bad batch is tolerated, a broken run is not
 STALL_S = 1800.0  # longer than any compilation, evaluation or save
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ class NotFiniteError(Exception):
 def train(
     config: Config, workdir: str, resume: bool = False, reset_data: bool = False, strict: bool = False
 ) -> TrainState:
-    """Trains from step 0 or from the latest checkpoint to `config.steps`, or until asked to stop; returns the state."""
-    # --- Where things are: the mesh, the data, the run's folder.
+    """Trains from step 0 or the latest checkpoint to `config.steps`, or until asked to stop. Returns the state."""
+    # --- The places: the mesh, the data, the run's folder.
     store = open_store(config)
     process, processes = jax.process_index(), jax.process_count()
     mesh = make_mesh(config)
@@ -80,7 +80,7 @@ def train(
         StopRequest() as stop,
         Watchdog(STALL_S) as watchdog,
     ):
-        # --- What is computed: the state on the mesh, the step.
+        # --- The computation: the state on the mesh, the step.
         graphdef, state = init_state(config, mesh)
         train_step = make_train_step(config, graphdef, mesh)
         if resume and checkpoints.latest() is not None:
@@ -98,7 +98,7 @@ def train(
             last, stopping, dice = step == config.steps, stop.requested(step), None
             if step == first + 1:
                 jax.block_until_ready(state)
-                monitor.scalars(step, {"first_step_s": time.monotonic() - began})  # compilation, for the most part
+                monitor.scalars(step, {"first_step_s": time.monotonic() - began})  # mostly compilation
             if step % config.log_every == 0 or last:
                 values = {name: float(value) for name, value in metrics.items()}
                 monitor.scalars(step, {**values, "wait_fraction": data.wait_fraction()})
@@ -120,7 +120,7 @@ def train(
         monitor.close()
         finished = int(state.step) == config.steps
         if finished and held_out and processes == 1:
-            checkpoints.wait()  # the last one is still being written, and may be the best
+            checkpoints.wait()  # the last checkpoint is still being written, and may be the best
             calibrate(workdir, store, held_out, watchdog)
         elif finished and held_out and process == 0:
             log.info("for calibrated quality scores, run: python -m experiments.evaluate --run=%s --calibrate", workdir)
@@ -129,7 +129,7 @@ def train(
 
 
 def calibrate(workdir: str, store: Store, subjects: Sequence[Any], watchdog: Watchdog) -> None:
-    """Writes quality.json for the checkpoint that `restore` will choose. Without it the run is merely uncalibrated."""
+    """Writes quality.json for the checkpoint that `restore` will choose. A failure leaves the run uncalibrated."""
     try:
         save_calibration(workdir, calibrate_on(restore(workdir), store, subjects, watchdog.progress))
     except NeuronetError as error:
@@ -139,12 +139,14 @@ def calibrate(workdir: str, store: Store, subjects: Sequence[Any], watchdog: Wat
 def validate(
     model: Model, store: Store, subjects: Sequence[Any], watchdog: Watchdog
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Mean Dice per protocol over whole held-out volumes of all processes, and label pictures of the first of them."""
+    """Returns mean Dice per protocol over whole held-out volumes of all processes, and label pictures of the first
+    volume.
+    """
     protocols = model.config.protocols
     dice = np.full((len(subjects), len(protocols)), np.nan)  # n p
     pictures = {}
     for row, subject in enumerate(subjects):
-        if subject is None:  # this process has one subject fewer than others
+        if subject is None:  # this process has one subject fewer than the others
             continue
         prediction = predict_subject(model, store, subject)
         for name, table in score(prediction, store, subject).items():
@@ -161,7 +163,7 @@ def validate(
 
 
 def open_store(config: Config) -> Store:
-    """The store of the config, or the demo cohort where none is given."""
+    """Opens the store of the config, or the demo cohort if none is given."""
     if config.data.store:
         return Store.open(config.data.store)
     if jax.process_count() > 1:
@@ -177,12 +179,12 @@ def open_store(config: Config) -> Store:
 
 
 def local(state: TrainState) -> TrainState:
-    """The replicated state in this host's memory, from where a program on any of its devices takes it."""
+    """Copies the replicated state to this host's memory, from where a program on any of its devices takes it."""
     return jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), state)
 
 
 def spread_over_cores(config: Config) -> None:
-    """On a CPU, makes one XLA device of each core that the batch can use: most of a program runs on one thread each.
+    """Makes one XLA device of each CPU core that the batch can use, because most of a program runs on one thread each.
 
     Measured on 2 cores: two devices train a batch of two in the time that one device takes for a batch of one.
     """
@@ -197,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", help="the run's folder (default: runs/NAME-TIME)")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --workdir")
     parser.add_argument("--strict", action="store_true", help="with --resume: refuse a damaged checkpoint")
-    parser.add_argument("--reset-data", action="store_true", help="with --resume: start the data anew")
+    parser.add_argument("--reset-data", action="store_true", help="with --resume: restart the order of the data")
     return run(parser, _train, arguments)
 
 
@@ -206,7 +208,7 @@ def _train(options: argparse.Namespace) -> int:
     log.setLevel(logging.INFO)
     config = flags.load(options.config, options.overrides)
     if not config.data.store and ":" not in options.config:
-        # Settings for thousands of 1 mm heads on accelerators would not even fit beside sixteen synthetic ones.
+        # The full settings are for thousands of 1 mm scans on accelerators; the demo cohort has sixteen 2 mm phantoms.
         config = flags.load(f"{options.config}:demo", options.overrides)
     if options.resume and not options.workdir:
         raise UsageError("--resume needs the --workdir of the run to continue")

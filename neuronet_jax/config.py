@@ -1,7 +1,7 @@
 """The settings of a run as frozen dataclasses: complete, typed, checked once, saved as JSON with every checkpoint.
 
-`experiments/configs` fills them; nothing below `experiments` knows ml-collections. To add a setting, add the field,
-raise SCHEMA and enter in ADDED the value that keeps the behaviour of older runs: their files then open as before.
+`experiments/configs` fills them; only `experiments` knows ml-collections. To add a setting, add the field, raise
+SCHEMA, and enter in ADDED the value that keeps the behaviour of older runs. Their files then open as before.
 """
 
 import copy
@@ -15,7 +15,7 @@ from typing import Any, Self
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 
-SCHEMA = 1  # of saved configs; raised with every field that is added
+SCHEMA = 1  # of saved configs; raised with every added field
 # Per schema, the fields that it added, as "group.field", and the value that keeps the behaviour of older runs.
 ADDED: dict[int, dict[str, Any]] = {}
 
@@ -94,7 +94,7 @@ class Config:
         check(self)
 
     def to_fields(self) -> dict[str, Any]:
-        """The settings as they are saved: nested dicts, with the schema."""
+        """Returns the settings as saved: nested dicts, with the schema."""
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
     def to_json(self) -> str:
@@ -102,10 +102,9 @@ class Config:
 
     @classmethod
     def from_fields(cls, fields: Any) -> Self:
-        """The inverse of `to_fields`, of this version and of older ones.
+        """Reads settings saved by `to_fields`, of this version or an older one.
 
-        Raises NeuronetError for a newer schema, and where a field is missing, unknown, of the wrong type or out of
-        range.
+        Raises NeuronetError for a newer schema, and if a field is missing, unknown, of the wrong type or out of range.
         """
         if not isinstance(fields, dict):
             raise NeuronetError(f"the saved config must be a JSON object, got {fields!r:.80}")
@@ -114,7 +113,7 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """As `from_fields`, from the text of a file."""
+        """Reads settings from the text of a file; otherwise as `from_fields`."""
         try:
             fields = json.loads(text)
         except ValueError as error:
@@ -123,9 +122,9 @@ class Config:
 
 
 def upgrade(fields: dict[str, Any], schema: int) -> dict[str, Any]:
-    """The fields of a config that was saved with `schema`, as this version has them.
+    """Returns the fields of a config saved with `schema`, in the form of this version.
 
-    Fields that were added since get the value in ADDED. Raises NeuronetError for a newer schema.
+    Fields added since get the value in ADDED. Raises NeuronetError for a newer schema.
     """
     if type(schema) is not int or schema > SCHEMA:
         raise NeuronetError(

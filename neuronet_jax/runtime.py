@@ -163,8 +163,8 @@ _METADATA_S = 10.0  # a metadata server answers within milliseconds
 def join_cluster() -> None:
     """Joins the other processes of a Slurm step, of a Cloud TPU slice, or of the address in JAX_COORDINATOR_ADDRESS.
 
-    Does nothing where there are none. To be called before JAX's first computation. Raises NeuronetError on a machine
-    with TPU chips that cannot tell how many hosts its slice has.
+    Does nothing if there are none. Call it before JAX's first computation. Raises NeuronetError on a machine with TPU
+    chips if the number of hosts in its slice is unknown.
     """
     environment = os.environ
     if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_NUM_PROCESSES" in environment:
@@ -179,9 +179,10 @@ def join_cluster() -> None:
 
 
 def _tpu_hosts() -> int:
-    """The number of hosts in this machine's Cloud TPU slice: from the environment on GKE, from its metadata elsewhere.
+    """Returns the number of hosts in this machine's Cloud TPU slice: from the environment on GKE, else from its
+    metadata.
 
-    1 on machines where JAX found no TPU chips when it was imported: it marks the others with TPU_ML_PLATFORM.
+    It is 1 on machines where JAX found no TPU chips when it was imported: JAX marks the others with TPU_ML_PLATFORM.
     """
     names = os.environ.get("TPU_WORKER_HOSTNAMES")
     if names is None:
@@ -192,7 +193,7 @@ def _tpu_hosts() -> int:
 
 
 def _tpu_endpoints() -> str:
-    """The hosts of the slice, separated by commas; empty where the machine's metadata name none."""
+    """Returns the hosts of the slice, separated by commas, or "" if the machine's metadata name none."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")  # as JAX looks it up
     url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
     try:

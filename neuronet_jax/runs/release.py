@@ -2,12 +2,12 @@
 
     DIR/weights.safetensors    every parameter and moment by its path (`encoder/stem/kernel`), float32
         release.json           config, protocols and their label tables, voxel size, provenance, version, checksums
-        quality.json           calibration of predicted Dice, where the run had one (see `calibration.py`)
-        *.jax_export           programs, where they were exported (see `export.py`)
+        quality.json           calibration of predicted Dice, if the run has one (see `calibration.py`)
+        *.jax_export           exported programs, if any (see `export.py`)
         manifest.sha256        checksum of every file above; `sha256sum -c` reads it
 
-`restore` takes a release as it takes a run. There is no pickle and no code in it; what a downloaded release says is
-checked before it is believed: sizes, checksums, names, shapes and dtypes.
+`restore` takes a release like a run. A release has no pickle and no code in it. Sizes, checksums, names, shapes and
+dtypes of a downloaded release are checked before use.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Program(NamedTuple):
     """One exported program of a release."""
 
     file: str
-    shape: tuple[int, int, int] | None  # of its image; None: any sides that are multiples of `multiple_of`
+    shape: tuple[int, int, int] | None  # of its image; None: any sides in multiples of `multiple_of`
     multiple_of: int
     platforms: tuple[str, ...]
     content: bytes
@@ -57,9 +57,9 @@ def release(
     programs: Sequence[Program] = (),
     calibration: Calibration = UNKNOWN,
 ) -> None:
-    """Writes the model's weights and all that `restore` needs into `folder` (local or gs://).
+    """Writes the model's weights, and everything else that `restore` needs, into `folder` (local or gs://).
 
-    `calibration` is that of the model's run (`load_calibration`). Raises NeuronetError where the folder already holds a
+    `calibration` belongs to the model's run (`load_calibration`). Raises NeuronetError if the folder already holds a
     release or cannot be written.
     """
     files = Files(os.fspath(folder))
@@ -70,7 +70,9 @@ def release(
     contents = {WEIGHTS: save(weights), **{program.file: program.content for program in programs}}
     if calibration.heads:
         contents[QUALITY] = calibration_to_json(calibration)
-    config = dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, store=""))  # a place of ours
+    config = dataclasses.replace(
+        model.config, data=dataclasses.replace(model.config.data, store="")
+    )  # the path is private to the training site
     description = {
         "schema": SCHEMA,
         "version": __version__,
@@ -87,11 +89,11 @@ def release(
     for name, content in contents.items():
         files.write(name, content)
     lines = [f"{_sha256(content)}  {name}\n" for name, content in sorted(contents.items())]
-    files.write(MANIFEST, "".join(lines).encode())  # the last: a release without it was never finished
+    files.write(MANIFEST, "".join(lines).encode())  # last: a release without it is unfinished
 
 
 def restore_release(folder: str) -> Model:
-    """The model of a release. Raises NeuronetError where it is damaged, of a newer schema or not what it says."""
+    """Reads the model of a release. Raises NeuronetError if it is damaged, inconsistent or of a newer schema."""
     files = Files(folder)
     manifest, text = files.read(MANIFEST), files.read(RELEASE)
     if manifest is None or text is None:
@@ -131,11 +133,11 @@ def _weights(files: Files, listed: dict[str, str], expected_bytes: int) -> dict[
     try:
         return load(_checked(WEIGHTS, content, listed))
     except SafetensorError as error:
-        raise NeuronetError(f"{WEIGHTS} is no safetensors file ({error}); {_FIX}") from error
+        raise NeuronetError(f"{WEIGHTS} is not a safetensors file ({error}); {_FIX}") from error
 
 
 def _described(text: bytes) -> dict[str, Any]:
-    """The content of release.json with the fields that `restore_release` needs, of their types."""
+    """Returns the content of release.json after checking the types of the fields that `restore_release` needs."""
     types = {"schema": int, "config": dict, "voxel_size_mm": float, "provenance": dict}
     try:
         description = json.loads(text)
@@ -160,7 +162,7 @@ def _checked(name: str, content: bytes, listed: dict[str, str]) -> bytes:
 
 
 def _label_table(protocol: str) -> list[dict[str, Any]]:
-    """One row per class, in class order: what the programs' ids mean."""
+    """Returns one row per class, in class order: the meaning of the programs' ids."""
     return [dataclasses.asdict(structure) for structure in PROTOCOLS[protocol].structures]
 
 

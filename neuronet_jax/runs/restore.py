@@ -20,12 +20,11 @@ from neuronet_jax.runs.release import restore_release
 
 
 def restore(run: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Model:
-    """The model of a run directory (local or gs://): its best checkpoint by validation Dice, else the latest. Or that
-    of a release, as `neuronet export` writes it.
+    """Reads the model of a run directory (local or gs://): its best checkpoint by validation Dice, else the latest.
 
-    With several runs their ensemble: the mean of the scores of all. The averaged weights are taken where a run kept
-    them. Raises NeuronetError where a folder is no run, its checkpoints are damaged or do not fit this release, or the
-    runs predict different protocols or work at different voxel sizes.
+    A release, as `neuronet export` writes it, works too. Several runs give their ensemble: the mean of their scores.
+    Averaged weights are used if a run has them. Raises NeuronetError if a folder is not a run, if its checkpoints are
+    damaged or do not fit this release, or if the runs predict different protocols or work at different voxel sizes.
     """
     return ensemble(_restore(os.fspath(run)), *(_restore(os.fspath(other)) for other in more))
 
@@ -41,7 +40,7 @@ def _restore(run: str) -> Model:
     try:
         step = checkpoints.best() or checkpoints.latest()
         if step is None:
-            raise NeuronetError(f"{run} holds no finished checkpoint yet; train longer, or give another --run")
+            raise NeuronetError(f"{run} holds no finished checkpoint yet; train longer, or give a different --run")
         config = checkpoints.config(step)
         shapes = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
         structure, params, moments = nnx.split(shapes, nnx.Param, nnx.BatchStat, graph=False)
@@ -57,7 +56,7 @@ def _restore(run: str) -> Model:
     finally:
         checkpoints.close()
     weights = state["average"] if averaged else (state["params"], state["moments"])
-    # anew from the host: not bound to the device that they were read to
+    # copied through the host, so that they are not bound to the device that read them
     params, moments = jax.tree.map(lambda array: jnp.asarray(np.asarray(array)), weights)
     digest = weights_sha256(params, moments)
     origin = Origin(config.name, step, data.split_hash, digest, data.note, data.imported)
@@ -65,8 +64,9 @@ def _restore(run: str) -> Model:
 
 
 def weights_sha256(params: Any, moments: Any) -> str:
-    """Names the weights, wherever they are stored: SHA-256 over path, type, shape and little-endian values of each
-    array, in the order of the paths.
+    """Returns a SHA-256 that identifies the weights, wherever they are stored.
+
+    It covers path, type, shape and little-endian values of each array, in the order of the paths.
     """
     digest = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path({"params": params, "moments": moments})

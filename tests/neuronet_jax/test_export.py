@@ -251,7 +251,7 @@ def _weights(folder: Path, change) -> None:
         (lambda f: _described(f, config=None), "needs the field 'config', of type dict"),
         (lambda f: _described(f, config={"name": "x"}), "config lacks the field"),
         (lambda f: _replace(f / "release.json", b"!python"), "is not JSON"),
-        (lambda f: _replace(f / "weights.safetensors", struct.pack("<Q", 2**31) + b"{}"), "is no safetensors file"),
+        (lambda f: _replace(f / "weights.safetensors", struct.pack("<Q", 2**31) + b"{}"), "is not a safetensors file"),
         (lambda f: _replace(f / "weights.safetensors", bytes(2**23)), "has 8388608 bytes, its network takes"),
         (
             lambda f: _weights(f, lambda w: w.pop("encoder/stem/kernel")),
