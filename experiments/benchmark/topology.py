@@ -1,6 +1,6 @@
-"""What XLA plans for a TPU slice that is not there: memory, traffic and arithmetic of a training step per chip.
+"""Compiles a training step for an absent TPU slice and reports memory, traffic and arithmetic per chip.
 
-Compiles ahead of time with libtpu (extra `tpu`) for a described topology. One compilation takes a few minutes.
+Compilation is ahead of time, with libtpu (extra `tpu`), for a described topology. One takes a few minutes.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ LAYOUTS = (("reference", 1), ("reference", 2), ("neuronet", 1))
 def measure(topology: str, side: int, out: Path) -> None:
     """Prints and writes the table for a slice such as `v5e:2x4`, activations in bfloat16.
 
-    Each row is saved as soon as it is compiled. A table that was cut off is continued; a whole one is measured anew.
+    Each row is saved as soon as it is compiled. A table that was cut off is continued; a complete one is measured again.
     """
-    os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles; it must not look for a TPU
+    os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu only compiles, and must not look for a TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     devices = described_devices(topology)
     layouts = [layout for layout in LAYOUTS if len(devices) % layout[1] == 0]
@@ -59,7 +59,7 @@ def described_devices(topology: str) -> Sequence[Any]:
 
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # whatever libtpu, or its absence, raises
+    except Exception as error:  # any error of libtpu, or of its absence
         raise NeuronetError(
             f"--topology={topology} cannot be described: {error}\nIt needs libtpu (pip install '.[tpu]', best in an "
             "environment of its own) and a slice that it knows, such as v5e:2x4"
@@ -68,7 +68,7 @@ def described_devices(topology: str) -> Sequence[Any]:
 
 @contextlib.contextmanager
 def pretending(devices: Sequence[Any]) -> Iterator[None]:
-    """The library asks JAX what it runs on; for these compilations that is one host with these TPU chips."""
+    """Makes the library see one host with these TPU chips, because it asks JAX for its devices."""
     import jax
 
     with mock.patch.multiple(jax, default_backend=lambda: "tpu", local_device_count=lambda: len(devices)):
@@ -76,7 +76,9 @@ def pretending(devices: Sequence[Any]) -> Iterator[None]:
 
 
 def plan(devices: Sequence[Any], family: str, space: int, side: int) -> dict[str, float]:
-    """What the compiled training step needs per chip: HBM beside arguments, bytes moved, floating-point operations."""
+    """Returns the needs of the compiled training step per chip: HBM beside arguments, bytes moved, floating-point
+    operations.
+    """
     with pretending(devices):
         step, arguments = described_step(devices, family, space, side)
         begun = time.perf_counter()
@@ -91,7 +93,7 @@ def plan(devices: Sequence[Any], family: str, space: int, side: int) -> dict[str
 
 
 def described_step(devices: Sequence[Any], family: str, space: int, side: int) -> tuple[Any, tuple[Any, Any]]:
-    """The training step of a slice, and its arguments as shapes that know where they would lie."""
+    """Returns the training step of a slice, and its arguments as shapes with shardings."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -133,7 +135,7 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, all figures per chip."""
+    """Returns a Markdown table; all figures are per chip."""
     lines = ["| family | data × space | HBM temp GiB | accessed GiB | TFLOP |", "|---|---|---|---|---|"]
     for r in rows:
         lines.append(

@@ -30,7 +30,7 @@ class Jax(Contender):
 
         from neuronet_jax import runtime
 
-        runtime.one_per_core()  # as all programs of the library do; without effect on a GPU
+        runtime.one_per_core()  # as in all programs of the library; no effect on a GPU
         self.jax, self.runtime = jax, runtime
 
     def config(self, side: int, batch: int, dtype: str) -> Any:
@@ -47,18 +47,18 @@ class Jax(Contender):
         return flags.load("all_targets", [f"--config.{name}={value}" for name, value in fields.items()])
 
     def split(self, batch: int) -> int:
-        """Devices among which the batch is split: on a CPU, what cores it fills; one GPU."""
+        """Number of devices that split the batch: on a CPU, the cores that it fills; one GPU."""
         local = self.jax.devices()
         return self.runtime.sharers(batch, len(local)) if local[0].platform == "cpu" else 1
 
     def space(self, side: int, batch: int) -> int:
-        """Devices that share a crop: the cores that the batch leaves idle, where it can be cut."""
+        """Number of devices that share a crop: the cores that the batch leaves idle, if it can be split."""
         local = self.jax.devices()
         free = len(local) // self.split(batch) if local[0].platform == "cpu" else 1
         return free if side % (8 * free) == 0 else 1
 
     def network(self, config: Any) -> Any:
-        """With the shared weights: those given, or the published network's."""
+        """Returns the network with the shared weights: the given ones, or the published network's."""
         from flax import nnx
 
         from neuronet_jax import dltk
@@ -73,7 +73,7 @@ class Jax(Contender):
         return network
 
     def training(self, config: Any) -> tuple[Callable[..., Any], Any, Any]:
-        """The compiled step, the state and the batch on one device."""
+        """Returns the compiled step, the state and the batch on one device."""
         from flax import nnx
 
         from neuronet_jax.training.mesh import make_mesh, put_batch, replicated
@@ -125,7 +125,7 @@ class Jax(Contender):
         return {name: np.asarray(image.dataobj) for name, image in found.items()}
 
     def labels(self, model: Any) -> Callable[[Any], Any]:
-        """The labels of crops [b x y z 1], split over the cores, as an exported program computes them."""
+        """Labels crops [b x y z 1], split over the cores, as an exported program does."""
         from flax import nnx
 
         structure, arrays = model.parts
@@ -149,7 +149,7 @@ class Jax(Contender):
     def memory(self) -> dict[str, float]:
         memory = super().memory()
         if hasattr(self, "_temp"):
-            memory["temp"] = self._temp  # what XLA plans beside arguments and results
+            memory["temp"] = self._temp  # XLA's plan, in addition to arguments and results
         if statistics := self.jax.devices()[0].memory_stats():
             memory["device"] = statistics["peak_bytes_in_use"] / 2**30
         return memory
@@ -190,6 +190,6 @@ class JaxPlain(Jax):
 
 
 class JaxNeuronet(Jax):
-    """Our own architecture at the same task: other numbers, so it is timed but not compared."""
+    """Our own architecture at the same task. Its numbers differ, so it is timed but not compared."""
 
     family = "neuronet"

@@ -39,7 +39,7 @@ class TensorFlow(Contender):
             step = network.train_step(tf.constant(image), tf.constant(labels.astype(np.int32)))
             return lambda: step().numpy()
         if job.what != "inference":
-            raise ValueError(f"TensorFlow trains on crops and labels them here, it has no {job.what!r}")
+            raise ValueError(f"TensorFlow trains on crops and labels them here, but cannot run {job.what!r}")
         labels = tf.function(lambda image: network.labels(image))
         image = tf.constant(random_batch(job.batch, (job.side,) * 3)[0])
         return lambda: labels(image).numpy()

@@ -1,4 +1,4 @@
-"""The benchmark's bookkeeping. That contenders compute the same is checked in every run, and in the soak."""
+"""The benchmark's bookkeeping. Every benchmark run, and the soak test, check that contenders compute the same."""
 
 import dataclasses
 import json
@@ -24,13 +24,13 @@ JOB = Job("jax", "float32", "inference", 16, 1, "")
 
 def result(name, seconds, peak, running, failure=""):
     job = dataclasses.replace(JOB, contender=name)
-    return race.Result(job, seconds, {"rss": peak, "running": running}, {}, failure)
+    return race.Measurement(job, seconds, {"rss": peak, "running": running}, {}, failure)
 
 
 def test_shared_weights_fill_the_published_network():
     config = flags.load("all_targets", ["--config.model.family=reference"])
     network = nnx.eval_shape(lambda: build(config.model, config.protocols, 0))
-    dltk.load_variables(network, work.random_variables(0))  # raises where a name or shape is not the published one
+    dltk.load_variables(network, work.random_variables(0))  # raises for any other name or shape
     leaves = jax.tree.leaves(nnx.state(network, nnx.Param, graph=False))
     assert sum(leaf.size for leaf in leaves) == 2_493_171
     again = work.random_variables(0)
@@ -51,7 +51,7 @@ def test_ratios_are_to_the_first_and_failures_say_why():
 
 
 def test_a_contender_runs_in_the_environment_it_names(tmp_path):
-    """Nothing is installed there but NumPy, which this one lends it: the contender says what it lacks."""
+    """That environment has only NumPy, lent by this one: the contender reports what is missing."""
     environment = tmp_path / "alone"
     venv.create(environment, symlinks=True)
     packages = next(environment.glob("lib/python*/site-packages"))
@@ -62,7 +62,7 @@ def test_a_contender_runs_in_the_environment_it_names(tmp_path):
         process.ask(do="numbers", path="")
 
 
-def test_device_memory_counts_before_that_of_the_process():
+def test_device_memory_takes_precedence_over_process_memory():
     on_gpu = result("jax", [1.0], 2.0, 1.0)
     on_gpu.memory["device"] = 7.0
     assert (on_gpu.peak, on_gpu.running) == (7.0, 7.0)
@@ -87,7 +87,7 @@ def test_a_contender_that_fails_is_out_with_its_reason():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak")
-def test_settling_counts_the_peak_anew():
+def test_settling_restarts_the_count_of_the_peak():
     one = contender.Contender(JOB)
     block = np.ones(2**27)  # 1 GiB
     assert block.sum() > 0

@@ -179,7 +179,7 @@ def test_refusals_say_what_to_change(model, store, tmp_path):
 
 def test_another_split_is_said(model, store, tmp_path, caplog):
     evaluate.evaluate(replace(model, origin=Origin()), store, "train", tmp_path / "out")
-    assert "not those of the run" in caplog.text
+    assert "differ from the run's" in caplog.text
 
 
 def test_main_prints_the_table(model, store, tmp_path, monkeypatch, capsys):
