@@ -1,4 +1,4 @@
-"""The package as others install it: built without a network, imported from elsewhere than the repository."""
+"""The package as users install it: built without a network, imported from outside the repository."""
 
 import importlib.metadata
 import os
@@ -81,7 +81,7 @@ def test_make_test_all_tests_the_versions_that_run_and_names_the_others(tmp_path
 
 
 def test_importing_the_library_loads_nothing_heavy():
-    """JAX takes seconds to import; its users may only want `--help` or the label tables."""
+    """JAX takes seconds to import, but users may need only `--help` or the label tables."""
     code = """
 import sys, neuronet_jax
 assert {"segment", "restore", "Options"} <= set(dir(neuronet_jax))

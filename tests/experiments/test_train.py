@@ -1,4 +1,4 @@
-"""Training as a user runs it, in processes of its own: killed and resumed, stopped and resumed, refused."""
+"""Training as a user runs it, in separate processes: killed and resumed, stopped and resumed, refused."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def arguments(store: Path, run: Path) -> list[str]:
 
 def start(store: Path, run: Path, *extra: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     alone = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # as a user would, not on eight devices
-    # as a restart finds it: the programs of the run before
+    # as after a restart: with the programs of the run before
     alone |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(store.parent / "compiled")}
     command = [sys.executable, "-m", "experiments.train", *arguments(store, run), *extra]
     return subprocess.Popen(command, env={**alone, **(environment or {})}, stderr=subprocess.PIPE, text=True)
@@ -105,7 +105,7 @@ def test_D05_killed_and_resumed_equals_never_killed(store: Path, tmp_path: Path,
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
 
 
-def test_D03_sigterm_saves_and_the_run_goes_on(store: Path, tmp_path: Path) -> None:
+def test_D03_sigterm_saves_and_the_run_can_continue(store: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(store, run)
     wait_for_step(run, 1, process)
@@ -152,7 +152,7 @@ def test_two_processes_train_one_run_and_one_process_continues_it(
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))  # written once, not twice
 
 
-def test_without_a_store_it_says_so_once(
+def test_a_missing_store_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def stop() -> Path:
@@ -164,7 +164,9 @@ def test_without_a_store_it_says_so_once(
     assert "DEMO COHORT of synthetic heads with the settings of tissue:demo" in said
 
 
-def test_what_cannot_train_says_so_in_one_line(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_cannot_train_fails_with_one_line(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train.main([*arguments(store, tmp_path / "a"), "--config.batch=64"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "lower the batch" in error

@@ -1,4 +1,4 @@
-"""The frozen settings: what they refuse, and their way through JSON."""
+"""The frozen settings: their checks, and their round trip through JSON."""
 
 import dataclasses
 import json
@@ -72,7 +72,7 @@ def test_G1_bad_field_is_named(config, change, said):
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "null"])
-def test_saved_config_that_is_no_config(text):
+def test_a_saved_file_that_is_not_a_config(text):
     with pytest.raises(NeuronetError, match="saved config"):
         Config.from_json(text)
 
@@ -97,7 +97,7 @@ class LaterConfig(Config):
 
 @pytest.fixture
 def later(monkeypatch):
-    """A later version with two more settings."""
+    """Returns a later version with two more settings."""
     monkeypatch.setattr(config_module, "SCHEMA", 2)
     monkeypatch.setattr(config_module, "ADDED", {2: {"loss.focal": 0.0, "shuffle": True}})
 
@@ -111,7 +111,7 @@ def test_a_config_of_an_older_version_opens_with_the_defaults_of_new_fields(late
     assert again.shuffle is False  # a file of the later version has its own value
 
 
-def test_a_field_that_nobody_entered_in_ADDED_is_missing(later, monkeypatch):
+def test_a_field_without_an_entry_in_ADDED_is_missing(later, monkeypatch):
     monkeypatch.setattr(config_module, "ADDED", {2: {"loss.focal": 0.0}})
     with pytest.raises(NeuronetError, match="config lacks the field 'shuffle'"):
         LaterConfig.from_json((GOLDEN / "config.json").read_text())
