@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     statuses = {PARTIAL: "more rejects than --max-reject-fraction; the store is unfinished"}
     parser = Parser("python -m data_prep.build", description=__doc__, statuses=statuses)
     add = parser.add_argument
-    add("--store", required=True, help="where to: a local path, gs://bucket/path or s3://bucket/path")
+    add("--store", required=True, help="the store to write: a local path, gs://bucket/path or s3://bucket/path")
     add(
         "--manifest",
         type=Path,
@@ -322,8 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add("--max-reject-fraction", type=float, default=_MAX_REJECT_FRACTION)
     add("--missing", choices=("keep", "reject"), default="keep", help="subjects that lack some of the label maps")
-    add("--resample-labels", action="store_true", help="accept label maps on another grid than the image's")
-    add("--transform", choices=("sform", "qform", "reject"), default="sform", help="which counts where the two differ")
+    add("--resample-labels", action="store_true", help="accept label maps on a different grid than the image's")
+    add("--transform", choices=("sform", "qform", "reject"), default="sform", help="which one to use if the two differ")
     add("--assume-ras", action="store_true", help="accept images without orientation; left and right are then a guess")
     return run(parser, _build, arguments)
 

@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", help="the run's folder (default: runs/NAME-TIME)")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --workdir")
     parser.add_argument("--strict", action="store_true", help="with --resume: refuse a damaged checkpoint")
-    parser.add_argument("--reset-data", action="store_true", help="with --resume: restart the order of the data")
+    parser.add_argument("--reset-data", action="store_true", help="with --resume: restart the data")
     return run(parser, _train, arguments)
 
 

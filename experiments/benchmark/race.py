@@ -19,7 +19,7 @@ from experiments.benchmark.contender import Job
 from experiments.benchmark.heads import HEADS
 from neuronet_jax.errors import NeuronetError
 
-LOGITS_TOLERANCE = 1e-3  # of the logits' standard deviation; float32 sums in another order differ by 1e-5
+LOGITS_TOLERANCE = 1e-3  # of the logits' standard deviation; float32 sums in a different order differ by 1e-5
 LOSS_TOLERANCE = 1e-3  # relative, after up to two steps of Adam, which first amplify the rounding of tiny gradients
 SAMPLE_SECONDS = 0.5  # faster work is repeated within a sample: shorter ones measure the scheduler
 
@@ -51,7 +51,7 @@ class Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise Failed(f"its process ended with status {self.process.wait()} (-9: killed, mostly for want of memory)")
+            raise Failed(f"its process ended with status {self.process.wait()} (-9: killed, usually out of memory)")
         answer = json.loads(line)
         if "error" in answer:
             raise Failed(answer["error"])

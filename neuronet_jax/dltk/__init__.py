@@ -60,7 +60,7 @@ def import_run(saved_model: Path, run: str, name: str | None = None, axes: str =
     note = (
         f"weights of the published {config.name} network, imported from TensorFlow; variables.index has sha256 {index}…"
     )
-    folder, in_use = RunDirectory(run), f"{run} holds a run already; give a different --out"
+    folder, in_use = RunDirectory(run), f"{run} already holds a run; give a different --out"
     if folder.config() is not None or folder.training_data() is not None:
         raise NeuronetError(in_use)
     with Checkpoints(run) as checkpoints:
@@ -111,7 +111,7 @@ def variant(variables: Mapping[str, np.ndarray], name: str | None) -> str:
         if [PROTOCOLS[protocol].num_classes for protocol in protocols] == counts
     ]
     if not fitting:
-        raise NeuronetError(f"no published NeuroNet has tails of {counts or 'no'} classes: is this another network?")
+        raise NeuronetError(f"no published NeuroNet has tails of {counts or 'no'} classes: is this a NeuroNet?")
     if name is None and len(fitting) > 1:
         raise NeuronetError(f"tails of {counts} classes are those of {' and '.join(fitting)}: say which by --config")
     if name is not None and name not in fitting:

@@ -237,7 +237,7 @@ class Checkpoints:
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
         older = sorted(name for name in names if name.startswith("process_0_of_"))  # one per process before 0.2
         if _POSITION not in names and not older:
-            raise NeuronetError(f"checkpoint {step} holds no data position; give --reset-data to start the data anew")
+            raise NeuronetError(f"checkpoint {step} holds no data position; give --reset-data to restart the data")
         return json.loads((folder / (_POSITION if _POSITION in names else older[0])).read_text())
 
     def _probe(self) -> None:

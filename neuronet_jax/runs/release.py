@@ -64,7 +64,7 @@ def release(
     """
     files = Files(os.fspath(folder))
     if files.read(MANIFEST) is not None or files.read(RELEASE) is not None:
-        raise NeuronetError(f"{folder} holds a release already; give another --out")
+        raise NeuronetError(f"{folder} already holds a release; give a different --out")
     variables = nnx.to_flat_state(nnx.state(model.network, graph=False))
     weights = {weight_name(path): np.asarray(variable[...]) for path, variable in variables}
     contents = {WEIGHTS: save(weights), **{program.file: program.content for program in programs}}

@@ -3,7 +3,7 @@
 Subjects and crops follow from the seed and the element's place in the global order alone. Neither an interruption nor
 the number of processes, devices or workers changes a voxel of a global batch. Each process draws the whole batch, which
 is numbers only, and reads its own rows, all their chunks at the same time. An epoch visits each subject once. Epochs
-run into one another, so nothing is dropped where subjects do not divide by the batch.
+overlap in batches, so nothing is dropped if the batch size does not divide the number of subjects.
 """
 
 import math
@@ -138,8 +138,8 @@ class TrainingIterator(grain.DatasetIterator[HostBatch]):
     """Endless batches with an exact position: `set_state(get_state())` continues with the very next batch.
 
     The state is the number of global batches given out, with the batch size, seed and split that it counts in. It is
-    the same in every process, so a run may go on with a different number of processes, devices and workers. It is JSON
-    and fits Grain's Orbax checkpoint handler.
+    the same in every process, so a run may continue with a different number of processes, devices and workers. It is
+    JSON and fits Grain's Orbax checkpoint handler.
     """
 
     def __init__(self, batches: grain.MapDataset[HostBatch], config: Config, counts: dict[str, Any]):
@@ -194,7 +194,7 @@ class TrainingIterator(grain.DatasetIterator[HostBatch]):
         if processes != 1:  # releases before 0.2 gave each process an order of its own
             raise NeuronetError(
                 f"the data position is that of {processes} processes in an older release, whose order no longer "
-                "exists; start the data anew with --reset-data"
+                "exists; restart the data with --reset-data"
             )
         state = {name: value for name, value in state.items() if name != "processes"}
         if set(state) != {"position", *self._counts}:
@@ -203,7 +203,7 @@ class TrainingIterator(grain.DatasetIterator[HostBatch]):
             if state[name] != value:
                 raise NeuronetError(
                     f"the data position was saved with {name} {state[name]!r}, this run has {value!r}; "
-                    f"continue with the saved {name} or start the data anew"
+                    f"continue with the saved {name} or restart the data"
                 )
         self._stop()
         self._position = int(state["position"])
@@ -261,7 +261,7 @@ def training_iterator(store: Store, config: Config, rows: Sequence[int] | None =
     batches = (
         grain.MapDataset.source(subjects)
         .seed(seed)
-        .shuffle()  # anew in every epoch
+        .shuffle()  # again in every epoch
         .repeat()
         .random_map(Draws(config.data.foreground_fraction))
         .batch(config.batch, drop_remainder=True, batch_fn=list)  # endless: there is none to drop
@@ -284,6 +284,8 @@ def validation_subjects(
     """
     subjects = store.split(split)
     if not subjects:
-        raise NeuronetError(f"{store.dest} has no subjects in the split {split!r}; choose another split or build one")
+        raise NeuronetError(
+            f"{store.dest} has no subjects in the split {split!r}; choose a different split or build one"
+        )
     share: list[Subject | None] = list(subjects[process_index::process_count])
     return share + [None] * (-(-len(subjects) // process_count) - len(share))

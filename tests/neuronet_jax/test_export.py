@@ -195,7 +195,7 @@ def test_a_release_is_restored_like_a_run(folder, model, head, labels, tmp_path)
         np.testing.assert_array_equal(segment(restored, head)[name], expected, err_msg=name)
     neuronet_jax.release(restored, tmp_path / "again")
     assert (tmp_path / "again" / "weights.safetensors").read_bytes() == (folder / "weights.safetensors").read_bytes()
-    with pytest.raises(NeuronetError, match="holds a release already"):
+    with pytest.raises(NeuronetError, match="already holds a release"):
         neuronet_jax.release(restored, tmp_path / "again")
 
 

@@ -260,7 +260,7 @@ def test_an_imported_network_is_a_run(spm, tmp_path, capsys):
     np.testing.assert_array_equal(labels, segment(replace(model, network=network), image)["spm_tissue"])
 
     assert _import(tmp_path, spm, "--config=spm_tissue") == 1  # the run is in use
-    assert "holds a run already; give a different --out" in capsys.readouterr().err
+    assert "already holds a run; give a different --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
