@@ -1,4 +1,4 @@
-"""This library as a contender."""
+"""NeuroNet-JAX as a contender."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from experiments.benchmark.work import (
 
 
 class Jax(Contender):
-    """This library, with its own training step and inference."""
+    """NeuroNet-JAX, with its own training step and inference."""
 
     family = "reference"
 
@@ -47,12 +47,12 @@ class Jax(Contender):
         return flags.load("all_targets", [f"--config.{name}={value}" for name, value in fields.items()])
 
     def split(self, batch: int) -> int:
-        """Number of devices that split the batch: on a CPU, the cores that it fills; one GPU."""
+        """Returns the number of devices that split the batch: on a CPU, the cores that it fills; one GPU."""
         local = self.jax.devices()
         return self.runtime.sharers(batch, len(local)) if local[0].platform == "cpu" else 1
 
     def space(self, side: int, batch: int) -> int:
-        """Number of devices that share a crop: the cores that the batch leaves idle, if it can be split."""
+        """Returns the number of devices that share a crop: the cores that the batch leaves idle, if it can be cut."""
         local = self.jax.devices()
         free = len(local) // self.split(batch) if local[0].platform == "cpu" else 1
         return free if side % (8 * free) == 0 else 1

@@ -257,7 +257,7 @@ def test_the_name_of_the_weights_is_theirs_alone():
 
 
 def test_positions_held_at_the_edge_of_the_volume_repeat():
-    """As of voxels of 0.7 mm over a network's grid of 2 mm: the first ones lie beyond its first voxel."""
+    """With voxels of 0.7 mm over a network's grid of 2 mm, the first positions lie before its first voxel."""
     fine = np.clip(np.arange(-2, 40) / 3, 0, None)
     assert fine[0] == fine[1]
     windows = axes([fine] * 3, (16, 16, 16), len(fine))
