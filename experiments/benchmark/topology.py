@@ -24,7 +24,7 @@ LAYOUTS = (("reference", 1), ("reference", 2), ("neuronet", 1))
 def measure(topology: str, side: int, out: Path) -> None:
     """Prints and writes the table for a slice such as `v5e:2x4`, activations in bfloat16.
 
-    Each row is saved as soon as it is compiled. A table that was cut off is continued; a complete one is measured again.
+    Each row is saved as soon as it is compiled. An incomplete table is continued; a complete one is measured again.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu only compiles, and must not look for a TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -235,7 +235,7 @@ def test_ctrl_c_ends_with_a_summary(tiny_run, noisy_heads, tmp_path, monkeypatch
 
     monkeypatch.setattr(cohort, "_report", interrupted)
     assert main(_command(tiny_run, noisy_heads, tmp_path)) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert len(_summary(tmp_path / "summary.tsv")) == 2
 
 
