@@ -219,7 +219,7 @@ def check(config: Config) -> None:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested groups of settings by their dotted names, such as "data.crop"."""
+    """Returns the leaves of nested groups of settings by their dotted names, such as "data.crop"."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

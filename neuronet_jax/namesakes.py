@@ -1,4 +1,4 @@
-"""Whether `experiments` and `data_prep` are the packages of this project. Other projects use these names as well."""
+"""Checks that `experiments` and `data_prep` are this project's packages. Other projects use these names as well."""
 
 import importlib.util
 import multiprocessing
@@ -29,7 +29,7 @@ def check(package: str, needs: Sequence[str] = ()) -> None:
                 "Rename that one or run the program in a different folder, for instance with python -P -m"
             )
     _checked.add(package)
-    if multiprocessing.parent_process() is None:  # workers would repeat it
+    if multiprocessing.parent_process() is None:  # workers would repeat the warning
         for folder in hidden(package):
             reason = f"{folder} is hidden by {_HOME / package}, which comes with NeuroNet-JAX; rename the folder"
             warnings.warn(CodedWarning("W_NAMESAKE", reason), stacklevel=3)

@@ -85,7 +85,7 @@ def turned(variables: Mapping[str, np.ndarray], axes: str) -> dict[str, np.ndarr
 
 
 def _of_the_network(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without what only training needs, and without the fixed upsampling, after a look at it."""
+    """Drops variables that only training needs, and checks and drops the fixed upsampling."""
     kept = {}
     for name, value in variables.items():
         if name.endswith("/linear_up_kernel"):

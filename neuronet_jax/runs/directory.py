@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, the description it gives of itself, and who may train in it.
+"""The folder of a run: the names of its files, its description, and the claim of a training to it.
 
     WORKDIR/config.json          settings; the last file written when a run begins
             training_data.json   the data that it is trained on (older runs: store.json, a copy of the store's)
@@ -43,7 +43,9 @@ class RunDirectory:
     """The folder of one run or release, local or in a bucket. Making one touches nothing."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        """`path` is kept when the process moves. Raises NeuronetError for a kind of place that is not supported."""
+        """Keeps `path` valid when the process changes its folder. Raises NeuronetError for an unsupported kind of
+        place.
+        """
         given = os.fspath(path)
         self.path = given if "://" in given else os.path.abspath(given)
         self.files = Files(self.path)
@@ -56,12 +58,14 @@ class RunDirectory:
         return self.files.read(RELEASE) is not None
 
     def config(self) -> Config | None:
-        """The settings that the run began with; None before it begins. Raises NeuronetError if they are damaged."""
+        """Returns the settings of the run, or None before it begins. Raises NeuronetError if they are damaged."""
         data = self.files.read(CONFIG)
         return None if data is None else Config.from_json(data.decode(errors="replace"))
 
     def training_data(self) -> TrainingData | None:
-        """The data that the run was trained on; None before it begins. Raises NeuronetError if they are damaged."""
+        """Returns the data that the run is trained on, or None before it begins. Raises NeuronetError if they are
+        damaged.
+        """
         if (data := self.files.read(TRAINING_DATA)) is not None:
             return TrainingData.from_json(data)
         if (data := self.files.read(_STORE)) is not None:
@@ -69,7 +73,7 @@ class RunDirectory:
         return None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl in order, each with `step` and `time`."""
+        """Returns the lines of metrics.jsonl in order, each with `step` and `time`."""
         lines = []
         for line in (self.files.read(METRICS) or b"").splitlines():
             try:
@@ -96,7 +100,7 @@ class RunDirectory:
         if earlier is not None:
             if not resume:
                 raise NeuronetError(
-                    f"{self.path} holds a run already: continue it with --resume, or give a different --workdir"
+                    f"{self.path} already holds a run: continue it with --resume, or give a different --workdir"
                 )
             if changed := changes(earlier, config):
                 raise NeuronetError(f"{self.path} was trained with a different config: {'; '.join(changed)}")
@@ -119,9 +123,9 @@ def changes(before: Config, after: Config) -> list[str]:
 
 
 def _older_training_data(info: StoreInfo) -> TrainingData:
-    """The training data of a run that keeps a copy of its store's description.
+    """Returns the training data of an older run, which keeps a copy of its store's description.
 
-    An imported run made one up, for a store with 0 slots.
+    An imported run has a made-up copy, of a store with 0 slots.
     """
     data = TrainingData.of_store(info)
     if "imported" not in info.provenance:

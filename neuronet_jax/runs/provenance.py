@@ -1,4 +1,4 @@
-"""Where weights and results come from, as typed data with a stable JSON form.
+"""The origin of weights and results, as typed data with a stable JSON form.
 
 Other programs read that JSON, in `release.json`, `dataset_description.json`, `sub-…_provenance.json` and `summary.json`
 of an evaluation. It names no subject and no path.
@@ -69,7 +69,7 @@ UNKNOWN_ORIGIN = Origin()  # of a network that comes from no run
 
 @dataclass(frozen=True)
 class Provenance:
-    """What determines a result, beside its input."""
+    """The origin of a result, apart from its input: networks, calibration and options."""
 
     members: tuple[Origin, ...] = ()  # the networks, several for an ensemble
     calibration_sha256: str = ""  # of the calibration of predicted Dice; empty without one
@@ -134,7 +134,7 @@ class TrainingData:
 
 
 def _typed(content: Any, required: dict[str, type], optional: dict[str, type], what: str) -> dict[str, Any]:
-    """The fields of `content` with these names, of these types; None counts as absent."""
+    """Returns the fields of `content` with these names, after checking their types. None counts as absent."""
     if not isinstance(content, dict):
         raise NeuronetError(f"{what} must be a JSON object, got {content!r:.80}; {_FIX}")
     fields = {}

@@ -122,7 +122,7 @@ class Slurm:
             daemon.wait(10)
 
     def run(self, *command: str, timeout_s: float = 60) -> str:
-        """What a command prints, run in the repository as a user of the cluster would."""
+        """Runs a command in the repository, as a user of the cluster would, and returns its output."""
         done = subprocess.run(
             command, env=self.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout_s
         )
@@ -130,16 +130,16 @@ class Slurm:
         return done.stdout.strip()
 
     def submit(self, *arguments: str) -> str:
-        """The id of a new job; it may wait in the queue."""
+        """Submits a job, which may wait in the queue, and returns its id."""
         return self.run("sbatch", "--parsable", *arguments).split(";")[0]
 
     def job(self, number: str) -> dict[str, str]:
-        """What the controller says of a job, by its own names."""
+        """Returns the controller's description of a job, by its own names."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: str, timeout_s: float, *outputs: Path) -> str:
-        """The state in which all tasks of a job end: COMPLETED, FAILED, …"""
+        """Returns the state in which all tasks of a job end: COMPLETED, FAILED, …"""
 
         def ended() -> bool:
             return not self.run("squeue", "--noheader", "--jobs", number)
@@ -153,7 +153,7 @@ class Slurm:
         return ",".join(sorted(states))
 
     def log(self) -> str:
-        """The ends of all logs of the daemons."""
+        """Returns the ends of all logs of the daemons."""
         logs = sorted(self.folder.glob("*.log"))
         return "\n".join(f"--- {log.name}\n" + "\n".join(log.read_text().splitlines()[-15:]) for log in logs)
 

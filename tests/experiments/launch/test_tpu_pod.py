@@ -1,4 +1,4 @@
-"""tpu_pod.sh against a recorded stand-in of gcloud, whose hosts run what they are told for real."""
+"""tpu_pod.sh against a recorded stand-in of gcloud, whose hosts really run their commands."""
 
 import contextlib
 import fcntl
@@ -46,7 +46,7 @@ class Pod:
         self.environment = {**os.environ, "PATH": path, "TPU_STAND_IN": str(folder)}
 
     def plan(self, *slices: list[str], made: bool = False, **trouble: int) -> None:
-        """What happens to each slice in turn; see `gcloud_stand_in._play`."""
+        """Plans the events of each slice in turn; see `gcloud_stand_in._play`."""
         (self.folder / "plan.json").write_text("{}")
         self.change(slices=slices, made=made, **trouble)
 
@@ -76,13 +76,13 @@ class Pod:
         return process.returncode, out, said
 
     def calls(self, verb: str) -> list[list[str]]:
-        """The recorded calls of a verb: create, describe, delete, scp or ssh."""
+        """Returns the recorded calls of a verb: create, describe, delete, scp or ssh."""
         recorded = self.folder / "calls.jsonl"
         calls = [json.loads(line) for line in recorded.read_text().splitlines()] if recorded.exists() else []
         return [call for call in calls if call[3] == verb]
 
     def trainings(self, host: str = "host0") -> int:
-        """How often the training was started on a host of the present slice."""
+        """Counts the starts of the training on a host of the present slice."""
         file = self.folder / host / "trainings"
         return len(file.read_text().splitlines()) if file.exists() else 0
 

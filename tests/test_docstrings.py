@@ -1,0 +1,64 @@
+"""Docstrings follow one style: functions start with a verb in the third person, everything else with a noun.
+
+Properties are data, so they start with a noun too. Tests state facts, in any form.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ["neuronet_jax", "experiments", "data_prep"]
+# The verbs in use. A new one is added here.
+VERBS = """
+Accumulates Answers Applies Arranges Augments Averages Builds Changes Checks Clips Collects Compares Compiles
+Computes Convolves Copies Counts Creates Cuts Deletes Derives Describes Divides Does Draws Drops Ends Estimates
+Finds Fits Formats Gathers Gives Holds Interpolates Iterates Joins Keeps Labels Lists Loads Makes Maps Mirrors Moves
+Multiplies Opens Pads Parses Permutes Predicts Prepares Prints Puts Raises Reads Records Removes Reports Resamples
+Restores Returns Rewrites Rotates Rounds Runs Saves Sends Sets Spells Splits Stacks Starts Stores Summarises Tells
+Tests Trains Turns Updates Upsamples Waits Whitens Writes Yields
+"""
+# No docstring starts with one of these: a clause or half a sentence would stand in place of a verb or noun.
+CLAUSES = "As How If Of What When Where Whether Which Who Whose Why"
+# Files whose docstrings still await their revision. Remove an entry when it is done.
+PENDING = (
+    "neuronet_jax/inference/",
+    "neuronet_jax/models/head",
+    "neuronet_jax/models/network.py",
+    "neuronet_jax/training/losses.py",
+    "neuronet_jax/training/step.py",
+    "tests/neuronet_jax/training/test_losses.py",
+)
+
+
+def _docstrings(package: str) -> Iterator[tuple[ast.AST, str, str]]:
+    """Yields each documented module, class and function, its place and the first word of its docstring."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith(PENDING):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                yield node, f"{name}:{getattr(node, 'lineno', 1)}", text.split(maxsplit=1)[0].rstrip(".,:;")
+
+
+def _is_function(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef) and not any("property" in ast.unparse(d) for d in node.decorator_list)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_functions_start_with_a_verb(package: str) -> None:
+    verbs = set(VERBS.split())
+    found = [(place, word) for node, place, word in _docstrings(package) if _is_function(node)]
+    wrong = [f"{place}: {word}" for place, word in found if word not in verbs]
+    assert found, f"{package} has no docstrings: was it moved?"
+    assert not wrong, "start with a verb such as Returns, or add a new verb to VERBS:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "tests"])
+def test_no_docstring_starts_with_a_clause(package: str) -> None:
+    clauses = set(CLAUSES.split())
+    wrong = [f"{place}: {word}" for _, place, word in _docstrings(package) if word in clauses]
+    assert not wrong, "name the thing, or what it does:\n" + "\n".join(wrong)
