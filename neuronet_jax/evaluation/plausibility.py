@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from neuronet_jax.evaluation.agreement import Agreement
 from neuronet_jax.images.nifti import Volume
-from neuronet_jax.images.space import spacing_mm
+from neuronet_jax.images.space import spacing_mm, voxel_mm3
 from neuronet_jax.labels import REGIONS, TISSUES
 
 BRAIN_MM3 = (
@@ -50,8 +50,8 @@ def check(volume: Volume, maps: Mapping[str, np.ndarray], agreement: Agreement) 
 
     W_AGREEMENT: the two MALP-EM outputs contradict each other.
     """
-    voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
-    brains = [np.count_nonzero(ids) * voxel_mm3 for name, ids in maps.items() if name != "fsl_first"]
+    per_voxel_mm3 = voxel_mm3(volume.affine)
+    brains = [np.count_nonzero(ids) * per_voxel_mm3 for name, ids in maps.items() if name != "fsl_first"]
     found = set()
     if agreement.consistency < LEAST_AGREEMENT:
         found.add("W_AGREEMENT")

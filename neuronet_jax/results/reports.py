@@ -21,6 +21,7 @@ from neuronet_jax.codes import explain
 from neuronet_jax.evaluation.agreement import Agreement
 from neuronet_jax.evaluation.quality import Quality
 from neuronet_jax.images.nifti import Volume
+from neuronet_jax.images.space import voxel_mm3
 from neuronet_jax.labels import PROTOCOLS, REGIONS
 from neuronet_jax.results.bids import Target
 from neuronet_jax.results.pictures import Slices, colors_of, votes_colors
@@ -73,9 +74,9 @@ def embed(png: bytes) -> str:
 
 def render_scan(page: ScanPage) -> str:
     """Returns the page of one scan as HTML."""
-    voxel_mm3 = abs(float(np.linalg.det(page.volume.affine[:3, :3])))
+    per_voxel_mm3 = voxel_mm3(page.volume.affine)
     mm3 = {
-        name: np.sum([np.bincount(plane.ravel(), minlength=256) for plane in ids], axis=0) * voxel_mm3
+        name: np.sum([np.bincount(plane.ravel(), minlength=256) for plane in ids], axis=0) * per_voxel_mm3
         for name, ids in page.maps.items()
     }
     slices = Slices(page.volume, np.any([ids > 0 for ids in page.maps.values()], axis=0))
