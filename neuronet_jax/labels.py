@@ -265,3 +265,11 @@ def _regions() -> tuple[Region, ...]:
 
 
 REGIONS: tuple[Region, ...] = _regions()  # all regions that more than one protocol labels
+
+
+def tissue_classes(protocol: str) -> np.ndarray:
+    """Returns uint8 [256]: the tissue of every id of a protocol, 0 for none, then CSF, GM and WM as in TISSUES."""
+    classes = np.zeros(256, np.uint8)
+    for index, region in enumerate(REGIONS[: len(TISSUES)], start=1):
+        classes[list(region.ids[protocol])] = index
+    return classes

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from neuronet_jax.evaluation.metrics import DiceTable, dice_per_class
 from neuronet_jax.images.space import voxel_mm3
-from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS, REGIONS, TISSUES
+from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS, REGIONS, TISSUES, tissue_classes
 
 COLUMNS = ("kind", "region", "first", "second", "dice", "first_mm3", "second_mm3")
 _BITS = 2  # background, CSF, GM and WM of one protocol
@@ -93,10 +93,7 @@ def _codes(maps: Mapping[str, np.ndarray], voters: tuple[str, ...]) -> np.ndarra
     """Returns uint8 [x y z]: every voter's tissue (0 none, then CSF, GM, WM) in two bits each, the first one lowest."""
     codes = np.zeros(maps[voters[0]].shape, np.uint8)
     for number, name in enumerate(voters):
-        tissue = np.zeros(256, np.uint8)  # of every id
-        for index, region in enumerate(REGIONS[: len(TISSUES)], start=1):
-            tissue[list(region.ids[name])] = index
-        codes |= (tissue << (_BITS * number)).astype(np.uint8)[maps[name]]
+        codes |= (tissue_classes(name) << (_BITS * number)).astype(np.uint8)[maps[name]]
     return codes
 
 
