@@ -38,7 +38,7 @@ from neuronet_jax.images.nifti import DEFAULT_LIMITS, Limits
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.programs import DONE, PARTIAL, Parser, run
 from neuronet_jax.store.reader import Store
-from neuronet_jax.store.schema import Reject, StoreInfo, Subject
+from neuronet_jax.store.schema import Reject, StoreInfo, Subject, rejects_from_tsv, rejects_to_tsv
 from neuronet_jax.store.writer import StoreWriter
 
 HEAD_MM = (
@@ -142,7 +142,7 @@ def build_sources(
         subjects = [subject for slot in sorted(rows) for subject in rows[slot].subjects]
         rejects = [reject for slot in sorted(rows) for reject in rows[slot].rejects]
         if len(rejects) > max_reject_fraction * len(kept):
-            files.write("rejects.tsv", _rejects_tsv(rejects))
+            files.write("rejects.tsv", rejects_to_tsv(rejects))
             codes = dict(sorted(collections.Counter(reject.code for reject in rejects).items()))
             counts = ", ".join(f"{code} {n}" for code, n in codes.items())
             raise TooManyRejects(
@@ -245,14 +245,8 @@ def _duplicates(rows: dict[int, ShardRows]) -> list[tuple[Subject, int]]:
     return [(s, first[image_hash(s)]) for s in subjects if first.setdefault(image_hash(s), s.slot) != s.slot]
 
 
-def _rejects_tsv(rejects: Iterable[Reject]) -> bytes:
-    lines = ["\t".join(" ".join(value.split()) for value in dataclasses.astuple(reject)) for reject in rejects]
-    return ("\n".join(["id\tcode\treason", *lines]) + "\n").encode()
-
-
 def read_rejects(files: Files) -> list[Reject]:
-    lines = (files.read("rejects.tsv") or b"").decode().splitlines()[1:]
-    return [Reject(*line.split("\t", 2)) for line in lines]
+    return rejects_from_tsv(files.read("rejects.tsv") or b"")
 
 
 def _tidy(files: Files) -> None:

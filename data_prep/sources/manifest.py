@@ -13,9 +13,7 @@ from pathlib import Path
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.store.schema import SPLITS
-
-_ID = re.compile(r"[A-Za-z0-9]+")
+from neuronet_jax.store.schema import SPLITS, is_id
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def _hash_split(id_: str) -> str:
 
 
 def _checked_id(id_: str, number: int) -> str:
-    if not _ID.fullmatch(id_):
+    if not is_id(id_):
         raise NeuronetError(
             f"E_ID: the id in row {number} must consist of ASCII letters and digits only; rename the subject"
         )

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ FOREGROUND_POINTS = (
     2048  # 12 kB per subject, less than a chunk; enough that crops rarely repeat over some hundred epochs
 )
 SPLITS = ("train", "validation", "test")
-_ID = re.compile(r"[A-Za-z0-9]+")
+_ID = re.compile(r"[A-Za-z0-9]+")  # what BIDS accepts as a label, and every file system as a name
 
 
 class StoreError(CodedError):
@@ -112,6 +112,11 @@ class StoreInfo:
         return slot - slot % self.shard_subjects
 
 
+def is_id(text: str) -> bool:
+    """Whether `text` can name a subject: ASCII letters and digits only."""
+    return _ID.fullmatch(text) is not None
+
+
 def split_hash(subjects: Sequence[Subject]) -> str:
     """Returns the sha256 of the sorted pairs of id and split. It changes if and only if a subject's split changes."""
     lines = sorted(f"{subject.id}\t{subject.split}\n" for subject in subjects)
@@ -169,6 +174,18 @@ def subjects_from_tsv(data: bytes) -> tuple[Subject, ...]:
     return tuple(subjects)
 
 
+def rejects_to_tsv(rejects: Iterable[Reject]) -> bytes:
+    """Returns the content of rejects.tsv. White space within a reason becomes single spaces."""
+    names = [field.name for field in dataclasses.fields(Reject)]
+    rows = [[" ".join(value.split()) for value in dataclasses.astuple(reject)] for reject in rejects]
+    return "".join("\t".join(row) + "\n" for row in [names, *rows]).encode()
+
+
+def rejects_from_tsv(data: bytes) -> list[Reject]:
+    """The inverse of `rejects_to_tsv`."""
+    return [Reject(*line.split("\t", 2)) for line in data.decode().splitlines()[1:]]
+
+
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
@@ -178,7 +195,7 @@ def check_subjects(subjects: Sequence[Subject], info: StoreInfo) -> None:
     slots: set[int] = set()
     splits: dict[str, str] = {}
     for subject in subjects:
-        if not _ID.fullmatch(subject.id):
+        if not is_id(subject.id):
             raise StoreError("E_ID", f"the subject id in slot {subject.slot} must be letters and digits only")
         if not 0 <= subject.slot < info.slots or subject.slot in slots:
             raise StoreError("E_MISMATCH", f"slot {subject.slot} is given twice or outside 0…{info.slots - 1}")

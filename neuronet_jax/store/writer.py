@@ -22,6 +22,7 @@ from neuronet_jax.store.schema import (
     StoreInfo,
     Subject,
     check_subjects,
+    rejects_to_tsv,
     split_hash,
     subjects_to_tsv,
 )
@@ -166,9 +167,6 @@ class StoreWriter:
                 f"{len(missing)} shards were never written, the first is {missing[0]}; resume the build",
             )
         table = subjects_to_tsv(subjects)
-        rows = ["id\tcode\treason"] + [
-            "\t".join(" ".join(v.split()) for v in dataclasses.astuple(reject)) for reject in rejects
-        ]
         info = dataclasses.replace(
             self.info,
             subjects=len(subjects),
@@ -176,7 +174,7 @@ class StoreWriter:
             split_hash=split_hash(subjects),
         )
         self.files.write("subjects.tsv", table)
-        self.files.write("rejects.tsv", ("\n".join(rows) + "\n").encode())
+        self.files.write("rejects.tsv", rejects_to_tsv(rejects))
         self.files.write("store.json", info.to_json())
         self.files.write("COMPLETE", (hashlib.sha256(info.to_json()).hexdigest() + "\n").encode())
         self.files.delete("unfinished.json")
