@@ -68,14 +68,14 @@ class Agreement:
 
 def compare(maps: Mapping[str, UInt8[np.ndarray, "x y z"]], affine: np.ndarray) -> Agreement:
     """Compares the label maps of one scan, which hold the tools' ids on one grid."""
-    per_voxel_mm3 = voxel_mm3(affine)
+    unit = voxel_mm3(affine)
     voters = tuple(name for name in maps if name in VOTERS)
     codes = _codes(maps, voters) if voters else None
     pairs = [*_tissues(codes, voters)] if codes is not None else []
     for one, other in itertools.combinations(maps, 2):
         pairs += _structures(one, maps[one], other, maps[other])
     pairs += _merge(maps)
-    scaled = (Pair(p.kind, p.region, p.first, p.second, p.dice, p.first_mm3 * per_voxel_mm3, p.second_mm3 * per_voxel_mm3)
+    scaled = (Pair(p.kind, p.region, p.first, p.second, p.dice, p.first_mm3 * unit, p.second_mm3 * unit)
               for p in pairs)  # fmt: skip
     return Agreement(tuple(scaled), voters, _votes(len(voters))[codes] if len(voters) > 1 else None)
 
