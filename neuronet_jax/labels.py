@@ -217,6 +217,13 @@ def _protocols() -> dict[str, Protocol]:
 
 PROTOCOLS: dict[str, Protocol] = _protocols()
 
+# The protocols of each published network, in the order of its outputs: together, the tissues alone, one at a time.
+TASKS: dict[str, tuple[str, ...]] = {
+    "all_targets": tuple(PROTOCOLS),
+    "tissue": ("fsl_fast", "spm_tissue", "malp_em_tissue"),
+    **{name: (name,) for name in PROTOCOLS},
+}
+
 # uint8[139]: the `malp_em_tissue` class of every `malp_em` class. The tissue map is exactly this merge.
 MALP_EM_TO_TISSUE = _frozen([int(row["malp_em_tissue"]) for row in _ROWS], np.uint8)
 

@@ -7,8 +7,9 @@ The full run has not been timed yet; `--config=all_targets:demo` takes minutes o
 
 from ml_collections import ConfigDict
 
-from experiments.configs.common import ALL_TARGETS, config
+from experiments.configs.common import config
+from neuronet_jax.labels import TASKS
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    return config(ALL_TARGETS, variant)
+    return config(TASKS["all_targets"], variant)

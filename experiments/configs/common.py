@@ -1,14 +1,11 @@
 """The settings that every named config shares.
 
 A config names its protocols; everything else is here, once. The comparison is over tasks, and a task is a tuple of
-protocol names, composed by addition. `--config.model.family=reference` selects the published network instead of ours
-and changes nothing else.
+protocol names; `labels.TASKS` has the published ones. `--config.model.family=reference` selects the published network
+instead of ours and changes nothing else.
 """
 
 from ml_collections import ConfigDict
-
-TISSUE = ("fsl_fast", "spm_tissue", "malp_em_tissue")
-ALL_TARGETS = ("fsl_fast", "fsl_first", "spm_tissue", "malp_em", "malp_em_tissue")
 
 
 def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:

@@ -8,7 +8,8 @@ The full run has not been timed yet; `--config=fsl_fast:demo` takes minutes on t
 from ml_collections import ConfigDict
 
 from experiments.configs.common import config
+from neuronet_jax.labels import TASKS
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    return config(("fsl_fast",), variant)
+    return config(TASKS["fsl_fast"], variant)

@@ -8,7 +8,8 @@ The full run has not been timed yet; `--config=fsl_first:demo` takes minutes on 
 from ml_collections import ConfigDict
 
 from experiments.configs.common import config
+from neuronet_jax.labels import TASKS
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    return config(("fsl_first",), variant)
+    return config(TASKS["fsl_first"], variant)

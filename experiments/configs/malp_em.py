@@ -8,7 +8,8 @@ The full run has not been timed yet; `--config=malp_em:demo` takes minutes on tw
 from ml_collections import ConfigDict
 
 from experiments.configs.common import config
+from neuronet_jax.labels import TASKS
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    return config(("malp_em",), variant)
+    return config(TASKS["malp_em"], variant)

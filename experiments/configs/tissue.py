@@ -7,8 +7,9 @@ The full run has not been timed yet; `--config=tissue:demo` takes minutes on two
 
 from ml_collections import ConfigDict
 
-from experiments.configs.common import TISSUE, config
+from experiments.configs.common import config
+from neuronet_jax.labels import TASKS
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    return config(TISSUE, variant)
+    return config(TASKS["tissue"], variant)

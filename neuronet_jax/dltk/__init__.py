@@ -21,18 +21,12 @@ from flax import nnx
 from neuronet_jax.config import AugmentConfig, Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from neuronet_jax.dltk import tensorbundle
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.labels import PROTOCOLS, TASKS
 from neuronet_jax.models.network import Network, build
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.directory import RunDirectory
 from neuronet_jax.runs.provenance import Imported, TrainingData
 
-# The protocols of each published network in the order of its tails (the `config_*.json` of the reference code)
-VARIANTS = {
-    "all_targets": tuple(PROTOCOLS),
-    "tissue": ("fsl_fast", "spm_tissue", "malp_em_tissue"),
-    **{name: (name,) for name in PROTOCOLS},
-}
 AXES = "SAL"  # directions of the axes of the authors' arrays, see above
 _LINEAR = np.array([0.25, 0.75, 0.75, 0.25])  # the fixed upsampling per axis, stored as a variable there
 _TRAINING_ONLY = ("global_step", "beta1_power", "beta2_power")  # and Adam's moments, by the suffix of their names
@@ -41,7 +35,7 @@ _TRAINING_ONLY = ("global_step", "beta1_power", "beta2_power")  # and Adam's mom
 def import_run(saved_model: Path, run: str, name: str | None = None, axes: str = AXES) -> Config:
     """Writes the run directory `run` (local or gs://) from a published SavedModel and returns its config.
 
-    `name` is one of the `VARIANTS`, needed where two have the same classes (`fsl_fast`, `spm_tissue`). `axes` gives the
+    `name` is one of the `TASKS`, needed where two have the same classes (`fsl_fast`, `spm_tissue`). `axes` gives the
     directions of the axes of the training arrays. The grid is UK Biobank's, 1 mm. Raises NeuronetError if the files are
     damaged, are not a published network or not that variant, or if `run` is in use.
     """
@@ -98,7 +92,7 @@ def _of_the_network(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def variant(variables: Mapping[str, np.ndarray], name: str | None) -> str:
-    """Returns the one of the `VARIANTS` that has the class counts of these tails; `name` decides between several.
+    """Returns the one of the `TASKS` that has the class counts of these tails; `name` decides between several.
 
     Raises NeuronetError if none fits, if `name` does not fit, or if several fit and there is no `name`.
     """
@@ -107,7 +101,7 @@ def variant(variables: Mapping[str, np.ndarray], name: str | None) -> str:
         counts.append(last.shape[-1])
     fitting = [
         variant
-        for variant, protocols in VARIANTS.items()
+        for variant, protocols in TASKS.items()
         if [PROTOCOLS[protocol].num_classes for protocol in protocols] == counts
     ]
     if not fitting:
@@ -123,7 +117,7 @@ def _config(name: str) -> Config:
     """Returns the published training settings, as far as our config can express them."""
     return Config(
         name=name,
-        protocols=VARIANTS[name],
+        protocols=TASKS[name],
         data=DataConfig("", (128, 128, 128), foreground_fraction=0.0, workers=0, read_threads=1, prefetch=1),
         augment=AugmentConfig(flip=False, intensity=0.0, spatial=0.0),
         model=ModelConfig("reference", (16, 32, 64, 128), "float32"),  # bfloat16 was never tried on these weights

@@ -284,8 +284,8 @@ def test_other_networks_are_refused(spm, tmp_path, capsys, changes, arguments, m
 
 
 def test_the_seven_published_networks_are_told_apart():
-    assert len(dltk.VARIANTS) == 7
-    for name, protocols in dltk.VARIANTS.items():
+    assert len(dltk.TASKS) == 7
+    for name, protocols in dltk.TASKS.items():
         counts = [PROTOCOLS[protocol].num_classes for protocol in protocols]
         tails = {f"tail_{i}/last/conv3d/kernel": np.zeros((1, 1, 1, k, k)) for i, k in enumerate(counts)}
         assert dltk.variant(tails, name) == name
