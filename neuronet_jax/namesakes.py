@@ -1,7 +1,6 @@
 """Checks that `experiments` and `data_prep` are this project's packages. Other projects use these names as well."""
 
 import importlib.util
-import multiprocessing
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ def check(package: str, needs: Sequence[str] = ()) -> None:
     Raises ImportError if one of them does not lie beside this library. Warns with W_NAMESAKE if the package hides a
     folder of the same name, whose modules then cannot be imported.
     """
+    import multiprocessing  # imported here: `neuronet --help` does not need it
+
     for name in (package, *needs):
         spec = importlib.util.find_spec(name)
         found = Path(spec.origin).resolve().parent if spec and spec.origin else None
