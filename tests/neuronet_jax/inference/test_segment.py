@@ -42,7 +42,7 @@ def model() -> Model:
 
 
 def _head(shape: tuple[int, int, int] = (45, 52, 49), seed: int = 0) -> np.ndarray:
-    """An asymmetric blob of blobs in noise, non-negative, as int16."""
+    """Returns an asymmetric cluster of blobs in noise, non-negative, as int16."""
     rng = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
     image = 600.0 * (np.sum(grid**2, axis=0) < 0.8)
@@ -107,13 +107,13 @@ def test_F01_any_orientation_gives_the_same_labels_on_its_own_grid(model, head, 
 
 
 class Shells(nnx.Module):
-    """A network whose labels are known: how many thresholds, midway between `_ball`'s materials, a voxel exceeds."""
+    """A network with known labels: the number of thresholds below a voxel, midway between `_ball`'s materials."""
 
     def __init__(self):
         self.thresholds = nnx.Param(jnp.array([0.5, 2.6]))
 
     def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
-        """The scores 0, v − t₁, 2v − t₁ − t₂, of which the largest changes at the thresholds; never WM."""
+        """Returns the scores 0, v − t₁, 2v − t₁ − t₂, of which the largest changes at the thresholds; never WM."""
         low, high = self.thresholds[...]
         slopes, biases = jnp.array([[0.0, 1, 2, 0]]), jnp.stack([0 * low, -low, -low - high, -1e3 + 0 * low])
         coarse = image[:, ::2, ::2, ::2]
@@ -126,7 +126,9 @@ def _shells() -> Model:
 
 
 def _ball(spacing_mm: tuple[float, float, float], tilt: float) -> nib.Nifti1Image:
-    """Two smooth concentric balls of radius 36 and 20 mm in a field of 100 mm, turned by `tilt` radians about z."""
+    """Returns two smooth concentric balls of radius 36 and 20 mm in a field of 100 mm, turned by `tilt` radians about
+    z.
+    """
     shape = tuple(round(100 / s) for s in spacing_mm)
     turn = np.array([[np.cos(tilt), -np.sin(tilt), 0], [np.sin(tilt), np.cos(tilt), 0], [0, 0, 1]])
     affine = np.eye(4)
@@ -271,7 +273,7 @@ def test_F03_a_bad_array_is_rejected(image, code):
 
 
 @pytest.mark.parametrize("kind", ["noise", "inverted", "stripped", "spike", "negative"])
-def test_F04_what_is_no_T1_head_still_ends(model, head, kind):
+def test_F04_inputs_other_than_T1_heads_still_give_labels(model, head, kind):
     rng = np.random.default_rng(0)
     image = {
         "noise": rng.normal(500, 100, head.shape),
