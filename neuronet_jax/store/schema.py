@@ -113,7 +113,7 @@ class StoreInfo:
 
 
 def is_id(text: str) -> bool:
-    """Whether `text` can name a subject: ASCII letters and digits only."""
+    """Tells whether `text` can name a subject: ASCII letters and digits only."""
     return _ID.fullmatch(text) is not None
 
 
@@ -182,7 +182,7 @@ def rejects_to_tsv(rejects: Iterable[Reject]) -> bytes:
 
 
 def rejects_from_tsv(data: bytes) -> list[Reject]:
-    """The inverse of `rejects_to_tsv`."""
+    """Reads the table of `rejects_to_tsv`."""
     return [Reject(*line.split("\t", 2)) for line in data.decode().splitlines()[1:]]
 
 

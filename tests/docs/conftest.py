@@ -1,8 +1,8 @@
-"""What it takes to run the commands of the pages: a folder in which they find what they name, and a shell for them.
+"""A folder and a shell for the commands of the pages.
 
-In the folder lie tiny scans, label maps, a store and trained runs, made by the commands of the Train page themselves.
-A few commands can only be understood here: they need a cluster, a cloud, a GPU or hours. Their options are checked by
-the program's own parser.
+The folder holds tiny scans, label maps, a store and trained runs, made by the commands of the Train page themselves. A
+few commands are only parsed, because they need a cluster, a cloud, a GPU or hours; the program's own parser checks
+their options.
 """
 
 import argparse
@@ -91,7 +91,7 @@ class Workplace(NamedTuple):
 
 @pytest.fixture(scope="session")
 def workplace(files) -> Workplace:
-    """The folder after the four commands of the Train page: a store, a run, an evaluation, a report."""
+    """Returns the folder after the four commands of the Train page: a store, a run, an evaluation, a report."""
     first = next(block for block in blocks((ROOT / "docs" / "train.md").read_text()) if block.language == "bash")
     trained, segmented = [], []
     with contextlib.chdir(files), pytest.MonkeyPatch.context() as patch:
@@ -139,7 +139,7 @@ def shell():
 
 @pytest.fixture(scope="session")
 def read_blocks():
-    """The fenced blocks of a page's text."""
+    """Returns the fenced blocks of a page's text."""
     return blocks
 
 
@@ -210,7 +210,7 @@ def _call(program: str, arguments: list[str], trained: bool) -> None:
 
 
 def _check_contenders(arguments: argparse.Namespace) -> None:
-    """What the parser leaves to the benchmark itself."""
+    """Checks the arguments that the parser leaves to the benchmark itself."""
     from experiments.benchmark.__main__ import WHATS
     from experiments.benchmark.serve import CONTENDERS
 
@@ -219,7 +219,7 @@ def _check_contenders(arguments: argparse.Namespace) -> None:
 
 
 def _copied(config: Config, workdir: str, *options: bool) -> None:
-    """In place of training: the run of the workplace, under the name of the new one."""
+    """Copies the workplace's run to the name of the new one, in place of training."""
     if "://" not in workdir and not Path(workdir).exists():
         shutil.copytree("runs/all_targets", workdir)
 
@@ -240,7 +240,9 @@ WITHDRAWN = "1001"
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory) -> Path:
-    """The files that a reader brings: a cohort with its manifest, a scan, a BIDS dataset, a list of withdrawn ids."""
+    """Returns the files that a reader brings: a cohort with its manifest, a scan, a BIDS dataset, a list of withdrawn
+    ids.
+    """
     folder = tmp_path_factory.mktemp("files")
     with (folder / "cohort.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -271,14 +273,14 @@ def _write(path: Path, data: np.ndarray) -> None:
 
 
 def _structures() -> np.ndarray:
-    """uint8 [x y z]: classes of malp_em in an ellipsoid, in slabs along z so that all tissues occur."""
+    """Returns classes of malp_em in an ellipsoid, uint8 [x y z], in slabs along z so that all tissues occur."""
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, side) for side in SHAPE), indexing="ij"))
     slabs = np.broadcast_to(np.arange(SHAPE[2]) * 6 % 138 + 1, SHAPE)
     return np.where((grid**2).sum(axis=0) < 0.8, slabs, 0).astype(np.uint8)
 
 
 def _labels(name: str) -> np.ndarray:
-    """The label map of a protocol, in the tool's ids."""
+    """Returns the label map of a protocol, in the tool's ids."""
     structures = _structures()
     if name == "malp_em":
         return structures
