@@ -269,7 +269,7 @@ def test_A30_the_split_is_part_of_the_store(make_cohort, build):
     manifest = make_cohort(splits=("train", "test", "test"))
     _, other = build(manifest, "two")
     assert store.info.split_hash != other.info.split_hash
-    with pytest.raises(NeuronetError, match=r"E_EXISTS.*other input"):
+    with pytest.raises(NeuronetError, match=r"E_EXISTS.*different input"):
         build(manifest, "one")
 
 
