@@ -1,9 +1,9 @@
 """The published network in TensorFlow, with the operations of its authors' implementation, as a contender.
 
-That implementation itself needs TensorFlow 1; its graph is rebuilt here under `tf.function`: SAME convolutions, unfused
-batch normalisation, upsampling by a transposed convolution whose kernel mixes all channels, zeros off its diagonal.
-TensorFlow is no extra: `pip install tensorflow` in the environment of the benchmark or, for versions that do not fit
-beside it (numpy below 2), in one of its own: `--against=tensorflow@tf-2.15/bin/python`.
+That implementation itself needs TensorFlow 1. Its graph is rebuilt here under `tf.function`: SAME convolutions, unfused
+batch normalisation, and upsampling by a transposed convolution whose kernel mixes all channels, with zeros off its
+diagonal. TensorFlow is not an extra. Run `pip install tensorflow` in the environment of the benchmark or, for versions
+that conflict with it (numpy below 2), in a separate one: `--against=tensorflow@tf-2.15/bin/python`.
 """
 
 from collections.abc import Callable

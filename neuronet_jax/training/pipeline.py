@@ -189,7 +189,7 @@ class TrainingIterator(grain.DatasetIterator[HostBatch]):
         return {"position": self._position, **self._counts}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Moves to a saved position. Raises NeuronetError, naming both values, where it counts something different."""
+        """Moves to a saved position. Raises NeuronetError, naming both values, if it counts something different."""
         processes = state.get("processes", 1)
         if processes != 1:  # releases before 0.2 gave each process an order of its own
             raise NeuronetError(
@@ -243,7 +243,7 @@ def training_iterator(store: Store, config: Config, rows: Sequence[int] | None =
 
     Batches are dicts of numpy arrays: `image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z] in the order of
     config.protocols, `present` bool [b p], `slot` i32 [b]. `mesh.batch_rows` gives the rows of a process. Raises
-    NeuronetError where the split cannot fill one batch or the store lacks a protocol. A dead worker is a RuntimeError
+    NeuronetError if the split cannot fill one batch or the store lacks a protocol. A dead worker is a RuntimeError
     on `next`.
     """
     rows = tuple(range(config.batch)) if rows is None else tuple(rows)
