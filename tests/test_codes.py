@@ -1,4 +1,4 @@
-"""The table of codes holds what the packages use, no more and no less, and the documentation shows it."""
+"""The table of codes holds exactly the codes in use, and the documentation shows it."""
 
 import ast
 import re
@@ -40,7 +40,7 @@ def f():
     assert sorted(used(source)) == ["E_RAISED", "W_SAID", "W_TUPLE"]
 
 
-def test_every_code_that_is_used_is_in_the_table_and_every_row_is_used():
+def test_the_table_holds_exactly_the_codes_in_use():
     found = {code: path for path in _sources() for code in used(path.read_text(encoding="utf-8"))}
     assert {code: path.name for code, path in found.items() if code not in CODES} == {}
     assert set(CODES) - set(found) == set()

@@ -1,4 +1,4 @@
-"""All programs as users start them: the same options, exit statuses and form of message everywhere."""
+"""All programs as users start them: the same options, exit statuses and form of messages everywhere."""
 
 import os
 import re
@@ -34,7 +34,7 @@ PROGRAMS = {
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """The finished process of every program and kind of call. Two run at a time."""
+    """Returns the finished process of every program and kind of call. Two run at a time."""
     here = tmp_path_factory.mktemp("programs")
     (here / "file").touch()  # no folder can be made below it
     cache = here / "cache"  # nobody's cached demo cohort
@@ -60,7 +60,7 @@ def answers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_mistyped_option_ends_with_2_and_names_the_one_meant(answers, program):
+def test_a_mistyped_option_ends_with_2_and_suggests_the_right_one(answers, program):
     process = answers[program, "mistyped"]
     assert process.returncode == USAGE and process.stdout == ""
     last = process.stderr.splitlines()[-1]

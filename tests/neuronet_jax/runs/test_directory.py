@@ -1,4 +1,4 @@
-"""The folder of a run: who may train in it, and what it says of its data."""
+"""The folder of a run: the claim of a training to it, and the description of its data."""
 
 import json
 from dataclasses import replace
@@ -44,7 +44,7 @@ def test_a_run_that_was_killed_while_it_began_can_begin_again(tmp_path, config):
     assert run.config() == config
 
 
-def test_resuming_what_was_never_begun_says_so(tmp_path, config, caplog):
+def test_resuming_a_run_that_never_began_gives_a_warning(tmp_path, config, caplog):
     RunDirectory(tmp_path).claim(config, DATA, resume=True)
     assert "holds no run yet, starting at step 0" in caplog.text and (tmp_path / CONFIG).exists()
 
@@ -97,7 +97,7 @@ def test_damaged_or_newer_training_data_are_refused(tmp_path, change, said):
         RunDirectory(tmp_path).training_data()
 
 
-def test_a_file_that_is_no_json_is_refused(tmp_path):
+def test_a_file_that_is_not_json_is_refused(tmp_path):
     for text in ("", "[1]", "{"):
         (tmp_path / TRAINING_DATA).write_text(text)
         with pytest.raises(NeuronetError, match="training data"):
@@ -129,7 +129,7 @@ def test_provenance_of_an_ensemble_lists_its_members_and_each_note_once():
     }
 
 
-def test_a_network_without_a_run_says_nothing():
+def test_a_network_without_a_run_has_no_provenance():
     assert Origin().to_json() == {} and Provenance((Origin(),)).to_json() == {} and Provenance().to_json() == {}
     assert Origin.from_json({}) == Origin()
 
