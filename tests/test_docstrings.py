@@ -24,7 +24,9 @@ Tests Trains Turns Updates Upsamples Waits Whitens Writes Yields
 CLAUSES = "As How If Of What When Where Whether Which Who Whose Why"
 # Files whose docstrings still await their revision. Remove an entry when it is done.
 PENDING = (
-    "neuronet_jax/inference/",
+    "neuronet_jax/inference/blocks.py",
+    "neuronet_jax/inference/onto_grid.py",
+    "neuronet_jax/inference/volume.py",
     "neuronet_jax/models/head",
     "neuronet_jax/models/network.py",
     "neuronet_jax/training/losses.py",
