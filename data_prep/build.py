@@ -27,7 +27,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 import neuronet_jax
 from data_prep import cluster
-from data_prep.lease import lease
 from data_prep.shard import ShardRows, build_shard
 from data_prep.sources.manifest import Source, assign_splits, check_sources, ids_hash, read_ids, read_manifest
 from data_prep.subject import Settings, image_hash
@@ -36,6 +35,7 @@ from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.images.nifti import DEFAULT_LIMITS, Limits
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.lease import lease
 from neuronet_jax.programs import DONE, PARTIAL, Parser, run
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Reject, StoreInfo, Subject, rejects_from_tsv, rejects_to_tsv

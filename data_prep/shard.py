@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.lease import lease
 from data_prep.sources.manifest import Source
 from data_prep.subject import Settings, prepare
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.files import Files
+from neuronet_jax.lease import lease
 from neuronet_jax.store.schema import Record, Reject, Subject, subjects_from_tsv, subjects_to_tsv
 from neuronet_jax.store.writer import StoreWriter
 

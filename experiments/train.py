@@ -69,12 +69,12 @@ def train(
     store = open_store(config)
     process, processes = jax.process_index(), jax.process_count()
     mesh = make_mesh(config)
-    RunDirectory(workdir).claim(config, TrainingData.of_store(store.info), resume)  # before anything in it is opened
     data = training_iterator(store, config, batch_rows(mesh, config.batch))
     held_out = validation_subjects(store, "validation", process, processes)
     held_out = held_out[: -(-config.evaluate_subjects // processes) or None]
 
     with (
+        RunDirectory(workdir).hold(config, TrainingData.of_store(store.info), resume) as check_owner,  # comes first
         contextlib.closing(data),
         Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
         StopRequest() as stop,
@@ -116,6 +116,7 @@ def train(
                 log.warning("stopped as asked after step %d of %d; continue with --resume", step, config.steps)
                 break
             checkpoints.check()
+            check_owner()
             watchdog.progress()
         monitor.close()
         finished = int(state.step) == config.steps
@@ -212,11 +213,11 @@ def _train(options: argparse.Namespace) -> int:
         config = flags.load(f"{options.config}:demo", options.overrides)
     if options.resume and not options.workdir:
         raise UsageError("--resume needs the --workdir of the run to continue")
-    workdir = options.workdir or time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S")
     keep_compiled()
     runtime.join_cluster()
     if not jax.distributed.is_initialized():
         spread_over_cores(config)
+    workdir = options.workdir or runtime.agreed(time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S"))
     try:
         train(config, workdir, options.resume, options.reset_data, options.strict)
     except NotFiniteError as error:

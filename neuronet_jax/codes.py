@@ -169,7 +169,7 @@ CODES = {
         "Choose a different place, or delete what is there.",
     ),
     "E_INCOMPLETE": Code("The store is not finished.", "Run the same `data_prep.build` command again."),
-    "E_LEASE": Code("Another process is writing the store.", "Wait for it, or stop it first."),
+    "E_LEASE": Code("A different process uses this run or store.", "Wait for it, or stop it first."),
     "E_MISMATCH": Code(
         "The parts of the store do not fit together: one was changed or exchanged.", "Build the store again."
     ),

@@ -78,15 +78,23 @@ class Files:
         except Exception as error:
             raise _io_error("write", self.dest, name, error) from error
 
-    def claim(self, name: str, data: bytes) -> bool:
-        """Creates the file unless it exists, in one atomic operation. Returns True to the caller that created it."""
+    def read_version(self, name: str) -> tuple[bytes | None, bytes]:
+        """Returns the content, or None if there is no such file, and its version for `replace`."""
         try:
-            absent = self._store.read(name).result()
-            if absent.state == "value":
-                return False
-            return self._store.write(name, data, if_equal=absent.stamp.generation).result().generation != b""
+            result = self._store.read(name).result()
         except Exception as error:
-            raise _io_error("claim", self.dest, name, error) from error
+            raise _io_error("read", self.dest, name, error) from error
+        return (bytes(result.value) if result.state == "value" else None), result.stamp.generation
+
+    def replace(self, name: str, data: bytes | None, version: bytes) -> bytes | None:
+        """Writes the file, or removes it for None, if it still has that version, in one atomic operation.
+
+        Returns the new version, or None if a different process has changed the file since.
+        """
+        try:
+            return self._store.write(name, data, if_equal=version).result().generation or None
+        except Exception as error:
+            raise _io_error("replace", self.dest, name, error) from error
 
     def delete(self, name: str) -> None:
         """Removes the file, without an error if there is none."""

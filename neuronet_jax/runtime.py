@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from neuronet_jax.errors import CodedWarning, NeuronetError
@@ -211,3 +212,11 @@ def _tpu_endpoints() -> str:
         f"this machine has TPU chips, but the list of its slice's hosts cannot be read from {url} ({reason}); "
         "to train on this host alone, set TPU_WORKER_HOSTNAMES=localhost"
     )
+
+
+def agreed(text: str) -> str:
+    """Returns the first process's text in all processes, such as a name that holds the time; at most 256 bytes."""
+    if jax.process_count() == 1:
+        return text
+    padded = np.frombuffer(text.encode().ljust(256, b"\0"), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().rstrip(b"\0").decode()

@@ -1,7 +1,9 @@
 """Tests run on eight CPU devices, with JAX's implicit promotions forbidden; folders of real data; small stores."""
 
 import os
-from collections.abc import Callable
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +115,22 @@ def make_store(tmp_path: Path, build_store: Callable[..., Any]) -> Callable[...,
         return build_store(dest or str(tmp_path / "store"), splits, **settings)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _s3_endpoint() -> Iterator[str]:
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def bucket(_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The address of a new bucket on a real S3 server of this machine."""
+    settings = {"AWS_ENDPOINT_URL": _s3_endpoint, "AWS_REGION": "us-east-1"}
+    for name, value in {**settings, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    urllib.request.urlopen(urllib.request.Request(f"{_s3_endpoint}/{name}", method="PUT")).close()
+    return f"s3://{name}"

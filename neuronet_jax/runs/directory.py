@@ -6,13 +6,16 @@
             metrics.jsonl        one line per report, see `training/monitor.py`
             tensorboard/         the same for TensorBoard, and pictures
             quality.json         calibration of predicted Dice, see `calibration.py`
+            run.lease            while the run trains: the process that owns it
 
 A release (see `release.py`) holds `release.json` instead of the first three.
 """
 
+import contextlib
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -23,11 +26,13 @@ from jax.experimental import multihost_utils
 from neuronet_jax.config import Config, flatten
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
+from neuronet_jax.lease import lease
 from neuronet_jax.runs.provenance import Imported, TrainingData
 from neuronet_jax.store.schema import StoreInfo
 
 CONFIG, TRAINING_DATA, CHECKPOINTS = "config.json", "training_data.json", "checkpoints"
 METRICS, TENSORBOARD, QUALITY, RELEASE = "metrics.jsonl", "tensorboard", "quality.json", "release.json"
+LEASE = "run.lease"
 _STORE = "store.json"  # of version 0.1.0
 
 # Settings that may change within a run: its length (the schedule stretches to it), and how data are read, logged, kept.
@@ -82,12 +87,36 @@ class RunDirectory:
                 continue
         return lines
 
+    @contextlib.contextmanager
+    def hold(self, config: Config, data: TrainingData, resume: bool = False) -> Iterator[Callable[[], None]]:
+        """Holds the run for the duration of the block and claims it, before anything else in its folder is opened.
+
+        Every process of the run calls it; the first one holds the lease for all. Gives a function that raises
+        NeuronetError if a different process has taken the run over since. Raises NeuronetError as `claim` does and,
+        naming host and time, if a live process trains this run.
+        """
+        with contextlib.ExitStack() as stack:
+            held, refusal = None, None
+            if jax.process_index() == 0:
+                try:
+                    held = stack.enter_context(lease(self.files, LEASE))
+                except NeuronetError as error:
+                    refusal = error
+            if refusal is None and not multihost_utils.broadcast_one_to_all(np.bool(held is not None)):
+                refusal = NeuronetError(f"the first process of this run could not get {self.path}, and says why")
+            elif refusal is not None:
+                multihost_utils.broadcast_one_to_all(np.bool(False))
+            if refusal is not None:
+                raise refusal
+            self.claim(config, data, resume)
+            yield held.check if held else lambda: None
+
     def claim(self, config: Config, data: TrainingData, resume: bool = False) -> None:
         """Makes this the folder of a run with these settings, or checks that the run in it is the one to continue.
 
-        Every process of a run calls it, before it opens or changes anything in the folder. Raises NeuronetError if
-        the folder holds a run and `resume` is not asked for, if that run has different settings, and if it is an
-        imported network.
+        Every process of a run calls it while the run is held. Raises NeuronetError if the folder holds a run and
+        `resume` is not asked for, if that run has different settings or different data, and if it is an imported
+        network.
         """
         earlier, earlier_data = self.config(), self.training_data()
         # after reading and before writing: the processes wait for each other here
@@ -100,10 +129,15 @@ class RunDirectory:
         if earlier is not None:
             if not resume:
                 raise NeuronetError(
-                    f"{self.path} already holds a run: continue it with --resume, or give a different --workdir"
+                    f"{self.path} holds a run already: continue it with --resume, or give a different --workdir"
                 )
             if changed := changes(earlier, config):
                 raise NeuronetError(f"{self.path} was trained with a different config: {'; '.join(changed)}")
+            if earlier_data is not None and (changed := earlier_data.differences(data)):
+                raise NeuronetError(
+                    f"{self.path} was trained on different data: {'; '.join(changed)}. Continue it with its own store, "
+                    "or begin a new run with a different --workdir"
+                )
             return
         if resume:
             log.warning("--resume: %s holds no run yet, starting at step 0", self.path)

@@ -104,11 +104,26 @@ class TrainingData:
     note: str = ""
     imported: Imported | None = None  # where the weights were not trained here
     store: Mapping[str, Any] = field(default_factory=dict)  # provenance of the store: its software, sources, settings
+    content_hash: str = ""  # which scans and label maps; empty where it is not known
 
     @classmethod
     def of_store(cls, info: StoreInfo) -> "TrainingData":
         note = str(info.provenance.get("note", ""))
-        return cls(info.protocols, info.voxel_size_mm, info.grid, info.split_hash, note, store=info.provenance)
+        return cls(
+            info.protocols,
+            info.voxel_size_mm,
+            info.grid,
+            info.split_hash,
+            note,
+            store=info.provenance,
+            content_hash=info.subjects_hash,
+        )
+
+    def differences(self, other: "TrainingData") -> list[str]:
+        """Describes in what `other` data differ, as far as both are known; where the store lies does not matter."""
+        names = ("protocols", "voxel_size_mm", "grid", "split_hash", "content_hash")
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        return [f"{name} was {mine!r}, is {its!r}" for name, mine, its in pairs if mine and its and mine != its]
 
     def to_json(self) -> bytes:
         content = asdict(self) | {"imported": self.imported.to_json() if self.imported else None}
@@ -123,7 +138,7 @@ class TrainingData:
             raise NeuronetError(f"the description of the training data is not JSON ({error}); {_FIX}") from error
         required = {"schema": int, "protocols": list, "voxel_size_mm": float, "grid": list, "split_hash": str}
         required |= {"note": str, "store": dict}
-        fields = _typed(content, required, {"imported": dict}, "training data")
+        fields = _typed(content, required, {"imported": dict, "content_hash": str}, "training data")
         if (schema := fields.pop("schema")) > 1:
             raise NeuronetError(
                 f"the training data have schema {schema}, this version reads up to 1: update neuronet-jax"

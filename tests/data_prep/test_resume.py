@@ -11,12 +11,11 @@ import time
 
 import pytest
 
-from data_prep import lease as lease_module
 from data_prep import shard, subject, verify
 from data_prep.build import TooManyRejects
-from data_prep.lease import lease
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
+from neuronet_jax.lease import lease
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import StoreError
 
@@ -145,26 +144,6 @@ def test_A38_a_second_writer_of_a_shard_is_refused(make_cohort, build, tmp_path)
     with lease(files, "unfinished-build.lease"), pytest.raises(NeuronetError, match="E_LEASE"):
         build(manifest, shard_subjects=1)
     build(manifest, shard_subjects=1)
-
-
-@pytest.mark.parametrize("beats", [True, False])
-def test_A38_a_lease_of_another_host_counts_while_it_beats(tmp_path, monkeypatch, beats):
-    monkeypatch.setattr(lease_module, "BEAT_S", 0.02)
-    monkeypatch.setattr(lease_module, "_PATIENCE_S", 0.1)
-    files = Files(str(tmp_path))
-    held = {"host": "elsewhere", "pid": 1, "token": "0", "beat": 0}
-    files.write("shard.lease", json.dumps(held).encode())
-    if not beats:
-        with lease(files, "shard.lease"):
-            assert json.loads(files.read("shard.lease") or b"")["pid"] == os.getpid()
-        assert files.names() == []
-        return
-    timer = threading.Timer(0.05, lambda: files.write("shard.lease", json.dumps(held | {"beat": 1}).encode()))
-    timer.start()
-    with pytest.raises(NeuronetError, match="held by process 1 on elsewhere"), lease(files, "shard.lease"):
-        pass
-    timer.join()
-    assert files.names() == ["shard.lease"]
 
 
 def test_the_next_run_takes_repaired_files(make_cohort, build, tmp_path):

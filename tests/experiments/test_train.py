@@ -126,6 +126,22 @@ def test_D03_sigterm_saves_and_the_run_can_continue(store: Path, tmp_path: Path)
     assert "subject0" not in text  # A41: no identifier of a participant in a run's folder
 
 
+def test_D16_a_second_start_is_refused_and_harms_nothing(store: Path, tmp_path: Path, whole: TrainState) -> None:
+    """With and without --resume, while the first one trains and saves; it then ends as if it had been alone."""
+    run = tmp_path / "run"
+    first = start(store, run)
+    wait_for_step(run, 1, first)
+    seconds = [start(store, run, *extra) for extra in ((), ("--resume",))]
+    for second in seconds:
+        _, errors = second.communicate(timeout=240)
+        if first.poll() is None:  # else it came too late to meet anybody
+            assert second.returncode == 1 and "E_LEASE" in errors
+            assert f"by process {first.pid} on {socket.gethostname()}" in errors
+    finish(first)
+    jax.tree.map(np.testing.assert_array_equal, last_state(store, run), whole)
+    assert not (run / "run.lease").exists()
+
+
 def test_two_processes_train_one_run_and_one_process_continues_it(
     store: Path, tmp_path: Path, whole: TrainState
 ) -> None:

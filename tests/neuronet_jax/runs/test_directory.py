@@ -9,7 +9,7 @@ import pytest
 from experiments.flags import load
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.runs.directory import CONFIG, METRICS, TRAINING_DATA, RunDirectory
+from neuronet_jax.runs.directory import CONFIG, LEASE, METRICS, TRAINING_DATA, RunDirectory
 from neuronet_jax.runs.provenance import Imported, Origin, Provenance, TrainingData
 from neuronet_jax.store.schema import StoreInfo
 
@@ -34,6 +34,37 @@ def test_D13_a_used_folder_is_refused_unless_it_is_the_same_run(tmp_path, config
     with pytest.raises(NeuronetError, match=r"seed was 0, is 7$"):
         run.claim(replace(config, seed=7, log_every=3), DATA, resume=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("voxel_size_mm", 1.0, "voxel_size_mm was 2.0, is 1.0"),
+        ("grid", (24, 24, 32), r"grid was \(24, 24, 24\), is \(24, 24, 32\)"),
+        ("protocols", ("fsl_fast", "malp_em"), "protocols was .*'malp_em'"),
+        ("split_hash", "abd", "split_hash was 'abc', is 'abd'"),
+        ("content_hash", "ee", "content_hash was 'dd', is 'ee'"),
+    ],
+)
+def test_D17_different_data_are_refused_with_both_values(tmp_path, config, field, value, said):
+    run, data = RunDirectory(tmp_path), replace(DATA, content_hash="dd")
+    run.claim(config, data)
+    run.claim(config, replace(data, store={"software": "moved"}, note=""), resume=True)  # where it lies is no matter
+    with pytest.raises(NeuronetError, match=said):
+        run.claim(config, replace(data, **{field: value}), resume=True)
+    assert run.training_data() == data
+
+
+def test_D16_a_run_in_use_is_refused_before_anything_is_touched(tmp_path, config):
+    run = RunDirectory(tmp_path)
+    with run.hold(config, DATA) as check_owner:
+        check_owner()
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        for resume in (False, True):
+            with pytest.raises(NeuronetError, match="E_LEASE"), run.hold(replace(config, seed=7), DATA, resume):
+                pass
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert not (tmp_path / LEASE).exists()
 
 
 def test_a_run_that_was_killed_while_it_began_can_begin_again(tmp_path, config):

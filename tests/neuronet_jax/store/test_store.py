@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import pickle
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -424,11 +423,18 @@ def test_buckets_and_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_files_claim_is_exclusive_and_names_are_listed(tmp_path: Path) -> None:
+def test_files_are_replaced_by_one_of_many_and_names_are_listed(tmp_path: Path) -> None:
     files = Files(str(tmp_path))
-    assert files.claim("leases/0", b"me")
-    assert not files.claim("leases/0", b"you")
-    assert files.read("leases/0") == b"me"
+    content, absent = files.read_version("leases/0")
+    assert content is None
+    first = files.replace("leases/0", b"me", absent)
+    assert first is not None and files.replace("leases/0", b"you", absent) is None
+    assert files.read_version("leases/0") == (b"me", first)
+    second = files.replace("leases/0", b"me again", first)
+    assert second is not None and files.replace("leases/0", None, first) is None
+    assert files.read("leases/0") == b"me again"
+    assert files.replace("leases/0", None, second) is not None and files.read("leases/0") is None
+    files.write("leases/0", b"me")
     files.write("leases/1", b"")
     files.write("leaseless", b"")
     assert files.names("leases/") == ["leases/0", "leases/1"]
@@ -440,27 +446,17 @@ def test_files_claim_is_exclusive_and_names_are_listed(tmp_path: Path) -> None:
         files.write("file/x", b"")
 
 
-def test_store_lives_in_a_bucket(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_lives_in_a_bucket(make_store: MakeStore, bucket: str) -> None:
     """Runs the same code against a real S3 server on this machine."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/cohorts", method="PUT")).close()
-        store, records = make_store(SPLITS[:3], dest="s3://cohorts/demo/store")
-        image, labels = store.read_crop(1, (3, 5, 7), (20, 20, 20), PROTOCOLS)
-        box = (slice(3, 23), slice(5, 25), slice(7, 27))
-        np.testing.assert_array_equal(image, records[1].image[box])
-        np.testing.assert_array_equal(labels, records[1].labels[(slice(None), *box)])
-        assert store.subjects == (records[0].subject, records[1].subject)
-        with pytest.raises(StoreError, match="E_READ_ONLY"):
-            StoreWriter.open("s3://cohorts/demo/store")
-        Files("s3://cohorts/demo/store").delete("image/c/0/0/0/0")
-        with pytest.raises(StoreError, match="E_SHARD_MISSING"):
-            Store.open("s3://cohorts/demo/store").read_image(1)
-    finally:
-        server.stop()
+    dest = f"{bucket}/demo/store"
+    store, records = make_store(SPLITS[:3], dest=dest)
+    image, labels = store.read_crop(1, (3, 5, 7), (20, 20, 20), PROTOCOLS)
+    box = (slice(3, 23), slice(5, 25), slice(7, 27))
+    np.testing.assert_array_equal(image, records[1].image[box])
+    np.testing.assert_array_equal(labels, records[1].labels[(slice(None), *box)])
+    assert store.subjects == (records[0].subject, records[1].subject)
+    with pytest.raises(StoreError, match="E_READ_ONLY"):
+        StoreWriter.open(dest)
+    Files(dest).delete("image/c/0/0/0/0")
+    with pytest.raises(StoreError, match="E_SHARD_MISSING"):
+        Store.open(dest).read_image(1)
