@@ -15,9 +15,9 @@ from typing import Any, Self
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 
-SCHEMA = 1  # of saved configs; raised with every added field
+SCHEMA = 2  # of saved configs; raised with every added field
 # Per schema, the fields that it added, as "group.field", and the value that keeps the behaviour of older runs.
-ADDED: dict[int, dict[str, Any]] = {}
+ADDED: dict[int, dict[str, Any]] = {2: {"loss.class_balance": 0.0, "loss.consistency": 0.0}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,25 @@ class ModelConfig:
         """Voxels of the image along one voxel of the coarsest features: sides must be multiples of it."""
         return 2 ** (len(self.filters) - 1)
 
+    def on(self, platform: str) -> "ModelConfig":
+        """Returns these settings with the dtype "auto" decided for a platform as JAX names it.
+
+        It is bfloat16 where the hardware multiplies it natively (GPU, TPU), float32 on a CPU.
+        """
+        decided = "float32" if platform == "cpu" else "bfloat16"
+        return dataclasses.replace(self, compute_dtype=decided) if self.compute_dtype == "auto" else self
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     cross_entropy: float  # weight of the mean voxel cross-entropy of a protocol
     dice: float  # weight of 1 − mean soft Dice of a protocol
+    # Cross-entropy weighs a voxel by n^−class_balance, n being the voxels of its class in the batch. With 0 all voxels
+    # count alike, with 1 all classes.
+    class_balance: float
+    # Weight of the Jensen–Shannon divergence between malp_em_tissue and the tissues that malp_em implies, where a
+    # subject has both. 0: none.
+    consistency: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +226,19 @@ def check(config: Config) -> None:
         )
         require(side > 0 and side % stride == 0, "data.crop", data.crop, legal)
 
-    require(loss.cross_entropy + loss.dice > 0, "loss", loss, "positive in one of its weights")
+    require(loss.cross_entropy + loss.dice > 0, "loss", loss, "positive in cross_entropy or dice")
+    require(
+        loss.class_balance == 0 or loss.cross_entropy > 0,
+        "loss.class_balance",
+        loss.class_balance,
+        "0 without loss.cross_entropy, whose voxels it weighs",
+    )
+    require(
+        loss.consistency == 0 or {"malp_em", "malp_em_tissue"} <= set(names),
+        "loss.consistency",
+        loss.consistency,
+        "0 unless both malp_em and malp_em_tissue are among the protocols, which it compares",
+    )
     among("optimizer.schedule", optimizer.schedule, "constant", "cosine")
     require(optimizer.ema_decay < 1, "optimizer.ema_decay", optimizer.ema_decay, "below 1")
     require(config.mesh.space >= 1, "mesh.space", config.mesh.space, "at least 1")

@@ -3,14 +3,12 @@
 Compilation is ahead of time, with libtpu (extra `tpu`), for a described topology. One takes a few minutes.
 """
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
@@ -66,23 +64,13 @@ def described_devices(topology: str) -> Sequence[Any]:
         ) from error
 
 
-@contextlib.contextmanager
-def pretending(devices: Sequence[Any]) -> Iterator[None]:
-    """Makes the library see one host with these TPU chips, because it asks JAX for its devices."""
-    import jax
-
-    with mock.patch.multiple(jax, default_backend=lambda: "tpu", local_device_count=lambda: len(devices)):
-        yield
-
-
 def plan(devices: Sequence[Any], family: str, space: int, side: int) -> dict[str, float]:
     """Returns the needs of the compiled training step per chip: HBM beside arguments, bytes moved, floating-point
     operations.
     """
-    with pretending(devices):
-        step, arguments = described_step(devices, family, space, side)
-        begun = time.perf_counter()
-        compiled = step.lower(*arguments).compile()
+    step, arguments = described_step(devices, family, space, side)
+    begun = time.perf_counter()
+    compiled = step.lower(*arguments).compile()
     cost = compiled.cost_analysis()
     return {
         "compile_seconds": time.perf_counter() - begun,
@@ -101,7 +89,7 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
     from experiments import flags
     from experiments.benchmark.work import PUBLISHED_TRAINING
     from neuronet_jax.models.network import build
-    from neuronet_jax.training.mesh import batch_sharding, make_mesh, replicated
+    from neuronet_jax.training.mesh import batch_sharding, make_mesh, platform_of, replicated
     from neuronet_jax.training.step import TrainState, make_optimizer, make_train_step
 
     batch = len(devices) // space
@@ -110,7 +98,7 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     config = flags.load("all_targets", overrides)
     mesh = make_mesh(config, devices)
-    network = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
+    network = nnx.eval_shape(lambda: build(config.model.on(platform_of(mesh)), config.protocols, config.seed))
     graphdef, params, moments = nnx.split(network, nnx.Param, nnx.BatchStat, graph=False)
 
     def state(params: Any, moments: Any) -> TrainState:

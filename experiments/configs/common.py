@@ -27,7 +27,7 @@ def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
             },
             "augment": {"flip": True, "intensity": 1.0, "spatial": 0.0},
             "model": {"family": "neuronet", "filters": (16, 32, 64, 128), "compute_dtype": "auto"},
-            "loss": {"cross_entropy": 1.0, "dice": 1.0},
+            "loss": {"cross_entropy": 1.0, "dice": 1.0, "class_balance": 0.0, "consistency": 0.0},
             "optimizer": {
                 "learning_rate": 2e-3,  # twice the published one: eight crops per step, and a warm-up
                 "schedule": "cosine",

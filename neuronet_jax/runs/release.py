@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -102,7 +103,8 @@ def restore_release(folder: str) -> Model:
     listed = {name: digest for digest, _, name in lines}
     description = _described(_checked(RELEASE, text, listed))
     config = Config.from_fields(description["config"])
-    shapes = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
+    settings = config.model.on(jax.local_devices()[0].platform)
+    shapes = nnx.eval_shape(lambda: build(settings, config.protocols, config.seed))
     structure, state = nnx.split(shapes, graph=False)
     variables = nnx.to_flat_state(state)
     weights = _weights(files, listed, sum(variable.size * variable.dtype.itemsize for _, variable in variables))

@@ -42,7 +42,8 @@ def _restore(run: str) -> Model:
         if step is None:
             raise NeuronetError(f"{run} holds no finished checkpoint yet; train longer, or give a different --run")
         config = checkpoints.config(step)
-        shapes = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
+        settings = config.model.on(jax.local_devices()[0].platform)
+        shapes = nnx.eval_shape(lambda: build(settings, config.protocols, config.seed))
         structure, params, moments = nnx.split(shapes, nnx.Param, nnx.BatchStat, graph=False)
         averaged = config.optimizer.ema_decay > 0
         target = {"average": (params, moments)} if averaged else {"params": params, "moments": moments}

@@ -5,6 +5,7 @@ the y axis of a volume among devices, for crops too large for one; XLA inserts t
 is y and never x, because the convolutions fold x into the batch (see `models/conv.py`). One device is a mesh of 1 × 1.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else list(devices)
     count, space = len(devices), config.mesh.space
-    local = min(jax.local_device_count(), count)
+    local = min(Counter(device.process_index for device in devices).values())  # on one host
     if local % space:
         legal = [n for n in range(1, local + 1) if local % n == 0]
         raise NeuronetError(f"mesh.space must divide the {local} devices of one host, got {space}: take one of {legal}")
@@ -52,6 +53,11 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         )
     # Auto: XLA places intermediate arrays from the shardings of the inputs (make_mesh defaults to Explicit axes).
     return jax.make_mesh((data, space), (DATA, SPACE), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def platform_of(mesh: Mesh) -> str:
+    """Returns the platform of the mesh's devices as JAX names it: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

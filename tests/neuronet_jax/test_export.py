@@ -36,7 +36,7 @@ def _model(family: str) -> Model:
     config = load("all_targets:demo")
     settings = replace(config.model, family=family, filters=(4, 6, 8, 10))
     config = replace(config, model=settings, data=replace(config.data, store="/home/someone/store"))
-    return Model(build(settings, config.protocols, seed=3), config, 2.0, Origin("test", 7))
+    return Model(build(settings.on("cpu"), config.protocols, seed=3), config, 2.0, Origin("test", 7))
 
 
 @pytest.fixture(scope="module")
