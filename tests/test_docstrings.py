@@ -17,8 +17,8 @@ Accumulates Answers Applies Arranges Augments Averages Builds Changes Checks Cli
 Computes Convolves Copies Counts Creates Cuts Deletes Derives Describes Divides Does Draws Drops Ends Estimates
 Finds Fits Formats Gathers Gives Holds Interpolates Iterates Joins Keeps Labels Lists Loads Makes Maps Mirrors Moves
 Multiplies Opens Pads Parses Permutes Predicts Prepares Prints Puts Raises Reads Records Removes Reports Resamples
-Restores Returns Rewrites Rotates Rounds Runs Saves Segments Sends Sets Spells Splits Stacks Starts Stores Summarises Tells
-Tests Trains Turns Updates Upsamples Waits Whitens Writes Yields
+Restores Returns Rewrites Rotates Rounds Runs Saves Segments Sends Sets Spells Splits Stacks Starts Stores Summarises
+Tells Tests Trains Turns Updates Upsamples Waits Whitens Writes Yields
 """
 # No docstring starts with one of these: a clause or half a sentence would stand in place of a verb or noun.
 CLAUSES = "As How If Of What When Where Whether Which Who Whose Why"
