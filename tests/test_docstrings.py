@@ -26,11 +26,6 @@ PENDING = (
     "neuronet_jax/inference/blocks.py",
     "neuronet_jax/inference/onto_grid.py",
     "neuronet_jax/inference/volume.py",
-    "neuronet_jax/models/head",
-    "neuronet_jax/models/network.py",
-    "neuronet_jax/training/losses.py",
-    "neuronet_jax/training/step.py",
-    "tests/neuronet_jax/training/test_losses.py",
 )
 
 

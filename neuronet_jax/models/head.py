@@ -21,7 +21,7 @@ from neuronet_jax.models.readout import Readout
 
 
 class Platform(NamedTuple):
-    """How a platform cuts volumes into blocks and sums over classes."""
+    """The layout, block size and class sums of a platform."""
 
     layout: Callable[[tuple[int, ...], int, int], Blocks]
     groups: Callable[[tuple[int, ...], int], Groups]

@@ -190,7 +190,9 @@ class XLast(Blocks):
         return x.transpose(0, 4, 2, 1, 3)
 
     def halves(self, coarse: list[Array], readout: Readout) -> Array:
-        """As for every layout, but with x upsampled to full resolution: short rows would leave lanes empty."""
+        """Computes the scores as every layout does, but with x upsampled to full resolution: short rows would leave
+        lanes empty.
+        """
         total = None
         for scale in reversed(range(1, len(coarse) + 1)):
             features = coarse[scale - 1]

@@ -38,7 +38,7 @@ class Groups:
         return exponential * self.spread(1.0 / norm)
 
     def truth(self, labels: Integer[Array, "*p"]) -> Bool[Array, "*k"]:
-        """Says whether a class is the labelled one."""
+        """Tells whether a class is the labelled one."""
         return self.spread(labels.astype(jnp.float32)) == self.index
 
     def highest(self, scores: Float[Array, "*k"]) -> Integer[Array, "*p"]:
@@ -81,12 +81,12 @@ class Groups:
         return jnp.concatenate(parts, axis=self.class_axis)
 
     def _around(self, count: int, last: tuple[int, ...] = (1, 1)) -> tuple[int, int]:
-        """The last two sides of a block, with `count` along the axis of classes."""
+        """Returns the last two sides of a block, with `count` along the axis of classes."""
         return (count, last[1]) if self.class_axis == 5 else (last[0], count)
 
 
 class GroupsByProduct(Groups):
-    """The same, with sums as products with a 0/1 matrix: 4 classes fill no vector of a CPU. Classes lie last."""
+    """The same sums as products with a 0/1 matrix: 4 classes do not fill a CPU's vector. Classes lie last."""
 
     def __init__(self, classes: tuple[int, ...], class_axis: int):
         super().__init__(classes, class_axis)
@@ -100,7 +100,7 @@ class GroupsByProduct(Groups):
 
 
 class Tally(Protocol):
-    """What is summed over the voxels of each sample, in float32."""
+    """A sum over the voxels of each sample, in float32."""
 
     def sums(self, groups: Groups, scores: Float[Array, "*k"], labels: Integer[Array, "*p"]) -> Any:
         """Sums over a block's voxels: a pytree of [b …]."""

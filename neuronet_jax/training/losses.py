@@ -24,7 +24,7 @@ _LEAST = np.float32(1e-30)  # a probability below it counts as that in a logarit
 
 
 class Crops(NamedTuple):
-    """What the sums do not tell about the crops of a batch."""
+    """The data about the crops of a batch that the sums do not contain."""
 
     present: Bool[Array, "b p"]  # whether a crop's subject has the protocol
     voxels: int  # of one crop
@@ -32,7 +32,7 @@ class Crops(NamedTuple):
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Where the classes of each protocol begin and end."""
+        """Returns the begin and end of each protocol's classes."""
         return spans(tuple(PROTOCOLS[name].num_classes for name in self.protocols))
 
 
@@ -76,7 +76,7 @@ def total(summands: tuple[Term, ...], sums: tuple[Any, ...], crops: Crops) -> tu
 
 
 def cross_entropy(sums: Float[Array, "b p"], crops: Crops) -> tuple[Float[Array, ""], Metrics]:
-    """Means each protocol's cross-entropy over the voxels of the samples that have it, then the protocols."""
+    """Averages each protocol's cross-entropy over the voxels of the samples that have it, then over the protocols."""
     has = crops.present.astype(jnp.float32)
     mean = (has * sums).sum(axis=0) / (jnp.maximum(has.sum(axis=0), 1.0) * crops.voxels)
     return _mean_of_protocols(mean, crops), _named("cross_entropy", mean, crops)
@@ -100,7 +100,7 @@ def entropy_by_class(scores: dict[str, Array], labels: dict[str, Array]) -> Clas
 
 
 def balanced_cross_entropy(sums: ClassEntropy, crops: Crops, power: float) -> tuple[Float[Array, ""], Metrics]:
-    """Means cross-entropy over voxels that weigh by their class: n^−power, n being the class's voxels in the batch.
+    """Averages cross-entropy over voxels weighted by their class: n^−power, n being the class's voxels in the batch.
 
     With power 0 every voxel weighs the same; with power 1 every class that occurs does, however small. Generalised
     Dice weighs classes by the same rule, with power 2 (Sudre et al., DLMIA 2017, arXiv 1707.03237).
@@ -157,7 +157,7 @@ def tissue_divergence(scores: dict[str, Array], labels: dict[str, Array]) -> Flo
 
 
 def consistency(sums: Float[Array, " b"], crops: Crops) -> tuple[Float[Array, ""], Metrics]:
-    """Means the divergence over the voxels of the samples that have both protocols."""
+    """Averages the divergence over the voxels of the samples that have both protocols."""
     both = [crops.present[:, crops.protocols.index(name)] for name in ("malp_em", "malp_em_tissue")]
     has = (both[0] & both[1]).astype(jnp.float32)
     mean = (has * sums).sum() / (jnp.maximum(has.sum(), 1.0) * crops.voxels)
@@ -168,7 +168,7 @@ def consistency(sums: Float[Array, " b"], crops: Crops) -> tuple[Float[Array, ""
 
 
 def _mean_of_protocols(values: Float[Array, " p"], crops: Crops) -> Float[Array, ""]:
-    """Protocols weigh equally; one that no sample has weighs nothing."""
+    """Averages over the protocols with equal weights. A protocol that no sample has weighs nothing."""
     weight = crops.present.any(axis=0).astype(jnp.float32)
     return jnp.sum(weight * values) / jnp.maximum(weight.sum(), 1.0)
 
