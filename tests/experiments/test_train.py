@@ -185,6 +185,7 @@ def test_a_run_that_cannot_train_fails_with_one_line(
 ) -> None:
     assert train.main([*arguments(store, tmp_path / "a"), "--config.batch=64"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "lower the batch" in error
+    assert "error: " in error and error.count("\n") == 1 and "lower the batch" in error
+    assert not (tmp_path / "a").exists()  # the folder is free for the corrected command
     assert train.main(["--config=all_targets:demo", "--resume"]) == 2
     assert "--workdir" in capsys.readouterr().err
