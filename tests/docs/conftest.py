@@ -39,8 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = {
     "data_prep.build": "--voxel_size_mm=4 --grid=24,32,24 --workers=0",
     "experiments.train": "--config.model.filters=2,4 --config.data.crop=8 --config.batch=2 --config.steps=1"
-    " --config.data.workers=0 --config.evaluate_subjects=1 --config.augment.intensity=0 --config.augment.flip=false"
-    " --config.loss.dice=0",
+    " --config.data.workers=0 --config.evaluate_subjects=1 --config.augment.intensity=0 --config.augment.flip=false",
 }
 # Understood, not run: what it takes.
 UNDERSTOOD = {
@@ -101,6 +100,7 @@ def workplace(files) -> Workplace:
             with entered(trained if "experiments.train" in command else []):
                 run(command, trained=False)
         model = neuronet_jax.restore("runs/all_targets")
+        jax.clear_caches()  # of what validation compiled, so that the network is entered again
         with entered(segmented):
             neuronet_jax.segment(model, "T1.nii.gz")
         for copy in ("runs/a", "runs/b", "runs/demo-20260131-120000/run"):
