@@ -62,15 +62,20 @@ class Jax(Contender):
         from flax import nnx
 
         from neuronet_jax import dltk
-        from neuronet_jax.models.network import build
 
         if self.job.weights:
-            return heads.with_weights(build(config.model, config.protocols, config.seed), np.load(self.job.weights))
+            return heads.with_weights(self.build(config), np.load(self.job.weights))
         if self.family != "reference":
-            return build(config.model, config.protocols, config.seed)
-        network = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
+            return self.build(config)
+        network = nnx.eval_shape(lambda: self.build(config))
         dltk.load_variables(network, random_variables(0))
         return network
+
+    def build(self, config: Any) -> Any:
+        """Returns a network with random weights."""
+        from neuronet_jax.models.network import build
+
+        return build(config.model, config.protocols, config.seed)
 
     def training(self, config: Any) -> tuple[Callable[..., Any], Any, Any]:
         """Returns the compiled step, the state and the batch on one device."""
@@ -161,32 +166,31 @@ class Jax(Contender):
 
 
 class JaxPlain(Jax):
-    """The same library without its two tricks: XLA's own 3-D convolution, and all scores at full resolution."""
+    """The same library without its fused readout: all scores at full resolution, differentiated by JAX."""
 
-    def __init__(self, job: Job):
-        super().__init__(job)
+    def build(self, config: Any) -> Any:
+        import jax
         import jax.numpy as jnp
-        import optax
 
-        from neuronet_jax.models import conv
-        from neuronet_jax.models import network as models
-        from neuronet_jax.training import step
+        from neuronet_jax.models.head_tallies import Groups
+        from neuronet_jax.models.network import Network
 
-        def loss(network: Any, batch: Any, config: Any, train: bool) -> Any:
-            logits = network.logits(batch["image"], train)
-            labels = batch["labels"].astype(jnp.int32)
-            parts = [
-                optax.softmax_cross_entropy_with_integer_labels(logits[name], labels[:, p]).mean()
-                for p, name in enumerate(config.protocols)
-            ]
-            return jnp.stack(parts).mean(), {}
+        class PlainNetwork(Network):
+            def scan(self, tally: Any, image: Any, labels: Any, train: bool) -> Any:
+                every = jnp.concatenate(list(self.logits(image, train).values()), axis=-1)  # b x y z k
+                whole = every[None, None], jnp.moveaxis(labels, 1, -1)[None, None]  # the volume as a single block
+                return tally.sums(Groups(self.classes, class_axis=6), *whole)
 
-        def labels(network: Any, image: Any) -> Any:
-            return jnp.stack([jnp.argmax(z, -1).astype(jnp.uint8) for z in network.logits(image).values()], axis=1)
+            def scan_weighted(self, tally: Any, weights: Any, image: Any, labels: Any, train: bool) -> Any:
+                sums = self.scan(tally, image, labels, train)
+                products = jax.tree.map(lambda weight, value: jnp.sum(weight * value), weights, sums)
+                return jax.tree.reduce(jnp.add, products), jax.lax.stop_gradient(sums)
 
-        conv.conv3d = conv.native_conv3d
-        step.network_loss = loss
-        setattr(models.Network, "labels", labels)  # noqa: B010 (as pyright wants it)
+            def labels(self, image: Any) -> Any:
+                chosen = [jnp.argmax(z, axis=-1).astype(jnp.uint8) for z in self.logits(image).values()]
+                return jnp.stack(chosen, axis=1)
+
+        return PlainNetwork(config.model, config.protocols, np.random.default_rng(config.seed))
 
 
 class JaxNeuronet(Jax):
