@@ -74,8 +74,8 @@ def train(
     held_out = held_out[: -(-config.evaluate_subjects // processes) or None]
 
     with (
-        RunDirectory(workdir).hold(config, TrainingData.of_store(store.info), resume) as check_owner,  # comes first
         contextlib.closing(data),
+        RunDirectory(workdir).hold(config, TrainingData.of_store(store.info), resume) as check_owner,
         Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
         StopRequest() as stop,
         Watchdog(STALL_S) as watchdog,

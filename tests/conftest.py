@@ -1,6 +1,7 @@
 """Tests run on eight CPU devices, with JAX's implicit promotions forbidden; folders of real data; small stores."""
 
 import os
+import signal
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Record, Reject, Subject, sample_foreground
 from neuronet_jax.store.writer import StoreWriter
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so, and children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
