@@ -20,7 +20,7 @@ from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Record, Reject, Subject, sample_foreground
 from neuronet_jax.store.writer import StoreWriter
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so, and children would inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so, and children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
