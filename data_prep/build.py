@@ -5,8 +5,7 @@
 
 One task is one whole shard: its subjects are read, checked, conformed and written by one worker, once. A build that
 was killed is continued by the same command: shards with a record of their own are done. Unusable subjects go to
-rejects.tsv with a code and a reason. Exit status: 0 done; 2 an error, named; 3 more rejects than
---max-reject-fraction, the store left unfinished.
+rejects.tsv with a code and a reason.
 """
 
 import argparse
@@ -28,33 +27,39 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 import neuronet_jax
 from data_prep import cluster
-from data_prep.lease import lease
 from data_prep.shard import ShardRows, build_shard
 from data_prep.sources.manifest import Source, assign_splits, check_sources, ids_hash, read_ids, read_manifest
 from data_prep.subject import Settings, image_hash
+from neuronet_jax.codes import explain
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.images.nifti import DEFAULT_LIMITS, Limits
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.lease import lease
+from neuronet_jax.programs import DONE, PARTIAL, Parser, run
 from neuronet_jax.store.reader import Store
-from neuronet_jax.store.schema import Reject, StoreInfo, Subject
+from neuronet_jax.store.schema import Reject, StoreInfo, Subject, rejects_from_tsv, rejects_to_tsv
 from neuronet_jax.store.writer import StoreWriter
 
 HEAD_MM = (
     192,
     224,
     192,
-)  # holds an adult brain with room for a crop to move; the published heads were cut to about that
+)  # holds an adult brain with room for a crop to move; the published work cropped to about this size
 _MAX_REJECT_FRACTION = 0.05
 
 
 class TooManyRejects(NeuronetError):
-    """More subjects were rejected than the caller allows; the store stays unfinished, rejects.tsv is written."""
+    """More subjects were rejected than the caller allows. The store stays unfinished; rejects.tsv is written."""
+
+    def __init__(self, reason: str, codes: dict[str, int]):
+        super().__init__(reason)
+        self.codes = codes  # subjects per E_… code
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What became of the cohort. `rejects` names subjects: not for logs."""
+    """The outcome of a build. `rejects` names subjects, so it must stay out of logs."""
 
     subjects: dict[str, int]  # per split
     rejects: tuple[Reject, ...]
@@ -64,7 +69,7 @@ class BuildReport:
 
     @property
     def rejected(self) -> dict[str, int]:
-        """Subjects per E_… code."""
+        """Number of subjects per E_… code."""
         return dict(collections.Counter(reject.code for reject in self.rejects))
 
 
@@ -78,7 +83,7 @@ def build(
     splits: Path | None = None,
     **options: Any,
 ) -> BuildReport:
-    """Builds the store of a manifest (columns in `data_prep.manifest`); `options` as for `build_sources`."""
+    """Builds the store of a manifest (columns in `data_prep.sources.manifest`); `options` as for `build_sources`."""
     excluded = read_ids(Path(exclude)) if exclude else set()
     sources = assign_splits(read_manifest(Path(manifest)), Path(splits) if splits else None)
     return build_sources(sources, store, voxel_size_mm=voxel_size_mm, grid=grid, excluded=excluded, **options)
@@ -101,17 +106,18 @@ def build_sources(
     note: str = "",
     progress: bool = False,
 ) -> BuildReport:
-    """Builds the store at `store` from `sources`, or continues it; one finished from the same input is left as it is.
+    """Builds the store at `store` from `sources`, or continues it. A store finished from the same input is left as it
+    is.
 
     Subjects in `excluded` are left out without a trace; `note` is kept in the store's provenance. Raises NeuronetError
-    for a bad cohort, a place that holds another store, or failed writing, and TooManyRejects.
+    for a bad cohort, a place that holds a different store, or failed writing, and TooManyRejects.
     """
     start = time.monotonic()
     check_sources(sources)
     kept = [source for source in sources if source.id not in set(excluded)]
     protocols = tuple(name for name in PROTOCOLS if any(name in source.labels for source in kept))
     if not protocols:
-        raise NeuronetError("no subject with a label map is left to build from")
+        raise NeuronetError("no subject has a label map: check the manifest's columns and --exclude")
     settings = Settings(protocols, grid or default_grid(voxel_size_mm), voxel_size_mm, missing, resample_labels, limits)
     shard_subjects = shard_subjects or min(max(len(kept) // 16, 1), 8)  # small cohorts still feed several workers
     provenance = _provenance(kept, settings, excluded, note)
@@ -121,7 +127,7 @@ def build_sources(
         finished = Store.open(store)
         if finished.info.provenance != provenance or finished.info.shard_subjects != shard_subjects:
             raise NeuronetError(
-                f"E_EXISTS: {store} holds a finished store of other input or settings; choose another place"
+                f"E_EXISTS: {store} holds a finished store of different input or settings; choose a different place"
             )
         rejects = read_rejects(files)
         _tidy(files)
@@ -136,11 +142,14 @@ def build_sources(
         subjects = [subject for slot in sorted(rows) for subject in rows[slot].subjects]
         rejects = [reject for slot in sorted(rows) for reject in rows[slot].rejects]
         if len(rejects) > max_reject_fraction * len(kept):
-            files.write("rejects.tsv", _rejects_tsv(rejects))
-            codes = ", ".join(f"{code} {n}" for code, n in sorted(collections.Counter(r.code for r in rejects).items()))
+            files.write("rejects.tsv", rejects_to_tsv(rejects))
+            codes = dict(sorted(collections.Counter(reject.code for reject in rejects).items()))
+            counts = ", ".join(f"{code} {n}" for code, n in codes.items())
             raise TooManyRejects(
-                f"{len(rejects)} of {len(kept)} subjects were rejected ({codes}), more than {max_reject_fraction:.1%}; "
-                f"see rejects.tsv in the store, repair the files or raise --max-reject-fraction, and run it again"
+                f"{len(rejects)} of {len(kept)} subjects were rejected ({counts}), more than "
+                f"{max_reject_fraction:.1%}; see rejects.tsv in the store, repair the files or raise "
+                "--max-reject-fraction, and run it again",
+                codes,
             )
         writer.finalize(subjects, rejects)
         _tidy(files)
@@ -154,7 +163,7 @@ def _build_shards(
     run: Callable[[dict[str, tuple]], Iterator[Any]],
     advance: Callable[[int], None],
 ) -> dict[int, ShardRows]:
-    """The rows of every shard, by first slot; those that an earlier run wrote are not written again."""
+    """Builds the shards that an earlier run has not finished. Returns the rows of every shard, by first slot."""
     rows = _finished(writer, shards)
     advance(sum(len(shards[slot]) for slot in rows))
     duplicates: dict[str, int] = {}
@@ -165,7 +174,7 @@ def _build_shards(
                 raise result
             rows[result.slot] = result
             advance(len(shards[result.slot]))
-        # images under two ids are known only now: their shards are written again without the second
+        # images with two ids are known only now: their shards are written again without the second one
         for subject, first in _duplicates(rows):
             duplicates[subject.id] = first
             again = rows.pop(writer.info.shard_of(subject.slot), None)
@@ -174,10 +183,12 @@ def _build_shards(
 
 
 def _finished(writer: StoreWriter, slots: Iterable[int]) -> dict[int, ShardRows]:
-    """The rows of the shards that an earlier run wrote, except where it rejected: somebody may have repaired the
-    files."""
+    """Returns the rows of the shards that an earlier run wrote.
+
+    Shards with rejects are built again, because somebody may have repaired the files.
+    """
     there = set(writer.files.names("unfinished-"))
-    with ThreadPoolExecutor(32) as pool:  # a bucket answers many at once
+    with ThreadPoolExecutor(32) as pool:  # a bucket answers many requests at once
         found = pool.map(
             lambda slot: ShardRows.read(writer.files, slot), (s for s in slots if ShardRows.name(s) in there)
         )
@@ -185,13 +196,13 @@ def _finished(writer: StoreWriter, slots: Iterable[int]) -> dict[int, ShardRows]
 
 
 def default_grid(voxel_size_mm: float) -> tuple[int, int, int]:
-    """Voxels that hold `HEAD_MM`, in multiples of 16: three halvings, then an even split over two devices."""
+    """Returns the voxels that hold `HEAD_MM`, in multiples of 16: three halvings, then an even split over 2 devices."""
     x, y, z = (16 * math.ceil(math.ceil(side / voxel_size_mm) / 16) for side in HEAD_MM)
     return x, y, z
 
 
 def _provenance(sources: Sequence[Source], settings: Settings, excluded: Collection[str], note: str) -> dict[str, Any]:
-    """What the store was made of and how, without paths or ids: equal for equal builds."""
+    """Returns the origin and settings of the store, without paths or ids. Equal builds have equal provenance."""
     rows = [f"{source.id}\t{source.split}\t{','.join(sorted(source.labels))}\n" for source in sources]
     return json.loads(
         json.dumps(
@@ -221,30 +232,25 @@ def _writer(store: str, settings: Settings, slots: int, shard_subjects: int, pro
     info = StoreInfo.from_json(data)
     if info.provenance != provenance or info.shard_subjects != shard_subjects:
         raise NeuronetError(
-            f"E_EXISTS: {store} holds an unfinished store of other input or settings; delete it or choose another place"
+            f"E_EXISTS: {store} holds an unfinished store of different input or settings; delete it or choose a "
+            "different place"
         )
     return StoreWriter.open(store)
 
 
 def _duplicates(rows: dict[int, ShardRows]) -> list[tuple[Subject, int]]:
-    """Every subject whose image an earlier slot already has, and that slot."""
+    """Returns every subject whose image an earlier slot already has, with that slot."""
     first: dict[str, int] = {}
     subjects = [subject for slot in sorted(rows) for subject in rows[slot].subjects]
     return [(s, first[image_hash(s)]) for s in subjects if first.setdefault(image_hash(s), s.slot) != s.slot]
 
 
-def _rejects_tsv(rejects: Iterable[Reject]) -> bytes:
-    lines = ["\t".join(" ".join(value.split()) for value in dataclasses.astuple(reject)) for reject in rejects]
-    return ("\n".join(["id\tcode\treason", *lines]) + "\n").encode()
-
-
 def read_rejects(files: Files) -> list[Reject]:
-    lines = (files.read("rejects.tsv") or b"").decode().splitlines()[1:]
-    return [Reject(*line.split("\t", 2)) for line in lines]
+    return rejects_from_tsv(files.read("rejects.tsv") or b"")
 
 
 def _tidy(files: Files) -> None:
-    """Removes what only an unfinished store needs."""
+    """Removes the files that only an unfinished store needs."""
     for name in [*files.names("unfinished-"), "unfinished.json"]:
         files.delete(name)
 
@@ -261,7 +267,7 @@ class _Rate(ProgressColumn):
 
 
 class _progress:
-    """A bar with rate and time left; `with` gives the function that advances it."""
+    """A progress bar with rate and time left; `with` gives the function that advances it."""
 
     def __init__(self, shown: bool, total: int):
         columns = (TextColumn("building"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
@@ -280,11 +286,10 @@ class _progress:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    statuses = {PARTIAL: "more rejects than --max-reject-fraction; the store is unfinished"}
+    parser = Parser("python -m data_prep.build", description=__doc__, statuses=statuses)
     add = parser.add_argument
-    add("--store", required=True, help="where to: a local path, gs://bucket/path or s3://bucket/path")
+    add("--store", required=True, help="the store to write: a local path, gs://bucket/path or s3://bucket/path")
     add(
         "--manifest",
         type=Path,
@@ -302,44 +307,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--workers", type=int, help="processes on this machine (default: one per core; 0: in this process)"
     )
     where.add_argument("--scheduler", help="address of a Dask scheduler, e.g. of dask-jobqueue on Slurm")
-    add("--voxel_size_mm", type=float, default=1.0)
+    add("--voxel-size-mm", type=float, default=1.0)
     add("--grid", type=_grid, help="voxels X,Y,Z of the stored volumes (default: 192x224x192 mm)")
     add(
-        "--shard_subjects",
+        "--shard-subjects",
         type=int,
         help="subjects per shard, the unit of writing (default: 8, fewer in a small cohort)",
     )
     add("--max-reject-fraction", type=float, default=_MAX_REJECT_FRACTION)
     add("--missing", choices=("keep", "reject"), default="keep", help="subjects that lack some of the label maps")
-    add("--resample_labels", action="store_true", help="accept label maps on another grid than the image's")
-    add("--transform", choices=("sform", "qform", "reject"), default="sform", help="which counts where the two differ")
-    add("--assume_ras", action="store_true", help="accept images without orientation; left and right are then a guess")
-    options = vars(parser.parse_args(arguments))
+    add("--resample-labels", action="store_true", help="accept label maps on a different grid than the image's")
+    add("--transform", choices=("sform", "qform", "reject"), default="sform", help="which one to use if the two differ")
+    add("--assume-ras", action="store_true", help="accept images without orientation; left and right are then a guess")
+    return run(parser, _build, arguments)
+
+
+def _build(args: argparse.Namespace) -> int:
+    options = vars(args)
     limits = Limits(transform=options.pop("transform"), assume_ras=options.pop("assume_ras"))
-    console = Console(stderr=True)
     try:
         report = build(**options, limits=limits, progress=True)
     except TooManyRejects as error:
-        console.print(str(error), style="red", highlight=False, markup=False)
-        return 3
-    except NeuronetError as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
-        return 2
+        print("\n".join([f"python -m data_prep.build: error: {error}", *_explained(error.codes)]), file=sys.stderr)
+        return PARTIAL
     print(summary(report))
-    return 0
+    return DONE
 
 
 def summary(report: BuildReport) -> str:
-    """The report in a few lines, without ids."""
+    """Returns the report in a few lines, without ids."""
 
     def counts(table: dict[str, int]) -> str:
         return ", ".join(f"{name} {n}" for name, n in table.items()) or "none"
 
     total = sum(report.subjects.values())
-    return (
-        f"{total} subjects ({counts(report.subjects)}) in {report.seconds:.1f} s\n"
-        f"rejected: {counts(report.rejected)}; warnings: {counts(report.warnings)}; excluded: {report.excluded}"
-    )
+    lines = [
+        f"{total} subjects ({counts(report.subjects)}) in {report.seconds:.1f} s",
+        f"rejected: {counts(report.rejected)}; warnings: {counts(report.warnings)}; excluded: {report.excluded}",
+    ]
+    return "\n".join([*lines, *_explained(report.rejected | report.warnings)])
+
+
+def _explained(codes: Iterable[str]) -> list[str]:
+    return [f"{code}: {explain(code)}" for code in codes]
 
 
 def _grid(text: str) -> tuple[int, int, int]:

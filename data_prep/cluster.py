@@ -1,4 +1,4 @@
-"""Where the work runs: Dask on this machine by default, or any Dask scheduler by its address."""
+"""Runs tasks with Dask: on this machine by default, or on any Dask scheduler by its address."""
 
 import contextlib
 import os
@@ -11,10 +11,11 @@ from dask.distributed import Client, LocalCluster, as_completed
 def run(
     function: Callable[..., Any], tasks: Mapping[str, tuple], workers: int | None = None, scheduler: str | None = None
 ) -> Iterator[Any]:
-    """The results of `function(*arguments)` for every named task, as they come.
+    """Yields the result of `function(*arguments)` for every named task, as they finish.
 
-    `workers` processes on this machine (default: one per core; 0: in this process, for debugging and small cohorts),
-    or the workers of the Dask scheduler at `scheduler`. A task whose worker is lost is given to another one.
+    Tasks run in `workers` processes on this machine (default: one per core; 0: in this process, for debugging and small
+    cohorts), or on the workers of the Dask scheduler at `scheduler`. If a worker is lost, a different one gets its
+    task.
     """
     if workers == 0 and scheduler is None:
         for arguments in tasks.values():

@@ -2,8 +2,8 @@
 
     python -m data_prep.purge --store=stores/cohort --exclude=withdrawn.csv
 
-Only the shards that hold one of them are written again. The rest of such a shard is kept aside meanwhile, so that a
-purge that was killed is ended by the same command. Until then the store is unfinished, and training refuses it.
+Only the shards that hold one of them are written again. The other subjects of such a shard are saved aside meanwhile,
+so that the same command completes a killed purge. Until then the store is unfinished, and training refuses it.
 """
 
 import argparse
@@ -14,25 +14,25 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from data_prep.build import read_rejects
 from data_prep.sources.manifest import ids_hash, read_ids
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
+from neuronet_jax.programs import DONE, Parser, run
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Record, StoreInfo, Subject, subjects_from_tsv
 from neuronet_jax.store.writer import StoreWriter
 
 
 def purge(store: str, excluded: Collection[str]) -> int:
-    """Removes the subjects `excluded`; how many there were. Raises NeuronetError where there is no store to purge."""
+    """Removes the subjects `excluded` and returns their number. Raises NeuronetError if there is no store to purge."""
     files = Files(store)
     if files.read("COMPLETE") is None:
         info, table = files.read("store.json"), files.read("subjects.tsv")
         if info is None or table is None or files.read("unfinished.json") is None:
             raise NeuronetError(f"{store} holds no finished store; finish data_prep.build with --exclude instead")
-        source = Store(store, StoreInfo.from_json(info), subjects_from_tsv(table), None)  # a purge that was killed
+        source = Store(store, StoreInfo.from_json(info), subjects_from_tsv(table), None)  # an earlier purge was killed
     else:
         source = Store.open(store)
     withdrawn = [subject for subject in source.subjects if subject.id in excluded]
@@ -51,7 +51,7 @@ def purge(store: str, excluded: Collection[str]) -> int:
 
 
 def _rewrite(source: Store, writer: StoreWriter, first: int, rest: Sequence[Subject]) -> None:
-    """Writes the shard at slot `first` again with the subjects `rest` alone."""
+    """Rewrites the shard at slot `first` with the subjects `rest` only."""
     if not rest:
         writer.delete_shard(first)
         return
@@ -77,19 +77,16 @@ def _rewrite(source: Store, writer: StoreWriter, first: int, rest: Sequence[Subj
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.purge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m data_prep.purge", description=__doc__)
     parser.add_argument("--store", required=True, help="a local path, gs://bucket/path or s3://bucket/path")
     parser.add_argument("--exclude", required=True, type=Path, help="ids of withdrawn participants, one per line")
-    options = parser.parse_args(arguments)
-    try:
-        count = purge(options.store, read_ids(options.exclude))
-    except NeuronetError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False)
-        return 2
+    return run(parser, _purge, arguments)
+
+
+def _purge(options: argparse.Namespace) -> int:
+    count = purge(options.store, read_ids(options.exclude))
     print(f"{count} subjects removed from {options.store}")
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

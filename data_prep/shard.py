@@ -1,4 +1,4 @@
-"""One shard from its subjects' files to the store, by one worker; what became of it is its record."""
+"""Builds one shard from its subjects' files, in one worker, and records the outcome."""
 
 import dataclasses
 import json
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.lease import lease
 from data_prep.sources.manifest import Source
 from data_prep.subject import Settings, prepare
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.files import Files
+from neuronet_jax.lease import lease
 from neuronet_jax.store.schema import Record, Reject, Subject, subjects_from_tsv, subjects_to_tsv
 from neuronet_jax.store.writer import StoreWriter
 
-_RETRY_AFTER_S = (1, 5, 25)  # a network file system that hiccups is back within half a minute or needs a person
+_RETRY_AFTER_S = (1, 5, 25)  # a network file system recovers within half a minute, or needs a person
 
 
 @dataclass(frozen=True)
 class ShardRows:
-    """The table rows of one shard: its record that it is done."""
+    """The table rows of one shard, and at the same time the record that it is done."""
 
     slot: int
     subjects: tuple[Subject, ...]
@@ -51,7 +51,7 @@ def build_shard(
 ) -> ShardRows | NeuronetError:
     """Prepares and writes one shard, then its record.
 
-    Errors are returned: Dask would log a raised one together with the arguments, which name subjects.
+    Errors are returned instead of raised: Dask would log a raised one with the arguments, which name subjects.
     """
     try:
         with lease(Files(store), f"unfinished-{first_slot:08d}.lease"):
@@ -69,7 +69,7 @@ def _build_shard(
     for slot, source in enumerate(sources, first_slot):
         try:
             if source.id in duplicates:
-                raise RejectError("E_DUPLICATE", f"the image is the same as that of slot {duplicates[source.id]}")
+                raise RejectError("E_DUPLICATE", f"the image is identical to that of slot {duplicates[source.id]}")
             records.append(_prepare(source, slot, settings))
         except RejectError as error:
             records.append(None)
@@ -84,7 +84,9 @@ def _build_shard(
 
 
 def _prepare(source: Source, slot: int, settings: Settings) -> Record:
-    """`prepare` with bounded retries of reading; what nobody foresaw becomes a reject that says where it happened."""
+    """Runs `prepare` with bounded retries of reading. An unforeseen error becomes a reject that names its place in the
+    code.
+    """
     for wait_s in (*_RETRY_AFTER_S, None):
         try:
             return prepare(source, slot, settings)
@@ -97,7 +99,9 @@ def _prepare(source: Source, slot: int, settings: Settings) -> Record:
             while trace and trace.tb_next:
                 trace = trace.tb_next
             where = f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}" if trace else "?"
-            raise RejectError("E_INTERNAL", f"{type(error).__name__} at {where}") from error  # its text may name files
+            raise RejectError(
+                "E_INTERNAL", f"{type(error).__name__} at {where}"
+            ) from error  # the error's text may name files
     raise AssertionError("unreachable")
 
 

@@ -1,4 +1,4 @@
-"""One subject from its files to a record of the store: read, check, conform, place on the common grid."""
+"""Turns one subject's files into a record of the store: read, check, conform, place on the common grid."""
 
 import hashlib
 import itertools
@@ -14,27 +14,30 @@ from neuronet_jax.images import intensity, nifti, space
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, MALP_EM_VOLUMES_MM3, PROTOCOLS, Protocol
 from neuronet_jax.store.schema import Record, Subject, sample_foreground
 
-_GEOMETRY_TOLERANCE_MM = 0.1  # tools rewrite affines in float32; a tenth of a millimetre moves no label
+_GEOMETRY_TOLERANCE_MM = 0.1  # tools rewrite affines in float32; 0.1 mm moves no label
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How every subject of a store is prepared."""
+    """The preparation settings of a store, the same for all its subjects."""
 
     protocols: tuple[str, ...]
     grid: tuple[int, int, int]
     voxel_size_mm: float
     missing: Literal["keep", "reject"] = "keep"
-    resample_labels: bool = False  # accept label maps on another grid than the image's
+    resample_labels: bool = False  # accept label maps on a different grid than the image's
     limits: nifti.Limits = nifti.DEFAULT_LIMITS
 
 
 def prepare(source: Source, slot: int, settings: Settings) -> Record:
-    """The record of one subject. Raises RejectError where its files cannot be trusted (codes of `nifti`, `labels`, and
-    E_MISSING_MAP, E_GEOMETRY, E_LABEL_EMPTY, E_CONSTANT)."""
+    """Returns the record of one subject.
+
+    Raises RejectError if its files cannot be trusted (codes of `nifti` and `labels`, and E_MISSING_MAP, E_GEOMETRY,
+    E_LABEL_EMPTY, E_CONSTANT).
+    """
     absent = [name for name in settings.protocols if name not in source.labels]
     if len(absent) == len(settings.protocols):
-        raise RejectError("E_MISSING_MAP", "none of the label maps is there")
+        raise RejectError("E_MISSING_MAP", "all label maps are missing")
     if absent and settings.missing == "reject":
         raise RejectError("E_MISSING_MAP", f"no {', '.join(absent)} map (--missing=keep trains on the others)")
     warnings = ["W_MISSING_MAP"] if absent else []
@@ -44,7 +47,7 @@ def prepare(source: Source, slot: int, settings: Settings) -> Record:
     image, affine = space.conform(volume.data, volume.affine, settings.voxel_size_mm, is_label=False)
     image, notes = intensity.clip_spikes(image)
     warnings += notes
-    statistics = intensity.statistics(image)  # before padding: what inference sees
+    statistics = intensity.statistics(image)  # before padding, as in inference
 
     maps = {}
     for name in settings.protocols:
@@ -86,7 +89,7 @@ def prepare(source: Source, slot: int, settings: Settings) -> Record:
 
 
 def content_hash(image: np.ndarray, labels: np.ndarray, foreground: np.ndarray) -> str:
-    """Two sha256 in a row: that of the stored image, by which duplicates are found, and that of all the rest."""
+    """Returns two concatenated sha256: of the stored image, which identifies duplicates, and of everything else."""
     return (
         hashlib.sha256(image.tobytes()).hexdigest()
         + hashlib.sha256(labels.tobytes() + foreground.tobytes()).hexdigest()
@@ -94,13 +97,14 @@ def content_hash(image: np.ndarray, labels: np.ndarray, foreground: np.ndarray) 
 
 
 def image_hash(subject: Subject) -> str:
+    """Returns the part of the content hash that identifies the image."""
     return subject.content_hash[:64]
 
 
 def _read_classes(
     source: Source, protocol: Protocol, image: nifti.Volume, settings: Settings
 ) -> tuple[np.ndarray, Sequence[str]]:
-    """The label map as class indices on the image's grid, and its warnings."""
+    """Returns the label map as class indices on the image's grid, and its warnings."""
     try:
         volume = nifti.read_labels(source.labels[protocol.name], settings.limits)
         warnings = list(volume.warnings)
@@ -110,20 +114,20 @@ def _read_classes(
             if not settings.resample_labels:
                 raise RejectError(
                     "E_GEOMETRY",
-                    f"its grid {volume.data.shape} is not the image's {image.data.shape} (off by {gap_mm:.3g} mm); "
-                    "--resample_labels takes the nearest voxels",
+                    f"its grid {volume.data.shape} differs from the image's {image.data.shape} (by {gap_mm:.3g} mm); "
+                    "--resample-labels takes the nearest voxels",
                 )
             classes = space.to_grid(classes, volume.affine, space.Grid(image.data.shape, image.affine))
             warnings.append("W_RESAMPLED")
         if not classes.any():
-            raise RejectError("E_LABEL_EMPTY", "it is all background; did the tool fail?")
+            raise RejectError("E_LABEL_EMPTY", "the map is all background; did the tool fail?")
     except RejectError as error:
         raise RejectError(error.code, f"{protocol.name} map: {error.reason}") from error
     return classes, warnings
 
 
 def _gap_mm(a: nifti.Volume, b: nifti.Volume) -> float:
-    """The largest distance between corresponding corners of two grids; infinite where the shapes differ."""
+    """Returns the largest distance between corresponding corners of two grids, infinite if the shapes differ."""
     if a.data.shape != b.data.shape:
         return float("inf")
     corners = np.array([[*corner, 1.0] for corner in itertools.product(*((0, side - 1) for side in a.data.shape))])
@@ -131,7 +135,7 @@ def _gap_mm(a: nifti.Volume, b: nifti.Volume) -> float:
 
 
 def _check_maps(maps: dict[str, np.ndarray], affine: np.ndarray) -> list[str]:
-    """Warnings about the content of conformed class maps (RAS+)."""
+    """Returns warnings about the content of conformed class maps (RAS+)."""
     warnings = []
     for name, classes in maps.items():
         protocol = PROTOCOLS[name]
@@ -149,7 +153,7 @@ def _check_maps(maps: dict[str, np.ndarray], affine: np.ndarray) -> list[str]:
 
 
 def _is_mirrored(protocol: Protocol, counts: np.ndarray) -> bool:
-    """Whether most left structures lie to the right of their partners; `counts` [x k], x growing to the right."""
+    """Tells whether most left structures lie to the right of their partners. In `counts` [x k], x points right."""
     totals = counts.sum(axis=0)
     centroids = (np.arange(len(counts)) @ counts) / np.maximum(totals, 1)  # [k]
     left = [s for s in protocol.structures if s.side == "left" and totals[s.index] and totals[s.partner]]
@@ -158,7 +162,7 @@ def _is_mirrored(protocol: Protocol, counts: np.ndarray) -> bool:
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[list[int], list[int]]:
-    """First voxel and one past the last along each axis of a mask that is not empty."""
+    """Returns the first voxel, and one past the last, along each axis of a non-empty mask."""
     low, high = [], []
     for axis in range(3):
         along = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))

@@ -1,9 +1,9 @@
-"""Reads every chunk of every subject of a store, and says what is damaged or missing.
+"""Reads every chunk of every subject of a store, and reports damage and gaps.
 
     python -m data_prep.verify --store=stores/cohort
 
-Chunks are checked by their crc32c, subjects by the hash that was taken when they were prepared. Subjects are named by
-slot (subjects.tsv gives the id). Exit status: 0 sound; 1 something is wrong; 2 the store cannot be read at all.
+Chunks are checked by their crc32c, subjects by their hash at preparation. Subjects are named by slot (subjects.tsv
+gives the id).
 """
 
 import argparse
@@ -17,16 +17,16 @@ from rich.progress import track
 
 from data_prep.shard import ShardRows
 from data_prep.subject import content_hash
-from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files, local_path
+from neuronet_jax.programs import DONE, FAILED, Parser, run
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import StoreError, StoreInfo, Subject
 
 
 def verify(store: str, threads: int = 4) -> Iterator[str]:
-    """One line per fault of the store: gaps of an unfinished one, damaged or changed subjects of a finished one.
+    """Yields one line per fault: gaps of an unfinished store, damaged or changed subjects of a finished one.
 
-    Raises NeuronetError where the store's own tables disagree (see `Store.open`).
+    Raises NeuronetError if the store's own tables disagree (see `Store.open`).
     """
     files = Files(store)
     unfinished = files.read("unfinished.json")
@@ -35,7 +35,7 @@ def verify(store: str, threads: int = 4) -> Iterator[str]:
         yield "E_INCOMPLETE: the store is not finished; run the command that builds it again"
         for slot in range(0, info.slots, info.shard_subjects):
             if ShardRows.read(files, slot) is None:
-                yield f"E_SHARD_MISSING: the shard at slot {slot} was not written yet"
+                yield f"E_SHARD_MISSING: the shard at slot {slot} has not been written yet"
         return
     opened = Store.open(store)
 
@@ -47,7 +47,7 @@ def verify(store: str, threads: int = 4) -> Iterator[str]:
         except StoreError as error:
             return str(error)
         if content_hash(image, labels, foreground) != subject.content_hash:
-            return f"E_MISMATCH: slot {subject.slot} is not what was prepared; rebuild the store"
+            return f"E_MISMATCH: slot {subject.slot} has changed since it was prepared; rebuild the store"
         return None
 
     with ThreadPoolExecutor(threads) as pool:  # reading, decompressing and hashing all release the interpreter
@@ -55,7 +55,7 @@ def verify(store: str, threads: int = 4) -> Iterator[str]:
 
 
 def remove_locks(store: str) -> int:
-    """Deletes what killed writers left in a local store (TensorStore's `.__lock` files); how many there were."""
+    """Deletes the lock files of killed writers in a local store (TensorStore's `.__lock`) and returns their number."""
     root = local_path(store)
     stale: Sequence[Path] = list(root.rglob("*.__lock")) if root else []
     for path in stale:
@@ -64,25 +64,23 @@ def remove_locks(store: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    statuses = {DONE: "the store is sound", FAILED: "something is damaged or missing, or the store cannot be read"}
+    parser = Parser("python -m data_prep.verify", description=__doc__, statuses=statuses)
     parser.add_argument("--store", required=True, help="a local path, gs://bucket/path or s3://bucket/path")
     parser.add_argument("--threads", type=int, default=4, help="subjects read at the same time")
     parser.add_argument("--fix", action="store_true", help="delete lock files of killed writers (none may be running)")
-    options = parser.parse_args(arguments)
+    return run(parser, _verify, arguments)
+
+
+def _verify(options: argparse.Namespace) -> int:
     console = Console(stderr=True)
-    try:
-        if options.fix:
-            console.print(f"{remove_locks(options.store)} stale lock files deleted")
-        faults = list(track(verify(options.store, options.threads), "verifying", console=console, transient=True))
-    except NeuronetError as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
-        return 2
+    if options.fix:
+        console.print(f"{remove_locks(options.store)} stale lock files deleted")
+    faults = list(track(verify(options.store, options.threads), "verifying", console=console, transient=True))
     for line in faults:
         print(line)
     print(f"{len(faults)} faults in {options.store}" if faults else f"{options.store} is sound")
-    return 1 if faults else 0
+    return FAILED if faults else DONE
 
 
 if __name__ == "__main__":

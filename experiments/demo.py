@@ -1,8 +1,8 @@
-"""The whole way in minutes, on synthetic heads: train, segment a held-out head, evaluate, report.
+"""Runs every step within minutes, on synthetic heads: train, segment a held-out scan, evaluate, report.
 
     python -m experiments.demo [--out=DIR] [--config=all_targets:demo] [--config.FIELD=…]
 
-Each step is a command of its own, printed before it runs. The numbers say nothing about real brains.
+Each step is a separate command, printed before it runs. The numbers say nothing about real brains.
 """
 
 import argparse
@@ -14,10 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_prep.demo.cohort import demo_manifest, ensure_demo_store
+from neuronet_jax.programs import DONE, NOT_FINITE, OUT_OF_MEMORY, PARTIAL, STALLED, Parser, run
+
+STATUSES: dict[int, str] = dict.fromkeys(
+    (PARTIAL, NOT_FINITE, OUT_OF_MEMORY, STALLED), "the status of the step that failed; see its --help"
+)
 
 
 def held_out_head(store: Path) -> Path:
-    """The T1 image of the demo cohort's first test subject, as the scanner would have written it."""
+    """Returns the T1 image of the demo cohort's first test subject, as a scanner would have written it."""
     manifest = demo_manifest(store)
     with manifest.open(encoding="utf-8", newline="") as file:
         row = next(row for row in csv.DictReader(file) if row["split"] == "test")
@@ -25,33 +30,32 @@ def held_out_head(store: Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "experiments.demo",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", default=time.strftime("runs/demo-%Y%m%d-%H%M%S"), help="where everything goes")
-    parser.add_argument("--config", default="all_targets:demo", help="as of experiments.train")
-    options, overrides = parser.parse_known_args(arguments)
-    from experiments import evaluate, report, train
+    parser = Parser("python -m experiments.demo", description=__doc__, settings=True, statuses=STATUSES)
+    parser.add_argument("--out", default=time.strftime("runs/demo-%Y%m%d-%H%M%S"), help="output folder")
+    parser.add_argument("--config", default="all_targets:demo", help="settings, as for experiments.train")
+    return run(parser, _demo, arguments)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from experiments import evaluate, flags, report, train
     from neuronet_jax import cli
 
-    run, scores, heads, page = (f"{options.out}/{name}" for name in ("run", "evaluation", "heads", "report.html"))
+    flags.load(options.config, options.overrides)  # refuses wrong settings before the cohort is made
+    workdir, scores, heads, page = (f"{options.out}/{name}" for name in ("run", "evaluation", "heads", "report.html"))
     store = ensure_demo_store()
-    overrides = [f"--config.data.store={store}", *overrides]
+    overrides = [f"--config.data.store={store}", *options.overrides]
     head = held_out_head(store)
     steps: list[tuple[str, Callable[[Sequence[str]], int], list[str]]] = [
-        ("experiments.train", train.main, [f"--config={options.config}", f"--workdir={run}", *overrides]),
-        ("neuronet_jax", cli.main, ["segment", str(head), f"--run={run}", f"--out={heads}"]),
-        ("experiments.evaluate", evaluate.main, [f"--run={run}", "--split=test", f"--out={scores}"]),
-        ("experiments.report", report.main, [f"--run={run}", f"--eval={scores}", f"--out={page}"]),
+        ("experiments.train", train.main, [f"--config={options.config}", f"--workdir={workdir}", *overrides]),
+        ("neuronet_jax", cli.main, ["segment", str(head), f"--run={workdir}", f"--out={heads}"]),
+        ("experiments.evaluate", evaluate.main, [f"--run={workdir}", "--split=test", f"--out={scores}"]),
+        ("experiments.report", report.main, [f"--run={workdir}", f"--eval={scores}", f"--out={page}"]),
     ]
     for module, command, given in steps:
         print(f"\n$ python -m {module} {shlex.join(given)}", flush=True)
         if status := command(given):
             return status
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

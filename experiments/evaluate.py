@@ -1,14 +1,14 @@
-"""Scores a run on whole held-out heads, as published: Dice per structure, mean ± sd [min] over subjects per protocol.
+"""Scores a run on whole held-out scans, as published: Dice per structure, mean ± sd [min] over subjects per protocol.
 
     python -m experiments.evaluate --run=runs/all_targets --split=test --out=evaluation
     python -m experiments.evaluate --run=runs/all_targets --store=/data/other --split=validation --out=evaluation/other
     python -m experiments.evaluate --run=runs/all_targets --split=test --surfaces --out=evaluation
     python -m experiments.evaluate --run=runs/all_targets --calibrate
 
-writes `dice.tsv` (a row per subject, protocol, structure), and `summary.json` and `pictures/`, which name no subject.
-`--surfaces` adds `hd95_mm` (`inf` where one of the maps lacks the structure) and `nsd`, the surface Dice at a tolerance
-of one voxel. `--calibrate` scores nothing: it writes the run's quality.json from its validation heads, as the end of
-training does.
+Writes `dice.tsv` (a row per subject, protocol and structure), and `summary.json` and `pictures/`, which name no
+subject. `--surfaces` adds `hd95_mm` (`inf` if only one map has the structure) and `nsd`, the surface Dice at a
+tolerance of one voxel. `--calibrate` scores nothing: it writes the run's quality.json from the validation subjects, as
+training does at its end.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score
 from neuronet_jax.evaluation.surfaces import SurfaceSummary, SurfaceTable, summarise_surfaces
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.programs import DONE, Parser, run
 from neuronet_jax.results.pictures import save_comparison, save_strip
 from neuronet_jax.runs.calibration import save_calibration
 from neuronet_jax.runs.model import Model
@@ -43,33 +44,33 @@ from neuronet_jax.store.schema import Subject
 
 COLUMNS = ("subject", "protocol", "index", "name", "dice", "reference_voxels", "predicted_voxels")
 SURFACE_COLUMNS = ("hd95_mm", "nsd")
-PICTURED = 2  # subjects: enough to see what the numbers mean
+PICTURED = 2  # subjects: enough to illustrate the numbers
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The summaries of each protocol that at least one subject has a reference for."""
+    """The summaries of each protocol for which at least one subject has a reference."""
 
     dice: dict[str, Summary]
-    surfaces: dict[str, SurfaceSummary]  # empty where they were not asked for
+    surfaces: dict[str, SurfaceSummary]  # empty unless requested
     tolerance_mm: float  # of the surface Dice
 
 
 def evaluate(model: Model, store: Store, split: str, out: Path, surfaces: bool = False) -> Evaluation:
     """Predicts every subject of a split and writes dice.tsv, summary.json and pictures below `out`.
 
-    Structures are foreground only, `index` is the tool's id, `dice` is `nan` where a structure is empty in both maps.
-    Surfaces one voxel apart are within what the grid can tell: that is the tolerance of the surface Dice. Raises
-    NeuronetError for an empty split, for another voxel size than the model's, and where `out` cannot be written.
+    Only foreground structures are scored. `index` is the tool's id, and `dice` is `nan` if a structure is empty in both
+    maps. The tolerance of the surface Dice is one voxel, because a grid cannot resolve less. Raises NeuronetError for
+    an empty split, for a voxel size other than the model's, and if `out` cannot be written.
     """
     check(model, store, split)
     subjects = store.split(split)
     try:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise NeuronetError(f"cannot write to {out}: {error}; choose another --out") from error
+        raise NeuronetError(f"cannot write to {out}: {error}; choose a different --out") from error
     lines = ["\t".join((*COLUMNS, *SURFACE_COLUMNS) if surfaces else COLUMNS)]
     scores: dict[str, list[float]] = {name: [] for name in model.config.protocols}
     distances: dict[str, list[SurfaceTable]] = {name: [] for name in model.config.protocols}
@@ -100,20 +101,22 @@ def evaluate(model: Model, store: Store, split: str, out: Path, surfaces: bool =
 
 
 def check(model: Model, store: Store, split: str) -> None:
-    """Raises NeuronetError where the store cannot score this model; warns where its split is not the run's own."""
+    """Raises NeuronetError if the store cannot score this model. Warns if its split is not the run's own."""
     if not store.split(split):
-        raise NeuronetError(f"{store.dest} has no subject in its {split} split: choose another --split or --store")
+        raise NeuronetError(f"{store.dest} has no subject in its {split} split: choose a different --split or --store")
     if abs(store.info.voxel_size_mm - model.voxel_size_mm) > 1e-3:
         raise NeuronetError(
             f"the store has voxels of {store.info.voxel_size_mm} mm, the run was trained on {model.voxel_size_mm} mm: "
-            "build a store with --voxel_size_mm of the run"
+            "build a store with the --voxel-size-mm of the run"
         )
-    if store.info.split_hash != model.provenance.get("split_hash"):
-        log.warning("the store's splits are not those of the run: make sure that it was not trained on these subjects")
+    if store.info.split_hash != model.origin.split_hash:
+        log.warning(
+            "the store's splits differ from the run's: make sure that the run was not trained on these subjects"
+        )
 
 
 def dice_rows(subject: str, protocol: str, table: DiceTable, apart: SurfaceTable | None = None) -> list[str]:
-    """The lines of dice.tsv for one subject and protocol, foreground structures in class order."""
+    """Returns the lines of dice.tsv for one subject and protocol: foreground structures in class order."""
     return [
         f"{subject}\t{protocol}\t{s.id}\t{s.name}\t{table.dice[s.index]:.6f}"
         f"\t{table.reference_voxels[s.index]}\t{table.predicted_voxels[s.index]}"
@@ -130,7 +133,7 @@ def _draw(
     prediction: dict[str, np.ndarray],
     tables: dict[str, DiceTable],
 ) -> None:
-    """Pictures of one subject, numbered and not named: they are for sharing."""
+    """Draws pictures of one subject, numbered instead of named, because pictures are shared."""
     image = store.read_image(subject.slot)
     titles = {name: f"DSC {mean_dice(table):.3f}" for name, table in tables.items()}
     save_strip(folder / f"head{number}.png", image, prediction, titles)
@@ -140,7 +143,7 @@ def _draw(
 
 def _describe(model: Model, store: Store, split: str, result: Evaluation) -> dict:
     return {
-        "run": model.provenance,
+        "run": model.provenance.to_json(),
         "split": split,
         "split_hash": store.info.split_hash,
         "note": store.info.provenance.get("note", ""),
@@ -155,7 +158,9 @@ def _plain(summary: Summary | SurfaceSummary) -> dict[str, float | None]:
 
 
 def table(result: Evaluation, title: str) -> Table:
-    """The published table's rows: Dice similarity coefficient, mean ± sd [min] over subjects; and what surfaces say."""
+    """Returns the rows of the published table: Dice similarity coefficient, mean ± sd [min] over subjects, and
+    surfaces.
+    """
     printed = Table("protocol", "tool", "DSC mean ± sd \\[min]", "subjects", title=title)
     if result.surfaces:
         for column in ("HD95 median, mm", f"surface Dice at {result.tolerance_mm:g} mm", "missed structures"):
@@ -169,37 +174,34 @@ def table(result: Evaluation, title: str) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "experiments.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m experiments.evaluate", description=__doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="workdir of a training run")
-    parser.add_argument("--store", metavar="DEST", help="where the subjects are (default: the run's store)")
+    parser.add_argument("--store", metavar="DEST", help="store of the subjects (default: the run's store)")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
     todo = parser.add_mutually_exclusive_group(required=True)
-    todo.add_argument("--out", type=Path, metavar="DIR", help="where the results go")
-    todo.add_argument("--calibrate", action="store_true", help="write RUN/quality.json from the validation heads")
-    parser.add_argument("--surfaces", action="store_true", help="HD95 and surface Dice too (about 20 s per 1 mm head)")
-    args = parser.parse_args(arguments)
+    todo.add_argument("--out", type=Path, metavar="DIR", help="output folder")
+    todo.add_argument("--calibrate", action="store_true", help="write RUN/quality.json from the validation subjects")
+    parser.add_argument("--surfaces", action="store_true", help="also HD95 and surface Dice (about 20 s per 1 mm scan)")
+    return run(parser, _evaluate, arguments)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
     runtime.plain()
     keep_compiled()
     one_per_core()
-    try:
-        model = restore(args.run)
-        store = Store.open(args.store or model.config.data.store or str(ensure_demo_store()))
-        if args.calibrate:
-            check(model, store, "validation")
-            calibration = calibrate_on(model, store, store.split("validation"))
-            save_calibration(args.run, calibration)
-            print(f"predicted Dice: {calibration.describe()}")
-            return 0
-        result = evaluate(model, store, args.split, args.out, args.surfaces)
-    except NeuronetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    model = restore(args.run)
+    store = Store.open(args.store or model.config.data.store or str(ensure_demo_store()))
+    if args.calibrate:
+        check(model, store, "validation")
+        calibration = calibrate_on(model, store, store.split("validation"))
+        save_calibration(args.run, calibration)
+        print(f"predicted Dice: {calibration.describe()}")
+        return DONE
+    result = evaluate(model, store, args.split, args.out, args.surfaces)
     note = store.info.provenance.get("note", "")
     Console().print(table(result, f"{model.config.name}, {args.split} split" + (f" ({note})" if note else "")))
     print(f"written to {args.out}")
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

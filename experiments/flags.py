@@ -1,11 +1,9 @@
 """`--config=NAME[:VARIANT]` and `--config.FIELD=VALUE`, turned into one checked `Config` before any device is touched.
 
-A script takes its own arguments with `argparse.ArgumentParser(allow_abbrev=False).parse_known_args()` and gives
-what is left to `load`.
+A program takes its own options with `programs.Parser(settings=True)` and gives `overrides` to `load`.
 """
 
 import ast
-import dataclasses
 import difflib
 import os
 import re
@@ -16,8 +14,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from neuronet_jax.config import Config, from_dict
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.config import Config, flatten, from_dict
+from neuronet_jax.errors import NeuronetError, UsageError
+from neuronet_jax.programs import SETTING
 
 _FOLDER = Path(__file__).parent / "configs"
 NAMES = tuple(sorted(path.stem for path in _FOLDER.glob("*.py") if path.stem not in ("__init__", "common")))
@@ -27,14 +26,14 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Config:
     """Returns the settings `reference` (a name among NAMES or a path to a .py file, then an optional `:variant`).
 
     `overrides` are command line arguments, `--config.FIELD=VALUE` or `--config.FIELD VALUE`; the last one wins.
-    Raises NeuronetError on an unknown name, variant, field or argument, on a value of the wrong type or out of range,
-    and on a store that refers to an unset variable or does not exist.
+    Raises UsageError for an unknown name, variant, field or argument and for a value of the wrong type; NeuronetError
+    for a value out of range and for a store that refers to an unset variable or does not exist.
     """
     path, _, variant = reference.partition(":")
     try:
         settings = _builder(path)(variant)
     except ValueError as error:
-        raise NeuronetError(f"--config={reference}: {error}") from error
+        raise UsageError(f"--config={reference}: {error}") from error
     for field, text in _pairs(overrides):
         _override(settings, field, text)
     settings.update({"data": {"store": _expand(settings.to_dict()["data"]["store"])}})
@@ -46,17 +45,12 @@ def to_config(settings: ConfigDict, name: str) -> Config:
     return from_dict(Config, {"name": name, **settings.to_dict()})
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """The fields of a config by their dotted names."""
-    return _flat(dataclasses.asdict(config))
-
-
 def _builder(path: str) -> Callable[[str], ConfigDict]:
-    """The `get_config` of a named config or of the user's own file."""
+    """Returns the `get_config` of a named config or of the user's own file."""
     file = _FOLDER / f"{path}.py" if path in NAMES else Path(path)
     if file.suffix != ".py" or not file.is_file():
         hint = _nearest(path, NAMES)
-        raise NeuronetError(f"--config takes one of {', '.join(NAMES)} or a path to a .py file, got {path!r}{hint}")
+        raise UsageError(f"--config takes one of {', '.join(NAMES)} or a path to a .py file, got {path!r}{hint}")
     names = runpy.run_path(str(file))
     if "get_config" not in names:
         raise NeuronetError(f"--config={path}: the file must define get_config(variant)")
@@ -64,30 +58,30 @@ def _builder(path: str) -> Callable[[str], ConfigDict]:
 
 
 def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """`--config.a=1 --config.b 2` as [("a", "1"), ("b", "2")]."""
+    """Returns `--config.a=1 --config.b 2` as [("a", "1"), ("b", "2")]."""
     pairs, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
         key, equals, text = argument.partition("=")
-        if not key.startswith("--config."):
-            raise NeuronetError(f"unknown argument {argument!r}; settings are changed with --config.FIELD=VALUE")
+        if not key.startswith(SETTING):
+            raise UsageError(f"unknown argument {argument!r}; settings are changed with --config.FIELD=VALUE")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise NeuronetError(f"{key} needs a value: {key}=VALUE")
+                raise UsageError(f"{key} needs a value: {key}=VALUE")
             text = rest.pop(0)
-        pairs.append((key.removeprefix("--config."), text))
+        pairs.append((key.removeprefix(SETTING), text))
     return pairs
 
 
 def _override(settings: ConfigDict, field: str, text: str) -> None:
-    fields = _flat(settings.to_dict())
+    fields = flatten(settings.to_dict())
     if field not in fields:
-        raise NeuronetError(f"--config.{field}: there is no such field{_nearest(field, tuple(fields))}")
+        raise UsageError(f"--config.{field}: there is no such field{_nearest(field, tuple(fields))}")
     settings.update_from_flattened_dict({field: _parse(field, fields[field], text)})
 
 
 def _parse(field: str, default: Any, text: str) -> Any:
-    """`text` as a value of the type of `default`."""
+    """Parses `text` as a value of the type of `default`."""
     kind = type(default)
     if kind is str:
         return text
@@ -99,11 +93,13 @@ def _parse(field: str, default: Any, text: str) -> Any:
         return kind(text)
     except (ValueError, KeyError, SyntaxError):
         takes = {bool: "true or false", int: "a whole number", float: "a number", tuple: f"values like {default}"}
-        raise NeuronetError(f"--config.{field} takes {takes[kind]}, got {text!r}") from None
+        raise UsageError(f"--config.{field} takes {takes[kind]}, got {text!r}") from None
 
 
 def _parse_tuple(field: str, default: tuple, text: str) -> tuple:
-    """`64,64,64`, `(64, 64, 64)` or `[64, 64, 64]`; words as `fsl_fast,malp_em`, with or without quotes."""
+    """Parses `64,64,64`, `(64, 64, 64)` or `[64, 64, 64]`, and words such as `fsl_fast,malp_em`, with or without
+    quotes.
+    """
     if isinstance(default[0], str):
         return tuple(word.strip(" '\"") for word in text.strip("()[]").split(",") if word.strip(" '\""))
     value = ast.literal_eval(text)
@@ -113,24 +109,21 @@ def _parse_tuple(field: str, default: tuple, text: str) -> tuple:
 
 
 def _expand(store: str) -> str:
-    """`store` with ~ and variables filled in. Raises NeuronetError where one is unset or a local folder is missing."""
+    """Returns `store` with ~ and variables expanded. Raises NeuronetError for an unset variable or a missing local
+    folder.
+    """
     path = os.path.expanduser(os.path.expandvars(store))
     if unset := re.search(r"\$\{?(\w+)", path):
         raise NeuronetError(f"config.data.store is {store!r}, but the variable {unset[1]} is not set")
     if path and "://" not in path and not os.path.isdir(path):
-        raise NeuronetError(f"config.data.store must be a finished store, but there is no folder {path!r}")
+        raise NeuronetError(
+            f"config.data.store: there is no folder {path!r}; give the --store of a finished data_prep.build"
+        )
     return path
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _nearest(word: str, words: Sequence[str]) -> str:
-    """A hint with the nearest of `words`, compared whole first, then by their last part (`learning_rate`)."""
+    """Returns a hint with the nearest of `words`, compared whole first, then by the last part (`learning_rate`)."""
     near = difflib.get_close_matches(word, words, 1)
     if not near:
         last = {name.rpartition(".")[2]: name for name in words}

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML file that holds everything it shows, and names no subject.
+"""Writes an evaluation as one self-contained HTML file that names no subject.
 
 python -m experiments.report --run=runs/all_targets --eval=evaluation --out=report.html
 """
@@ -19,10 +19,12 @@ import jinja2
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.programs import DONE, Parser, run
 from neuronet_jax.results.pictures import save_curves
 from neuronet_jax.results.reports import embed, environment
+from neuronet_jax.runs.directory import RunDirectory
 
-LOWEST = 10  # structures listed: what to look at first
+LOWEST = 10  # structures listed, for a first look
 
 _TEMPLATE = environment().from_string("""\
 {% extends "base.html" %}
@@ -30,8 +32,8 @@ _TEMPLATE = environment().from_string("""\
 {% block body %}
 <h1>{{ summary.run.config }}, {{ summary.split }} split</h1>
 {% if summary.note %}<p class="note">{{ summary.note }}</p>{% endif %}
-<p>Step {{ summary.run.step }}. Dice similarity coefficient over whole heads: per subject the mean over the structures
-that are present in the reference or the prediction, then mean ± standard deviation and minimum over subjects.</p>
+<p>Step {{ summary.run.step }}. Dice similarity coefficient over whole scans: for each subject the mean over the
+structures present in the reference or the prediction, then mean ± standard deviation and minimum over subjects.</p>
 <div class="scroll"><table>
   <tr><th>protocol<th>tool<th>mean ± sd<th>min<th>subjects</tr>
   {% for name, row in summary.protocols.items() %}
@@ -47,9 +49,9 @@ that are present in the reference or the prediction, then mean ± standard devia
   <td class="number">{{ row.nsd | number(4) }}<td class="number">{{ row.missed }}</tr>
   {% endfor %}
 </table></div>
-<p>Missed: present in the reference or the prediction alone. Their distance is infinite, and the median counts it.</p>
+<p>Missed: present in one map only. The distance is then infinite, and the median includes it.</p>
 {% endif %}
-{% for picture in strips %}<p><img alt="a held-out head and its predicted label maps" src="{{ picture }}">{% endfor %}
+{% for picture in strips %}<p><img alt="a held-out scan and its predicted label maps" src="{{ picture }}">{% endfor %}
 <h2>Hardest structures</h2>
 <div class="scroll"><table>
   <tr><th>protocol<th>structure<th>mean Dice<th>subjects</tr>
@@ -70,7 +72,7 @@ that are present in the reference or the prediction, then mean ± standard devia
 def report(run: str, evaluation: Path, out: Path) -> None:
     """Writes the report of an evaluation (`experiments.evaluate --out`) of a run to the file `out`.
 
-    Raises NeuronetError where the evaluation is missing or damaged, or the report cannot be written.
+    Raises NeuronetError if the evaluation is missing or damaged, or if the report cannot be written.
     """
     try:
         summary = json.loads((evaluation / "summary.json").read_text())
@@ -83,7 +85,7 @@ def report(run: str, evaluation: Path, out: Path) -> None:
             lowest=lowest_structures(rows),
             strips=[embed(path.read_bytes()) for path in pictures if "_" not in path.name],
             comparisons=[embed(path.read_bytes()) for path in pictures if "_" in path.name],
-            curves=_curves(Files(run).read("metrics.jsonl")),
+            curves=_curves(RunDirectory(run).metrics()),
         )
     except (OSError, ValueError, KeyError, jinja2.UndefinedError) as error:
         raise NeuronetError(f"{evaluation} holds no evaluation ({error}): run experiments.evaluate first") from error
@@ -91,7 +93,7 @@ def report(run: str, evaluation: Path, out: Path) -> None:
 
 
 def lowest_structures(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    """The structures of the lowest mean Dice over the subjects to which it applies, worst first."""
+    """Returns the structures with the lowest mean Dice over the subjects to which it applies, worst first."""
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
         if not math.isnan(float(row["dice"])):
@@ -103,11 +105,10 @@ def lowest_structures(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     return sorted(means, key=lambda row: row["dice"])[:LOWEST]
 
 
-def _curves(metrics: bytes | None) -> str:
-    """Loss and validation Dice over the steps of a run; empty where it kept none."""
+def _curves(metrics: Sequence[dict[str, Any]]) -> str:
+    """Returns loss and validation Dice over the steps of a run, empty if it has no metrics."""
     curves: dict[str, list[tuple[int, float]]] = {"loss": [], "dice": []}
-    for line in (metrics or b"").decode().splitlines():
-        values = json.loads(line)
+    for values in metrics:
         for name, points in curves.items():
             if values.get(name) is not None:
                 points.append((values["step"], values[name]))
@@ -120,20 +121,17 @@ def _curves(metrics: bytes | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "experiments.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m experiments.report", description=__doc__)
     parser.add_argument("--run", required=True, metavar="DIR", help="workdir of the training run")
     parser.add_argument("--eval", required=True, type=Path, metavar="DIR", help="--out of experiments.evaluate")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the report, an .html file")
-    args = parser.parse_args(arguments)
-    try:
-        report(args.run, args.eval, args.out)
-    except NeuronetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="output file, .html")
+    return run(parser, _report, arguments)
+
+
+def _report(args: argparse.Namespace) -> int:
+    report(args.run, args.eval, args.out)
     print(args.out)
-    return 0
+    return DONE
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@
     python -m experiments.train --config=all_targets --workdir=runs/a --config.data.store=/data/ukb --config.batch=16
     python -m experiments.train --config=all_targets --workdir=runs/a --config.data.store=/data/ukb --resume
 
-Ctrl-C, SIGTERM and SIGUSR1 save and end with status 0; `--resume` then continues with the very next batch, as if
-nothing had happened. Other statuses: 1 a refusal with its reason, 4 loss or gradient not finite several times in a row,
-5 out of device memory, 6 no progress.
+Ctrl-C, SIGTERM and SIGUSR1 save and end with status 0. `--resume` then continues with the very next batch, as if the
+run had not been interrupted.
 """
 
 import argparse
@@ -25,15 +24,17 @@ from data_prep.demo.cohort import ensure_demo_store
 from experiments import flags
 from neuronet_jax import runtime
 from neuronet_jax.config import Config
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.evaluation.metrics import mean_dice
 from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score
-from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.programs import DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, STALLED, Parser, run
 from neuronet_jax.results.pictures import label_picture
 from neuronet_jax.runs.calibration import save_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
+from neuronet_jax.runs.directory import RunDirectory
 from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.provenance import TrainingData
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.runtime import keep_compiled
 from neuronet_jax.store.reader import Store
@@ -43,8 +44,14 @@ from neuronet_jax.training.pipeline import training_iterator, validation_subject
 from neuronet_jax.training.signals import StopRequest, Watchdog
 from neuronet_jax.training.step import TrainState, evaluation_network, init_state, make_train_step
 
-EXIT_NOT_FINITE, EXIT_MEMORY = 4, 5
-MOST_SKIPPED = 10  # updates refused in a row before the run gives up: a bad batch passes, a broken run does not
+STATUSES = {
+    DONE: "done, or saved after a signal",
+    NOT_FINITE: "loss or gradient not finite several times in a row",
+    OUT_OF_MEMORY: "out of device memory",
+    STALLED: "no progress",
+    INTERRUPTED: "stopped by Ctrl-C before the first step, or by a second Ctrl-C",
+}
+MOST_SKIPPED = 10  # skipped updates in a row before the run ends: a bad batch is tolerated, a broken run is not
 STALL_S = 1800.0  # longer than any compilation, evaluation or save
 
 log = logging.getLogger(__name__)
@@ -57,8 +64,8 @@ class NotFiniteError(Exception):
 def train(
     config: Config, workdir: str, resume: bool = False, reset_data: bool = False, strict: bool = False
 ) -> TrainState:
-    """Trains from step 0 or from the latest checkpoint to `config.steps`, or until asked to stop; returns the state."""
-    # --- Where things are: the mesh, the data, the run's folder.
+    """Trains from step 0 or the latest checkpoint to `config.steps`, or until asked to stop. Returns the state."""
+    # --- The places: the mesh, the data, the run's folder.
     store = open_store(config)
     process, processes = jax.process_index(), jax.process_count()
     mesh = make_mesh(config)
@@ -68,12 +75,12 @@ def train(
 
     with (
         contextlib.closing(data),
+        RunDirectory(workdir).hold(config, TrainingData.of_store(store.info), resume) as check_owner,
         Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
         StopRequest() as stop,
         Watchdog(STALL_S) as watchdog,
     ):
-        # --- What is computed: the state on the mesh, the step.
-        claim_workdir(workdir, config, store, resume, checkpoints.latest())
+        # --- The computation: the state on the mesh, the step.
         graphdef, state = init_state(config, mesh)
         train_step = make_train_step(config, graphdef, mesh)
         if resume and checkpoints.latest() is not None:
@@ -91,7 +98,7 @@ def train(
             last, stopping, dice = step == config.steps, stop.requested(step), None
             if step == first + 1:
                 jax.block_until_ready(state)
-                monitor.scalars(step, {"first_step_s": time.monotonic() - began})  # compilation, for the most part
+                monitor.scalars(step, {"first_step_s": time.monotonic() - began})  # mostly compilation
             if step % config.log_every == 0 or last:
                 values = {name: float(value) for name, value in metrics.items()}
                 monitor.scalars(step, {**values, "wait_fraction": data.wait_fraction()})
@@ -109,11 +116,12 @@ def train(
                 log.warning("stopped as asked after step %d of %d; continue with --resume", step, config.steps)
                 break
             checkpoints.check()
+            check_owner()
             watchdog.progress()
         monitor.close()
         finished = int(state.step) == config.steps
         if finished and held_out and processes == 1:
-            checkpoints.wait()  # the last one is still being written, and may be the best
+            checkpoints.wait()  # the last checkpoint is still being written, and may be the best
             calibrate(workdir, store, held_out, watchdog)
         elif finished and held_out and process == 0:
             log.info("for calibrated quality scores, run: python -m experiments.evaluate --run=%s --calibrate", workdir)
@@ -122,7 +130,7 @@ def train(
 
 
 def calibrate(workdir: str, store: Store, subjects: Sequence[Any], watchdog: Watchdog) -> None:
-    """Writes quality.json for the checkpoint that `restore` will choose. Without it the run is merely uncalibrated."""
+    """Writes quality.json for the checkpoint that `restore` will choose. A failure leaves the run uncalibrated."""
     try:
         save_calibration(workdir, calibrate_on(restore(workdir), store, subjects, watchdog.progress))
     except NeuronetError as error:
@@ -132,12 +140,14 @@ def calibrate(workdir: str, store: Store, subjects: Sequence[Any], watchdog: Wat
 def validate(
     model: Model, store: Store, subjects: Sequence[Any], watchdog: Watchdog
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Mean Dice per protocol over whole held-out volumes of all processes, and label pictures of the first of them."""
+    """Returns mean Dice per protocol over whole held-out volumes of all processes, and label pictures of the first
+    volume.
+    """
     protocols = model.config.protocols
     dice = np.full((len(subjects), len(protocols)), np.nan)  # n p
     pictures = {}
     for row, subject in enumerate(subjects):
-        if subject is None:  # this process has one subject fewer than others
+        if subject is None:  # this process has one subject fewer than the others
             continue
         prediction = predict_subject(model, store, subject)
         for name, table in score(prediction, store, subject).items():
@@ -154,7 +164,7 @@ def validate(
 
 
 def open_store(config: Config) -> Store:
-    """The store of the config, or the demo cohort where none is given."""
+    """Opens the store of the config, or the demo cohort if none is given."""
     if config.data.store:
         return Store.open(config.data.store)
     if jax.process_count() > 1:
@@ -169,52 +179,13 @@ def open_store(config: Config) -> Store:
     return Store.open(str(ensure_demo_store()))
 
 
-def claim_workdir(workdir: str, config: Config, store: Store, resume: bool, latest: int | None) -> None:
-    """Writes the run's description, or checks that a run that goes on is the same run."""
-    digest = np.frombuffer(config.to_json().encode(), np.uint8)
-    multihost_utils.assert_equal(digest, "the processes of this run were given different configs")
-    files = Files(workdir)
-    earlier = files.read("config.json")
-    if earlier is not None:
-        if not resume:
-            raise NeuronetError(f"{workdir} holds a run already: continue it with --resume, or give another --workdir")
-        changes = differences(Config.from_json(earlier.decode()), config)
-        if changes:
-            raise NeuronetError(f"{workdir} was trained with another config: {'; '.join(changes)}")
-    elif resume and latest is None:
-        log.warning("--resume: %s holds no run yet, starting at step 0", workdir)
-    if jax.process_index() == 0 and earlier is None:
-        files.write("store.json", store.info.to_json())
-        files.write("config.json", config.to_json().encode())
-
-
-def differences(before: Config, after: Config) -> list[str]:
-    """What changed between two configs, but for what may change within a run: its length (the schedule stretches to
-    it), and how data are read, logged and kept.
-    """
-    free = (
-        "steps",
-        "data.store",
-        "data.workers",
-        "data.read_threads",
-        "data.prefetch",
-        "mesh.",
-        "log_every",
-        "keep_",
-        "evaluate_",
-        "checkpoint_",
-    )
-    old, new = flags.flatten(before), flags.flatten(after)
-    return [f"{k} was {old[k]!r}, is {new[k]!r}" for k in old if old[k] != new[k] and not k.startswith(free)]
-
-
 def local(state: TrainState) -> TrainState:
-    """The replicated state in this host's memory, from where a program on any of its devices takes it."""
+    """Copies the replicated state to this host's memory, from where a program on any of its devices takes it."""
     return jax.tree.map(lambda array: np.asarray(array.addressable_data(0)), state)
 
 
 def spread_over_cores(config: Config) -> None:
-    """On a CPU, makes one XLA device of each core that the batch can use: most of a program runs on one thread each.
+    """Makes one XLA device of each CPU core that the batch can use, because most of a program runs on one thread each.
 
     Measured on 2 cores: two devices train a batch of two in the time that one device takes for a batch of one.
     """
@@ -222,44 +193,39 @@ def spread_over_cores(config: Config) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "experiments.train",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m experiments.train", description=__doc__, settings=True, statuses=STATUSES)
     parser.add_argument(
         "--config", required=True, metavar="NAME[:demo]", help=f"one of {', '.join(flags.NAMES)}, or a .py file"
     )
     parser.add_argument("--workdir", help="the run's folder (default: runs/NAME-TIME)")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --workdir")
     parser.add_argument("--strict", action="store_true", help="with --resume: refuse a damaged checkpoint")
-    parser.add_argument("--reset_data", action="store_true", help="with --resume: start the data anew")
-    options, overrides = parser.parse_known_args(arguments)
+    parser.add_argument("--reset-data", action="store_true", help="with --resume: restart the data")
+    return run(parser, _train, arguments)
+
+
+def _train(options: argparse.Namespace) -> int:
     runtime.plain()
     log.setLevel(logging.INFO)
+    config = flags.load(options.config, options.overrides)
+    if not config.data.store and ":" not in options.config:
+        # The full settings are for thousands of 1 mm scans on accelerators; the demo cohort has sixteen 2 mm phantoms.
+        config = flags.load(f"{options.config}:demo", options.overrides)
+    if options.resume and not options.workdir:
+        raise UsageError("--resume needs the --workdir of the run to continue")
+    keep_compiled()
+    runtime.join_cluster()
+    if not jax.distributed.is_initialized():
+        spread_over_cores(config)
+    workdir = options.workdir or runtime.agreed(time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S"))
     try:
-        config = flags.load(options.config, overrides)
-        if not config.data.store and ":" not in options.config:
-            # Settings for thousands of 1 mm heads on accelerators would not even fit beside sixteen synthetic ones.
-            config = flags.load(f"{options.config}:demo", overrides)
-        if options.resume and not options.workdir:
-            raise NeuronetError("--resume needs the --workdir of the run to continue")
-        workdir = options.workdir or time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S")
-        keep_compiled()
-        runtime.join_cluster()
-        if not jax.distributed.is_initialized():
-            spread_over_cores(config)
         train(config, workdir, options.resume, options.reset_data, options.strict)
-    except NeuronetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except NotFiniteError as error:
         print(
             f"error: {error}; the last good checkpoint is kept. Lower optimizer.learning_rate, or clip.",
             file=sys.stderr,
         )
-        return EXIT_NOT_FINITE
+        return NOT_FINITE
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -268,8 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"or --config.data.crop, or split volumes with --config.mesh.space\n{error}",
             file=sys.stderr,
         )
-        return EXIT_MEMORY
-    return 0
+        return OUT_OF_MEMORY
+    return DONE
 
 
 if __name__ == "__main__":

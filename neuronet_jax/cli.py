@@ -1,47 +1,40 @@
-"""The command line, `neuronet`. What is heavy is imported when a command runs, so that --help answers at once.
+"""The command line, `neuronet`.
 
-A command is two functions: `_add_NAME` says its arguments and examples, `_NAME` does it.
+Heavy modules are imported when a command runs, so that --help answers at once. A command is two functions: `_add_NAME`
+declares its arguments and examples, `_NAME` runs it.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from neuronet_jax import __version__, runtime
 from neuronet_jax.errors import NeuronetError
-
-DONE, FAILED, REJECTED = 0, 1, 3  # exit status; 2 is argparse's own
-INTERRUPTED = 130  # as shells report Ctrl-C: 128 + SIGINT
+from neuronet_jax.programs import DONE, FAILED, PARTIAL, Parser, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
-    args = _parser().parse_args(arguments)
+    return run(_parser(), _command, arguments)
+
+
+def _command(args: argparse.Namespace) -> int:
+    from neuronet_jax import runtime
+
     runtime.plain()
-    try:
-        return args.command(args)
-    except NeuronetError as error:
-        print(f"neuronet: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("neuronet: stopped; the same command continues", file=sys.stderr)
-        return INTERRUPTED
+    return args.command(args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         "neuronet",
         description="One network that reproduces the outputs of FSL, SPM and MALP-EM on T1-weighted heads.",
         epilog="""\
 examples:
   neuronet segment T1.nii.gz --run=runs/all_targets --out=labels
-  neuronet COMMAND --help    what it takes, what it writes, and more examples
+  neuronet COMMAND --help    options, results and more examples
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"neuronet {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_segment(commands)
     _add_import_dltk(commands)
@@ -49,65 +42,51 @@ examples:
     return parser
 
 
-def _add(commands: Any, name: str, help: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A command of its own help page. Arguments are named in full: an abbreviation may mean another one tomorrow."""
-    return commands.add_parser(
-        name,
-        help=help,
-        description=description,
-        epilog=epilog,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def _add_segment(commands: Any) -> None:
-    command = _add(
-        commands,
+    command = commands.add_parser(
         "segment",
-        "label maps of T1-weighted heads, on their own grids",
-        "Label maps and volumes of T1-weighted heads: raw, in any orientation and voxel size.",
-        """\
+        help="segment T1-weighted scans of heads, each on its own grid",
+        description="Writes label maps and volumes of T1-weighted heads: raw scans in any orientation and voxel size.",
+        statuses={FAILED: "an error; nothing was segmented", PARTIAL: "some inputs were rejected; see summary.tsv"},
+        epilog="""\
 examples:
-  one head, all protocols of the run
+  one scan, all protocols of the run
     neuronet segment T1.nii.gz --run=runs/all_targets --out=labels
 
   a BIDS dataset, two protocols
     neuronet segment bids --run=runs/all_targets --out=bids/derivatives/neuronet --protocols=fsl_fast,malp_em
 
-  the heads of a list: a path per line, or a table with the columns id and t1
+  the scans of a list: a path per line, or a table with the columns id and t1
     neuronet segment @cohort.csv --run=runs/all_targets --out=labels
 
-  a cohort on eight machines of a Slurm cluster, then one table of everything
+  a cohort on eight machines of a Slurm cluster, then one table of all scans
     sbatch --array=1-8 --wrap='neuronet segment bids --run=runs/all_targets --out=labels --shard=$SLURM_ARRAY_TASK_ID/8'
     neuronet segment bids --run=runs/all_targets --out=labels
 
-  more accurate, at four times the time: the mean of two runs, each with the head as it is and mirrored
+  more accurate, in four times the time: an ensemble of two runs, each on the scan and its mirror image
     neuronet segment T1.nii.gz --run=runs/a --run=runs/b --flip --out=labels
 
   the probability of a structure in each voxel
     neuronet segment T1.nii.gz --run=runs/all_targets --out=labels --posteriors=fsl_first:LeftHippocampus
 
-  again, with a newer model
+  replace the results with those of a newer model
     neuronet segment T1.nii.gz --run=runs/newer --out=labels --overwrite
 
-A command that was stopped, by whatever, is continued by giving it again: heads whose results are complete are kept.
-Inputs that cannot be used do not stop the others; summary.tsv says what became of each.
+To continue a command that was stopped, run it again: scans with complete results are skipped. An unusable input does
+not stop the others; summary.tsv lists the outcome of each.
 
 results, a BIDS derivative dataset:
   labels/sub-01/anat/sub-01_seg-malpem_dseg.nii.gz   labels in the tool's own ids, on the grid of the input
   labels/sub-01/anat/sub-01_volumes.tsv              voxels and mm³ of every structure
-  labels/sub-01/anat/sub-01_agreement.tsv            Dice between the tools, on all that they share
-  labels/sub-01/anat/sub-01_desc-agreement_dseg.nii.gz   where the tools agree on the tissue
-  labels/sub-01/anat/sub-01_quality.tsv              the network's doubt and the predicted Dice of every structure
+  labels/sub-01/anat/sub-01_agreement.tsv            Dice between the tools, for every region that they share
+  labels/sub-01/anat/sub-01_desc-agreement_dseg.nii.gz   number of tools that agree on the tissue
+  labels/sub-01/anat/sub-01_quality.tsv              entropy and predicted Dice of every structure
   labels/sub-01/anat/sub-01_report.html              pictures, volumes, agreement and warnings on one page
-  labels/sub-01/anat/sub-01_provenance.json          the model, the options and the input that they come from
-  labels/seg-malpem_dseg.tsv                         what the ids mean
-  labels/volumes.tsv                                 a row for each head, a column for each structure
-  labels/report.html                                 the heads beside each other
-  labels/summary.tsv                                 a line for each input; of a shard: summary_shard-1-of-8.tsv
-
-exit status: 0 all done, 1 nothing could be done, 2 wrong arguments, 3 some inputs were rejected (see summary.tsv)
+  labels/sub-01/anat/sub-01_provenance.json          the model, options and input of these results
+  labels/seg-malpem_dseg.tsv                         the meaning of the ids
+  labels/volumes.tsv                                 a row for each scan, a column for each structure
+  labels/report.html                                 all scans on one page
+  labels/summary.tsv                                 a row for each input; for a shard: summary_shard-1-of-8.tsv
 """,
     )
     command.add_argument(
@@ -115,21 +94,28 @@ exit status: 0 all done, 1 nothing could be done, 2 wrong arguments, 3 some inpu
         nargs="+",
         metavar="INPUT",
         help="a .nii, .nii.gz or .mgz file, a folder (its *_T1w images at any depth and the images directly in it), "
-        "a raw BIDS dataset, or @FILE with a path per line or, as .csv or .tsv, the column t1 and perhaps id",
+        "a raw BIDS dataset, or @FILE with a path per line or, as .csv or .tsv, the column t1 and optionally id",
     )
     command.add_argument(
-        "--run", required=True, action="append", metavar="DIR", help="workdir of a training run; several: their mean"
+        "--run",
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="folder of a run or release; repeat it for an ensemble",
     )
-    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go")
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
     command.add_argument(
-        "--protocols", type=_names, metavar="NAME,…", help="some of the run's protocols (default: all)"
+        "--protocols", type=_names, metavar="NAME,…", help="a selection of the run's protocols (default: all)"
     )
     command.add_argument(
-        "--shard", type=_shard, metavar="I/N", help="only the Ith of N equal parts of the inputs (I from 1 to N)"
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="segment only the Ith of N equal parts of the inputs (I from 1 to N)",
     )
-    command.add_argument("--flip", action="store_true", help="average with the mirrored head: twice the time")
+    command.add_argument("--flip", action="store_true", help="average with the mirror image: twice the time")
     command.add_argument(
-        "--crops", type=int, default=1, metavar="N", help="average over N positions of the head: N times the time"
+        "--crops", type=int, default=1, metavar="N", help="average over N positions of the grid: N times the time"
     )
     command.add_argument(
         "--fast", action="store_true", help="the head's box alone, labels of the nearest voxel, no averages"
@@ -142,25 +128,25 @@ exit status: 0 all done, 1 nothing could be done, 2 wrong arguments, 3 some inpu
         help="probability maps of structures, named PROTOCOL:STRUCTURE as in the label tables",
     )
     command.add_argument(
-        "--consistent_tissue", action="store_true", help="derive malp_em_tissue from malp_em, so that the two agree"
+        "--consistent-tissue", action="store_true", help="derive malp_em_tissue from malp_em, so that the two agree"
     )
     command.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace results of another model, other options or another input; complete ones of this command stay",
+        help="replace results of a different model, options or input; complete results of this command are kept",
     )
     command.add_argument(
-        "--assume_ras", action="store_true", help="accept files without orientation; left and right are then a guess"
+        "--assume-ras", action="store_true", help="accept files without orientation; left and right are then a guess"
     )
-    command.add_argument("--no_report", action="store_true", help="leave the HTML pages out")
+    command.add_argument("--no-report", action="store_true", help="write no HTML pages")
     command.set_defaults(command=_segment)
 
 
 def _shard(text: str) -> tuple[int, int]:
-    """I and N of "I/N"."""
+    """Parses "I/N"."""
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no part of a whole: write it as 1/8, 2/8, … 8/8")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shard: write 1/8, 2/8, … 8/8")
     return int(index), int(count)
 
 
@@ -179,6 +165,7 @@ def _segment(args: argparse.Namespace) -> int:
     from neuronet_jax.results.resume import Records
     from neuronet_jax.results.write import prepare, write_cohort
     from neuronet_jax.runs.calibration import load_calibration, uncalibrated
+    from neuronet_jax.runs.provenance import Provenance
     from neuronet_jax.runs.restore import restore
     from neuronet_jax.runtime import keep_compiled
 
@@ -192,10 +179,10 @@ def _segment(args: argparse.Namespace) -> int:
     derived = ("malp_em_tissue",) if options.consistent_tissue else ()
     protocols = _choose(args.protocols, (*model.config.protocols, *derived))
     if len(args.run) == 1:
-        calibration = load_calibration(args.run[0], model.provenance.get("step", 0))
+        calibration = load_calibration(args.run[0], model.origin.step)
     else:
-        calibration = uncalibrated("an ensemble is another model than any of its runs")
-    provenance = {**model.provenance, **calibration.provenance(), **options.changed()}
+        calibration = uncalibrated("an ensemble cannot use the calibration of one of its runs")
+    provenance = Provenance(model.provenance.members, calibration.sha256, options.changed())
     targets = bids.plan(found, args.out, protocols, options.posteriors)
     summary = "summary.tsv"
     if args.shard is not None:
@@ -207,44 +194,45 @@ def _segment(args: argparse.Namespace) -> int:
 
     there = len(rows)
     limits = nifti.Limits(assume_ras=args.assume_ras)
-    heads = cohort.Cohort(model, protocols, options, limits, records, calibration, not args.no_report)
+    work = cohort.Cohort(model, protocols, options, limits, records, calibration, not args.no_report)
     try:
-        for row in heads.run(todo, console):
+        for row in work.run(todo, console):
             rows[row.output] = row
     finally:
         ordered = [rows[target.stem] for target in targets if target.stem in rows]
         tables.write_summary(args.out / summary, ordered)
-    if args.shard is None:  # a shard does not know the others; the command without --shard writes what is of all
+    if (
+        args.shard is None
+    ):  # a shard does not know the others; the command without --shard writes the shared tables and pages
         write_cohort(args.out, ordered, provenance, calibration, not args.no_report)
     done = sum(row.status == "done" for row in ordered)
-    print(f"{done} of {len(targets)} heads segmented in {args.out}" + (f", {there} of them before" if there else ""))
+    print(f"{done} of {len(targets)} scans segmented in {args.out}" + (f", {there} of them earlier" if there else ""))
     for code, meaning, count in reports.explained(ordered):
-        print(f"{code} ({count} {'head' if count == 1 else 'heads'}): {meaning}")
+        print(f"{code} ({count} {'scan' if count == 1 else 'scans'}): {meaning}")
     if todo:
-        print(heads.timing(len(todo)))
-    return DONE if done == len(targets) else REJECTED
+        print(work.timing(len(todo)))
+    return DONE if done == len(targets) else PARTIAL
 
 
 def _choose(wanted: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The protocols of `wanted`, all of `known` where nothing was said, each once."""
+    """Returns the wanted protocols, each once, or all of `known` if none are given."""
     if unknown := [name for name in wanted or () if name not in known]:
         raise NeuronetError(f"--protocols: this run predicts {', '.join(known)}, not {unknown[0]!r}")
     return tuple(dict.fromkeys(wanted or known))
 
 
 def _add_import_dltk(commands: Any) -> None:
-    command = _add(
-        commands,
+    command = commands.add_parser(
         "import-dltk",
-        "a run from the weights that the authors of NeuroNet publish",
-        "A run from a published NeuroNet, a TensorFlow SavedModel, without TensorFlow. The grid is 1 mm.",
-        """\
+        help="make a run from the published NeuroNet weights",
+        description="Makes a run from a published TensorFlow SavedModel, without TensorFlow. The grid is 1 mm.",
+        epilog="""\
 examples:
-  the network for all five protocols, as its authors publish it (neuronet_all.tar.gz, unpacked)
+  the published network for all five protocols (neuronet_all.tar.gz, unpacked)
     neuronet import-dltk neuronet_all/1514764800 --out=runs/published
     neuronet segment T1.nii.gz --run=runs/published --out=labels
 
-  a network for one protocol with the classes of another: say which it is
+  a network whose classes fit two protocols: name the right one
     neuronet import-dltk spm_tissue/1514764800 --out=runs/published_spm --config=spm_tissue
 """,
     )
@@ -253,14 +241,14 @@ examples:
     )
     command.add_argument("--out", required=True, metavar="RUN", help="the run to write")
     command.add_argument(
-        "--config", metavar="NAME", help="which network it is, where its classes leave that open (fsl_fast, spm_tissue)"
+        "--config", metavar="NAME", help="the network's name, if its classes fit several (fsl_fast, spm_tissue)"
     )
     command.add_argument(
         "--axes",
         default="SAL",
         metavar="XYZ",
-        help="where the axes of its training arrays pointed; the default, %(default)s, is UK Biobank's files as the "
-        "authors read them",
+        help="directions of the axes of its training arrays (default: %(default)s, as the authors read UK Biobank's "
+        "files)",
     )
     command.set_defaults(command=_import_dltk)
 
@@ -274,15 +262,14 @@ def _import_dltk(args: argparse.Namespace) -> int:
 
 
 def _add_export(commands: Any) -> None:
-    command = _add(
-        commands,
+    command = commands.add_parser(
         "export",
-        "a trained network as one program and its weights, for use without this library",
-        "Writes a run as StableHLO, safetensors and JSON. The images of the program are arrays [x y z] in RAS+ order "
-        "at the run's voxel size; orientation and resampling stay outside.",
-        """\
+        help="write a trained network as one program with its weights, for use without this library",
+        description="Writes a run as StableHLO, safetensors and JSON. Programs take arrays [x y z] in RAS+ order at "
+        "the run's voxel size; reorienting and resampling are left to the caller.",
+        epilog="""\
 examples:
-  a program for heads of any size (sides padded to multiples of 32), the weights beside it
+  a program for images of any size (sides padded to multiples of 32), with its weights
     neuronet export --run=runs/all_targets --out=release
 
   programs for two fixed sizes
@@ -298,19 +285,19 @@ results:
   release/segment.jax_export    StableHLO for CPU, CUDA and TPU: whitening, network, tool ids
   release/weights.safetensors   its first argument
   release/release.json          config, protocols, label tables, voxel size, provenance, checksums
-  release/quality.json          how to predict Dice, where the run knows it
+  release/quality.json          calibration of predicted Dice, if the run has one
   release/manifest.sha256       for sha256sum -c
 """,
     )
-    command.add_argument("--run", required=True, metavar="DIR", help="workdir of a training run, or a release")
-    command.add_argument("--out", required=True, metavar="DIR", help="where the release goes")
+    command.add_argument("--run", required=True, metavar="DIR", help="folder of a run or release")
+    command.add_argument("--out", required=True, metavar="DIR", help="output folder")
     command.add_argument(
         "--shape",
         action="append",
         default=[],
         type=_shape,
         metavar="X,Y,Z",
-        help="a program for this size alone, multiples of 32; may be given several times",
+        help="write a program for this size only, in multiples of 32; may be repeated",
     )
     command.set_defaults(command=_export)
 
@@ -328,8 +315,8 @@ def _export(args: argparse.Namespace) -> int:
     from neuronet_jax.runs.restore import restore
 
     model = restore(args.run)
-    calibration = load_calibration(args.run, model.provenance.get("step", 0))
+    calibration = load_calibration(args.run, model.origin.step)
     export(model, args.out, args.shape, calibration)
-    print(f"{args.out} holds the program, its weights and what they mean; sha256sum -c manifest.sha256 checks them")
+    print(f"{args.out} holds the program, its weights and their description; sha256sum -c manifest.sha256 checks them")
     print(f"predicted Dice of `segment --run={args.out}`: {calibration.describe()}")
     return DONE

@@ -1,7 +1,7 @@
 """The settings of a run as frozen dataclasses: complete, typed, checked once, saved as JSON with every checkpoint.
 
-`experiments/configs` fills them; nothing below `experiments` knows ml-collections. To add a setting, add the field,
-raise SCHEMA and enter in ADDED the value that keeps the behaviour of older runs: their files then open as before.
+`experiments/configs` fills them; only `experiments` knows ml-collections. To add a setting, add the field, raise
+SCHEMA, and enter in ADDED the value that keeps the behaviour of older runs. Their files then open as before.
 """
 
 import copy
@@ -10,15 +10,14 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator
 from typing import Any, Self
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 
-SCHEMA = 1  # of saved configs; raised with every field that is added
+SCHEMA = 2  # of saved configs; raised with every added field
 # Per schema, the fields that it added, as "group.field", and the value that keeps the behaviour of older runs.
-ADDED: dict[int, dict[str, Any]] = {}
+ADDED: dict[int, dict[str, Any]] = {2: {"loss.class_balance": 0.0, "loss.consistency": 0.0}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +48,25 @@ class ModelConfig:
         """Voxels of the image along one voxel of the coarsest features: sides must be multiples of it."""
         return 2 ** (len(self.filters) - 1)
 
+    def on(self, platform: str) -> "ModelConfig":
+        """Returns these settings with the dtype "auto" decided for a platform as JAX names it.
+
+        It is bfloat16 where the hardware multiplies it natively (GPU, TPU), float32 on a CPU.
+        """
+        decided = "float32" if platform == "cpu" else "bfloat16"
+        return dataclasses.replace(self, compute_dtype=decided) if self.compute_dtype == "auto" else self
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     cross_entropy: float  # weight of the mean voxel cross-entropy of a protocol
     dice: float  # weight of 1 − mean soft Dice of a protocol
+    # Cross-entropy weighs a voxel by n^−class_balance, n being the voxels of its class in the batch. With 0 all voxels
+    # count alike, with 1 all classes.
+    class_balance: float
+    # Weight of the Jensen–Shannon divergence between malp_em_tissue and the tissues that malp_em implies, where a
+    # subject has both. 0: none.
+    consistency: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +108,7 @@ class Config:
         check(self)
 
     def to_fields(self) -> dict[str, Any]:
-        """The settings as they are saved: nested dicts, with the schema."""
+        """Returns the settings as saved: nested dicts, with the schema."""
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
     def to_json(self) -> str:
@@ -103,10 +116,9 @@ class Config:
 
     @classmethod
     def from_fields(cls, fields: Any) -> Self:
-        """The inverse of `to_fields`, of this version and of older ones.
+        """Reads settings saved by `to_fields`, of this version or an older one.
 
-        Raises NeuronetError for a newer schema, and where a field is missing, unknown, of the wrong type or out of
-        range.
+        Raises NeuronetError for a newer schema, and if a field is missing, unknown, of the wrong type or out of range.
         """
         if not isinstance(fields, dict):
             raise NeuronetError(f"the saved config must be a JSON object, got {fields!r:.80}")
@@ -115,7 +127,7 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """As `from_fields`, from the text of a file."""
+        """Reads settings from the text of a file; otherwise as `from_fields`."""
         try:
             fields = json.loads(text)
         except ValueError as error:
@@ -124,9 +136,9 @@ class Config:
 
 
 def upgrade(fields: dict[str, Any], schema: int) -> dict[str, Any]:
-    """The fields of a config that was saved with `schema`, as this version has them.
+    """Returns the fields of a config saved with `schema`, in the form of this version.
 
-    Fields that were added since get the value in ADDED. Raises NeuronetError for a newer schema.
+    Fields added since get the value in ADDED. Raises NeuronetError for a newer schema.
     """
     if type(schema) is not int or schema > SCHEMA:
         raise NeuronetError(
@@ -180,8 +192,9 @@ def check(config: Config) -> None:
     def among(path: str, value: str, *choices: str) -> None:
         require(value in choices, path, value, " or ".join(choices))
 
-    for path, value in _numbers(dataclasses.asdict(config)):
-        require(math.isfinite(value) and value >= 0, path, value, "finite and not negative")
+    for path, value in flatten(dataclasses.asdict(config)).items():
+        if isinstance(value, (int, float)):
+            require(math.isfinite(value) and value >= 0, path, value, "finite and not negative")
     for path in ("batch", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
         require(getattr(config, path) >= 1, path, getattr(config, path), "at least 1")
 
@@ -213,15 +226,27 @@ def check(config: Config) -> None:
         )
         require(side > 0 and side % stride == 0, "data.crop", data.crop, legal)
 
-    require(loss.cross_entropy + loss.dice > 0, "loss", loss, "positive in one of its weights")
+    require(loss.cross_entropy + loss.dice > 0, "loss", loss, "positive in cross_entropy or dice")
+    require(
+        loss.class_balance == 0 or loss.cross_entropy > 0,
+        "loss.class_balance",
+        loss.class_balance,
+        "0 without loss.cross_entropy, whose voxels it weighs",
+    )
+    require(
+        loss.consistency == 0 or {"malp_em", "malp_em_tissue"} <= set(names),
+        "loss.consistency",
+        loss.consistency,
+        "0 unless both malp_em and malp_em_tissue are among the protocols, which it compares",
+    )
     among("optimizer.schedule", optimizer.schedule, "constant", "cosine")
     require(optimizer.ema_decay < 1, "optimizer.ema_decay", optimizer.ema_decay, "below 1")
     require(config.mesh.space >= 1, "mesh.space", config.mesh.space, "at least 1")
 
 
-def _numbers(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            yield from _numbers(value, f"{path}.{name}" if path else name)
-    elif isinstance(tree, (int, float)):
-        yield path, tree
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested groups of settings by their dotted names, such as "data.crop"."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

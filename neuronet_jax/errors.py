@@ -1,31 +1,35 @@
-"""The ways in which things go wrong: a bad input, a bad use of the library, and what can be gone on from.
+"""The kinds of errors: a bad input, wrong use of the library, and problems after which a program continues.
 
-Messages say the rule, the offending value and the fix.
+Messages give the rule, the offending value and the fix.
 """
 
 
 class NeuronetError(Exception):
-    """The library was asked for something that it cannot do. The message says what to change."""
+    """A request that the library cannot fulfil. The message says what to change."""
+
+
+class UsageError(NeuronetError):
+    """Wrong options of a program. The message says which ones it takes."""
 
 
 class CodedError(NeuronetError):
-    """An error with a stable `code` (`E_CRC`, `E_AFFINE`, …), which other programs select on; people read `reason`."""
+    """An error with a stable `code` (`E_CRC`, `E_AFFINE`, …) for programs, and a `reason` for people."""
 
     def __init__(self, code: str, reason: str):
         super().__init__(f"{code}: {reason}")
         self.code = code
         self.reason = reason
 
-    def __reduce__(self):  # both arguments survive the way back from a worker process
+    def __reduce__(self):  # keeps both arguments on the way back from a worker process
         return type(self), (self.code, self.reason)
 
 
 class RejectError(CodedError):
-    """One input is unusable; a cohort goes on without it."""
+    """An unusable input. A cohort continues without it."""
 
 
 class CodedWarning(UserWarning):
-    """Something is not as it was asked for, and the program goes on. Codes as those of CodedError, `W_…`."""
+    """A problem after which the program continues. Codes are as for CodedError, `W_…`."""
 
     def __init__(self, code: str, reason: str):
         super().__init__(f"{code}: {reason}")

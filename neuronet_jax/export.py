@@ -23,7 +23,6 @@ shape of the image within the padded array; the statistics cover that part only.
 (all zero, constant, NaN), every label is background.
 """
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -81,8 +80,7 @@ def export(
 def _traceable(model: Model) -> tuple[Callable[..., dict[str, Array]], dict[str, jax.ShapeDtypeStruct]]:
     """Returns the function to export and the shapes of its first argument."""
     config, protocols = model.config.model, model.config.protocols
-    if config.compute_dtype == "auto":  # "auto" would depend on the exporting machine; float32 is right everywhere
-        config = dataclasses.replace(config, compute_dtype="float32")
+    config = config.on("cpu")  # float32 for "auto": right on every platform
     shapes = nnx.eval_shape(lambda: build(config, protocols, model.config.seed))
     structure, state = nnx.split(shapes, graph=False)
     variables = nnx.to_flat_state(state)

@@ -1,8 +1,8 @@
 """Small whole files under a local path, gs:// or s3://, through one interface (TensorStore's key-value stores).
 
-Only these three kinds of place exist here: everything else that TensorStore could open (http, memory, file:// URLs,
-JSON specs, `|` chains) is refused before TensorStore sees it. S3-compatible servers are reached by the usual variables
-AWS_ENDPOINT_URL and AWS_REGION; credentials come from each cloud's own chain.
+Only these three kinds of place are accepted. Everything else that TensorStore could open (http, memory, file:// URLs,
+JSON specs, `|` chains) is refused before TensorStore sees it. The usual variables AWS_ENDPOINT_URL and AWS_REGION
+select S3-compatible servers. Credentials come from each cloud's own chain.
 """
 
 import functools
@@ -19,7 +19,7 @@ _BUCKET = re.compile(r"(gs|s3)://([A-Za-z0-9][A-Za-z0-9._-]*)/?([^|?#]*)")
 
 
 def kvstore_spec(dest: str, name: str = "") -> dict[str, Any]:
-    """TensorStore's description of the folder `name` below `dest`. Raises NeuronetError for any other kind of place."""
+    """Returns TensorStore's spec of the folder `name` below `dest`. Raises NeuronetError for other kinds of place."""
     folder = f"{name}/" if name else ""
     if match := _BUCKET.fullmatch(dest):
         scheme, bucket, prefix = match.groups()
@@ -40,16 +40,16 @@ def kvstore_spec(dest: str, name: str = "") -> dict[str, Any]:
 
 
 def local_path(dest: str) -> Path | None:
-    """The resolved directory of a local store, None for a bucket."""
+    """Returns the resolved directory of a local store, or None for a bucket."""
     spec = kvstore_spec(dest)
     return Path(spec["path"]) if spec["driver"] == "file" else None
 
 
 class Files:
-    """Whole small files below `dest`.
+    """Small whole files below `dest`.
 
-    A write is seen entirely or not at all: a temporary name and a rename on disk, one put in a bucket.
-    Every failure is a NeuronetError that starts with E_IO.
+    Readers see a write entirely or not at all: on disk it is a temporary name and a rename, in a bucket one put. Every
+    failure is a NeuronetError that starts with E_IO.
     """
 
     def __init__(self, dest: str):
@@ -64,7 +64,7 @@ class Files:
         return {"dest": self.dest, "_spec": self._spec}
 
     def read(self, name: str) -> bytes | None:
-        """The content, or None where there is no such file."""
+        """Returns the content, or None if there is no such file."""
         try:
             result = self._store.read(name).result()
         except Exception as error:
@@ -78,26 +78,36 @@ class Files:
         except Exception as error:
             raise _io_error("write", self.dest, name, error) from error
 
-    def claim(self, name: str, data: bytes) -> bool:
-        """Creates the file unless it exists, in one atomic operation; True for the caller that created it."""
+    def read_version(self, name: str) -> tuple[bytes | None, bytes]:
+        """Returns the content, or None if there is no such file, and its version for `replace`."""
         try:
-            absent = self._store.read(name).result()
-            if absent.state == "value":
-                return False
-            return self._store.write(name, data, if_equal=absent.stamp.generation).result().generation != b""
+            result = self._store.read(name).result()
         except Exception as error:
-            raise _io_error("claim", self.dest, name, error) from error
+            raise _io_error("read", self.dest, name, error) from error
+        return (bytes(result.value) if result.state == "value" else None), result.stamp.generation
+
+    def replace(self, name: str, data: bytes | None, version: bytes) -> bytes | None:
+        """Writes the file, or removes it for None, if it still has that version, in one atomic operation.
+
+        Returns the new version, or None if a different process has changed the file since.
+        """
+        try:
+            return self._store.write(name, data, if_equal=version).result().generation or None
+        except Exception as error:
+            raise _io_error("replace", self.dest, name, error) from error
 
     def delete(self, name: str) -> None:
-        """Removes the file; no error where there is none."""
+        """Removes the file, without an error if there is none."""
         try:
             self._store.write(name, None).result()
         except Exception as error:
             raise _io_error("delete", self.dest, name, error) from error
 
     def names(self, prefix: str = "") -> list[str]:
-        """Sorted names of the files that start with `prefix` (ASCII)."""
-        after = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""  # the first name beyond; "" is no bound
+        """Returns the sorted names of the files that start with `prefix` (ASCII)."""
+        after = (
+            prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
+        )  # the first name beyond the prefix; "" means no bound
         try:
             keys = self._store.list(ts.KvStore.KeyRange(prefix, after)).result()
         except Exception as error:
@@ -110,5 +120,5 @@ def _io_error(verb: str, dest: str, name: str, error: Exception) -> NeuronetErro
 
 
 def user_cache() -> Path:
-    """The folder for what can be made again: the demo cohort, compiled programs."""
+    """Returns the folder for files that can be made again: the demo cohort and compiled programs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "neuronet-jax"

@@ -217,6 +217,13 @@ def _protocols() -> dict[str, Protocol]:
 
 PROTOCOLS: dict[str, Protocol] = _protocols()
 
+# The protocols of each published network, in the order of its outputs: together, the tissues alone, one at a time.
+TASKS: dict[str, tuple[str, ...]] = {
+    "all_targets": tuple(PROTOCOLS),
+    "tissue": ("fsl_fast", "spm_tissue", "malp_em_tissue"),
+    **{name: (name,) for name in PROTOCOLS},
+}
+
 # uint8[139]: the `malp_em_tissue` class of every `malp_em` class. The tissue map is exactly this merge.
 MALP_EM_TO_TISSUE = _frozen([int(row["malp_em_tissue"]) for row in _ROWS], np.uint8)
 
@@ -265,3 +272,11 @@ def _regions() -> tuple[Region, ...]:
 
 
 REGIONS: tuple[Region, ...] = _regions()  # all regions that more than one protocol labels
+
+
+def tissue_classes(protocol: str) -> np.ndarray:
+    """Returns uint8 [256]: the tissue of every id of a protocol, 0 for none, then CSF, GM and WM as in TISSUES."""
+    classes = np.zeros(256, np.uint8)
+    for index, region in enumerate(REGIONS[: len(TISSUES)], start=1):
+        classes[list(region.ids[protocol])] = index
+    return classes

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from neuronet_jax.errors import CodedWarning, NeuronetError
@@ -172,8 +173,8 @@ _METADATA_S = 10.0  # a metadata server answers within milliseconds
 def join_cluster() -> None:
     """Joins the other processes of a Slurm step, of a Cloud TPU slice, or of the address in JAX_COORDINATOR_ADDRESS.
 
-    Does nothing where there are none. To be called before JAX's first computation. Raises NeuronetError on a machine
-    with TPU chips that cannot tell how many hosts its slice has.
+    Does nothing if there are none. Call it before JAX's first computation. Raises NeuronetError on a machine with TPU
+    chips if the number of hosts in its slice is unknown.
     """
     environment = os.environ
     if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_NUM_PROCESSES" in environment:
@@ -188,9 +189,10 @@ def join_cluster() -> None:
 
 
 def _tpu_hosts() -> int:
-    """The number of hosts in this machine's Cloud TPU slice: from the environment on GKE, from its metadata elsewhere.
+    """Returns the number of hosts in this machine's Cloud TPU slice: from the environment on GKE, else from its
+    metadata.
 
-    1 on machines where JAX found no TPU chips when it was imported: it marks the others with TPU_ML_PLATFORM.
+    It is 1 on machines where JAX found no TPU chips when it was imported: JAX marks the others with TPU_ML_PLATFORM.
     """
     names = os.environ.get("TPU_WORKER_HOSTNAMES")
     if names is None:
@@ -201,7 +203,7 @@ def _tpu_hosts() -> int:
 
 
 def _tpu_endpoints() -> str:
-    """The hosts of the slice, separated by commas; empty where the machine's metadata name none."""
+    """Returns the hosts of the slice, separated by commas, or "" if the machine's metadata name none."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")  # as JAX looks it up
     url = f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
     try:
@@ -219,3 +221,11 @@ def _tpu_endpoints() -> str:
         f"this machine has TPU chips, but the list of its slice's hosts cannot be read from {url} ({reason}); "
         "to train on this host alone, set TPU_WORKER_HOSTNAMES=localhost"
     )
+
+
+def agreed(text: str) -> str:
+    """Returns the first process's text in all processes, such as a name that holds the time; at most 256 bytes."""
+    if jax.process_count() == 1:
+        return text
+    padded = np.frombuffer(text.encode().ljust(256, b"\0"), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().rstrip(b"\0").decode()

@@ -1,8 +1,12 @@
 """Tests run on eight CPU devices, with JAX's implicit promotions forbidden; folders of real data; small stores."""
 
 import os
-from collections.abc import Callable
+import signal
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests write nothing to the user's cache folder
@@ -16,6 +20,8 @@ from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Record, Reject, Subject, sample_foreground
 from neuronet_jax.store.writer import StoreWriter
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so, and children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -72,18 +78,17 @@ def make_record(slot: int, split: str, grid: tuple[int, int, int], seed: int = 0
     return Record(image, labels, sample_foreground(labels, present, seed=slot), subject)
 
 
-@pytest.fixture
-def make_store(tmp_path: Path) -> Callable[..., tuple[Store, dict[int, Record]]]:
+@pytest.fixture(scope="session")
+def build_store() -> Callable[..., tuple[Store, dict[int, Record]]]:
     """Builds a finished store of `splits` (one subject each; "" leaves a hole) and returns it with its records."""
 
-    def make(
+    def build(
+        dest: str,
         splits: tuple[str, ...],
         grid: tuple[int, int, int] = (36, 40, 32),
-        dest: str = "",
         shard_subjects: int = 2,
         chunk: int = 16,
     ) -> tuple[Store, dict[int, Record]]:
-        dest = dest or str(tmp_path / "store")
         writer = StoreWriter.create(
             dest,
             protocols=PROTOCOLS,
@@ -102,4 +107,33 @@ def make_store(tmp_path: Path) -> Callable[..., tuple[Store, dict[int, Record]]]
         writer.finalize([record.subject for record in records.values()], rejects)
         return Store.open(dest), records
 
+    return build
+
+
+@pytest.fixture
+def make_store(tmp_path: Path, build_store: Callable[..., Any]) -> Callable[..., tuple[Store, dict[int, Record]]]:
+    """`build_store` in the test's own folder, or at `dest`."""
+
+    def make(splits: tuple[str, ...], dest: str = "", **settings: Any) -> tuple[Store, dict[int, Record]]:
+        return build_store(dest or str(tmp_path / "store"), splits, **settings)
+
     return make
+
+
+@pytest.fixture(scope="session")
+def _s3_endpoint() -> Iterator[str]:
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def bucket(_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The address of a new bucket on a real S3 server of this machine."""
+    settings = {"AWS_ENDPOINT_URL": _s3_endpoint, "AWS_REGION": "us-east-1"}
+    for name, value in {**settings, "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    urllib.request.urlopen(urllib.request.Request(f"{_s3_endpoint}/{name}", method="PUT")).close()
+    return f"s3://{name}"

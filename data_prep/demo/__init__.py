@@ -1,1 +1,1 @@
-"""The demo cohort: synthetic heads made from templates."""
+"""The demo cohort: phantoms made from templates."""

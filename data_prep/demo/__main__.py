@@ -1,4 +1,4 @@
-"""`python -m data_prep.demo`."""
+"""Runs `python -m data_prep.demo`."""
 
 import sys
 

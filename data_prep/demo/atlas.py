@@ -1,10 +1,10 @@
 """The anatomy of the demo cohort in MNI space: tissue maps, and a model of the MALP-EM structures within them.
 
-Tissue is that of the MNI152 2009a templates inside the nilearn package. A structure is a cell of a power diagram (an
-additively weighted Voronoi diagram; Aurenhammer, SIAM J. Comput. 16, 1987): the points of its tissue at which
-|x − centre|² − weight is smallest among its competitors. Centres are the centroids of `neuronet_jax.labels`, and the
-weights are fitted until the cells have its volumes. That gives every structure a plausible place and size, not its true
-outline: good for a demonstration, not an atlas.
+Tissues come from the MNI152 2009a templates inside the nilearn package. A structure is a cell of a power diagram (an
+additively weighted Voronoi diagram; Aurenhammer, SIAM J. Comput. 16, 1987): the points of its tissue at which |x −
+centre|² − weight is smallest among its competitors. Centres are the centroids of `neuronet_jax.labels`, and the weights
+are fitted until the cells have the volumes given there. Every structure thus has a plausible place and size, but not
+its true outline: enough for a demonstration, not an atlas.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from neuronet_jax.labels import MALP_EM_CENTROIDS_MM, MALP_EM_VOLUMES_MM3, PROTO
 
 CSF, GM, WM = 1, 2, 3  # tissue classes, 0 outside the brain; the ids of `fsl_fast` and `spm_tissue`
 
-# Half axes along x, y, z, relative to each other, of the structures that are far from round.
+# Relative half axes along x, y, z of the structures that are far from round.
 _STRETCH = {
     "3rdVentricle": (0.4, 1.5, 1.3),
     "BrainStem": (0.8, 0.9, 1.6),
@@ -28,13 +28,13 @@ _STRETCH = {
     "Putamen": (0.6, 1.5, 1.1),
 }
 
-# Claimed one after the other, each from what the earlier ones left: (classes of malp_em, tissues that they claim,
-# whether cells end where |x − centre|² = weight instead of sharing out all that is left). In no group: the cerebral
-# exterior (14, 15), for which the table has no place, and the vessels (33, 34), as small as a voxel of 2 mm.
+# Groups claim voxels one after the other, each from the remainder: (classes of malp_em, tissues that they claim,
+# whether cells end where |x − centre|² = weight instead of sharing the whole remainder). In no group: the cerebral
+# exterior (14, 15), which has no centroid in the table, and the vessels (33, 34), as small as a voxel of 2 mm.
 _GROUPS = (
     ((1, 2, 18, 21, 22, 23, 24), (CSF,), True),
     ((3, 4, 5, 6, 8, 9, 19, 20, 27, 28, 39, 40), (GM,), True),
-    ((7, 25, 26, 29, 30, 31, 32), (GM, WM), True),  # a T1 shows these as a mixture
+    ((7, 25, 26, 29, 30, 31, 32), (GM, WM), True),  # on T1 these are a mixture of tissues
     ((35,), (CSF, GM, WM), True),  # the optic chiasm: a few voxels
     ((10, 11, 36, 37, 38, *range(41, 139)), (GM,), False),
     ((12, 13, 16, 17), (WM,), False),
@@ -53,7 +53,7 @@ class Group:
     weights: np.ndarray  # float32[s] in mm²
 
     def claim(self, points_mm: np.ndarray) -> np.ndarray:
-        """uint8[n]: the class of malp_em that claims each point [n, 3], 0 where none does."""
+        """Returns uint8[n]: the class of malp_em that claims each of the points [n, 3], or 0."""
         labels = np.zeros(len(points_mm), np.uint8)
         for side in (-1, 1):
             here = np.flatnonzero((points_mm[:, 0] >= 0) == (side > 0))
@@ -82,12 +82,14 @@ class Atlas:
     groups: tuple[Group, ...]
 
     def sample(self, name: str, points_mm: np.ndarray) -> np.ndarray:
-        """float32[n] in 0..1: the named map at points [n, 3], linear between voxels, 0 outside."""
+        """Returns the named map at points [n, 3], float32[n] in 0..1: linear between voxels, 0 outside."""
         coordinates = (points_mm - self.origin_mm.astype(np.float32)).T
         return ndimage.map_coordinates(getattr(self, name), coordinates, np.float32, order=1) / np.float32(255)
 
     def structures(self, points_mm: np.ndarray, tissue: np.ndarray) -> np.ndarray:
-        """uint8[n]: class of malp_em at points [n, 3] in MNI space with tissue[n]; 0 in the CSF around the brain."""
+        """Returns the class of malp_em at points [n, 3] in MNI space with tissue[n], uint8[n]; 0 in the CSF around the
+        brain.
+        """
         labels = np.zeros(len(points_mm), np.uint8)
         for group in self.groups:
             free = np.flatnonzero((labels == 0) & np.isin(tissue, group.tissues))
@@ -97,8 +99,8 @@ class Atlas:
 
 @functools.lru_cache(maxsize=2)
 def load_atlas(voxel_size_mm: float) -> Atlas:
-    """The atlas, smoothed for sampling at `voxel_size_mm`. Takes seconds; the answer is kept."""
-    from nilearn import datasets  # here, since importing it takes seconds and the workers do not need it
+    """Loads the atlas, smoothed for sampling at `voxel_size_mm`. The first call takes seconds; the result is cached."""
+    from nilearn import datasets  # imported here: it takes seconds, and the workers do not need it
 
     image = datasets.load_mni152_template(resolution=1)
     maps = {
@@ -130,7 +132,7 @@ def load_atlas(voxel_size_mm: float) -> Atlas:
 
 
 def tissue_of(gm: np.ndarray, wm: np.ndarray) -> np.ndarray:
-    """uint8: the most probable tissue where the rest of a brain voxel is CSF."""
+    """Returns uint8: the most probable tissue, where the remainder of a brain voxel is CSF."""
     return (np.stack([1 - gm - wm, gm, wm]).argmax(axis=0) + 1).astype(np.uint8)
 
 
@@ -144,7 +146,7 @@ def _make_group(classes: Iterable[int], tissues: tuple[int, ...], bounded: bool)
     structures = [PROTOCOLS["malp_em"].structures[i] for i in indices]
     names = [structure.name.removeprefix("Left").removeprefix("Right") for structure in structures]
     stretch = np.array([_STRETCH.get(name, (1.0, 1.0, 1.0)) for name in names])
-    stretch /= np.cbrt(stretch.prod(axis=1, keepdims=True))  # keeps the volume of the ball of the same weight
+    stretch /= np.cbrt(stretch.prod(axis=1, keepdims=True))  # keeps the volume of a ball of the same weight
     centers, scale = MALP_EM_CENTROIDS_MM[indices], stretch**-2
     quadric = np.concatenate([scale, -2 * scale * centers, (scale * centers**2).sum(axis=1, keepdims=True)], axis=1).T
     sides = np.array([{"left": -1, "right": 1}.get(structure.side, 0) for structure in structures])
@@ -153,14 +155,14 @@ def _make_group(classes: Iterable[int], tissues: tuple[int, ...], bounded: bool)
 
 
 def _squared_radius(volume_mm3: np.ndarray) -> np.ndarray:
-    """Of the ball of that volume, in mm²."""
+    """Returns the squared radius of the ball of that volume, in mm²."""
     return (volume_mm3 * 3 / (4 * np.pi)) ** (2 / 3)
 
 
 def _fit(group: Group, points_mm: np.ndarray, point_mm3: float) -> Group:
-    """The group with weights such that its cells among the points have the volumes of the table.
+    """Fits the group's weights so that its cells among the points have the volumes of the table.
 
-    An unbounded group shares out all points: there the targets are the table's volumes scaled to fill each hemisphere.
+    An unbounded group shares out all points. Its targets are the table's volumes, scaled to fill each hemisphere.
     """
     if group.bounded:  # far points cannot be claimed
         low, high = MALP_EM_CENTROIDS_MM[group.classes].min(0) - 40, MALP_EM_CENTROIDS_MM[group.classes].max(0) + 40
@@ -173,7 +175,7 @@ def _fit(group: Group, points_mm: np.ndarray, point_mm3: float) -> Group:
         volumes = np.bincount(group.claim(points_mm), minlength=256)[group.classes] * point_mm3
         if (np.abs(volumes - targets) <= 0.04 * targets + 2 * point_mm3).all():
             break
-        # The step that is right for a lone ball; halved later, lest neighbours swing against each other.
+        # The exact step for a single ball; halved later, so that neighbours do not oscillate.
         step = (_squared_radius(targets) - _squared_radius(volumes)) * (1.0 if iteration < 30 else 0.5)
         group = dataclasses.replace(group, weights=group.weights + step.astype(np.float32))
     return group

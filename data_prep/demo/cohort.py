@@ -1,10 +1,10 @@
-"""The demo cohort: synthetic heads with all five label maps, as files that look like a real archive.
+"""The demo cohort: phantoms with all five label maps, as files that look like a real archive.
 
     python -m data_prep.demo --out=demo
 
 writes `demo/manifest.csv` and one folder per subject, ready for `python -m data_prep.build`. Nothing is downloaded: the
-anatomy is that of the MNI152 templates inside the nilearn package. It is a demonstration: Dice on it says nothing about
-real brains.
+anatomy comes from the MNI152 templates inside the nilearn package. This is a demonstration: Dice on it says nothing
+about real brains.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import csv
 import hashlib
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,15 +27,16 @@ import neuronet_jax
 from data_prep import cluster
 from data_prep.build import HEAD_MM, build
 from data_prep.demo.atlas import load_atlas
-from data_prep.demo.phantom import Head, Lattice, draw_head
+from data_prep.demo.phantom import Lattice, Phantom, draw_phantom
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import user_cache
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.programs import DONE, Parser, run
 
 NOTE = "demonstration: synthetic heads, not for research"
 
-# How the scans differ, one after the other: voxel axes, spacing relative to the cohort's, and the angle in degrees at
-# which the field of view is tilted. Most are plain, as in a study of one protocol.
+# Variation over the scans: voxel axes, spacing relative to the cohort's, and the tilt of the field of view in degrees.
+# Most are plain, as in a study with one imaging protocol.
 _SCANS = (
     ("RAS", (1.0, 1.0, 1.0), 0),
     ("LAS", (1.0, 1.0, 1.0), 0),
@@ -60,7 +60,8 @@ def make_demo_cohort(
 ) -> Path:
     """Writes the cohort into `folder` and returns its manifest. The same seed gives the same bytes.
 
-    `workers` processes draw the heads, a few seconds each; by default one per core, at most 4, and 0 is this process.
+    `workers` processes draw the phantoms, a few seconds each. The default is one per core, at most 4; 0 means this
+    process.
     """
     folder = Path(folder)
     splits = ["train"] * train + ["validation"] * validation + ["test"] * test
@@ -69,13 +70,17 @@ def make_demo_cohort(
     if not 0.5 <= voxel_size_mm <= 4:  # finer than any template, or so coarse that small structures vanish
         raise NeuronetError(f"the demo cohort is drawn with voxels of 0.5 to 4 mm, got {voxel_size_mm}")
     ids = [f"demo{number:03d}" for number in range(1, len(splits) + 1)]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.txt").write_text(f"NeuroNet-JAX {neuronet_jax.__version__}, {NOTE}. {__doc__}", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        about = f"NeuroNet-JAX {neuronet_jax.__version__}, {NOTE}. {__doc__}"
+        (folder / "README.txt").write_text(about, encoding="utf-8")
+    except OSError as error:
+        raise NeuronetError(f"cannot write to {folder}: {error}; choose a different folder") from error
 
     tasks = {f"draw-{id_}": (folder / id_, number, seed, voxel_size_mm) for number, id_ in enumerate(ids)}
     count = min(4, os.cpu_count() or 1) if workers is None else workers
     drawn = cluster.run(write_subject, tasks, count)
-    for _ in track(drawn, "drawing heads", len(ids), console=Console(stderr=True), disable=not progress):
+    for _ in track(drawn, "drawing phantoms", len(ids), console=Console(stderr=True), disable=not progress):
         pass
 
     manifest = folder / "manifest.csv"
@@ -89,24 +94,24 @@ def make_demo_cohort(
 
 
 def write_subject(folder: Path, number: int, seed: int, voxel_size_mm: float) -> None:
-    """Draws subject `number` of the cohort and writes its six images. Depends on nothing but the arguments."""
+    """Draws subject `number` of the cohort and writes its six images, which depend on the arguments only."""
     rng = np.random.default_rng((seed, number))
     axes, factors, tilt_degrees = _SCANS[number % len(_SCANS)]
     spacing_mm = voxel_size_mm * np.array(factors)
     lattice = _field_of_view(rng, spacing_mm)
-    head = draw_head(rng, load_atlas(voxel_size_mm), lattice)
+    phantom = draw_phantom(rng, load_atlas(voxel_size_mm), lattice)
     affine = np.diag([*spacing_mm, 1.0])
     affine[:3, 3] = lattice.origin_mm
     tilt = np.eye(4)
-    tilt[1:3, 1:3] = _turn(np.radians(tilt_degrees))  # about the left-right axis, as technicians tilt it
-    write_head(folder, head, tilt @ affine, axes)
+    tilt[1:3, 1:3] = _turn(np.radians(tilt_degrees))  # about the left-right axis, as radiographers tilt it
+    write_phantom(folder, phantom, tilt @ affine, axes)
 
 
-def write_head(folder: Path, head: Head, affine: np.ndarray, axes: str) -> None:
+def write_phantom(folder: Path, phantom: Phantom, affine: np.ndarray, axes: str) -> None:
     """Writes the image and the label maps, given in RAS+ order, with their voxels in the order `axes`."""
     folder.mkdir(parents=True, exist_ok=True)
-    maps = {PROTOCOLS[name].filename: labels for name, labels in head.labels.items()}
-    for name, array in {"T1.nii.gz": head.image, **maps}.items():
+    maps = {PROTOCOLS[name].filename: labels for name, labels in phantom.labels.items()}
+    for name, array in {"T1.nii.gz": phantom.image, **maps}.items():
         image = nib.Nifti1Image(array, affine)
         image.header["descrip"] = NOTE.encode()
         image.header.set_xyzt_units("mm", "sec")
@@ -117,7 +122,7 @@ def write_head(folder: Path, head: Head, affine: np.ndarray, axes: str) -> None:
 
 
 def _field_of_view(rng: np.random.Generator, spacing_mm: np.ndarray) -> Lattice:
-    """A field of view that holds the head, placed by hand as a technician does."""
+    """Returns a field of view that holds the head, placed by hand as by a radiographer."""
     shape = np.round(np.array(HEAD_MM) / spacing_mm).astype(int)
     center_mm = np.array([0.0, -15.0, -1.0]) + rng.uniform(-1.5, 1.5, 3)  # of the head, in the template's coordinates
     return Lattice(tuple(shape.tolist()), spacing_mm, center_mm - spacing_mm * (shape - 1) / 2)
@@ -128,9 +133,9 @@ def _turn(angle: float) -> np.ndarray:
 
 
 def ensure_demo_store(cache_dir: Path | None = None) -> Path:
-    """The finished store of the demo cohort, built on first use and kept below the user's cache folder.
+    """Returns the finished store of the demo cohort, built on first use and kept in the user's cache folder.
 
-    Its images and manifest stay beside it (`demo_manifest`). Another version of the code makes another store.
+    Its images and manifest stay beside it (`demo_manifest`). A different version of the code makes a different store.
     """
     cache = Path(cache_dir) if cache_dir else user_cache()
     final = cache / f"demo-{neuronet_jax.__version__}-{_code_hash()}"
@@ -138,28 +143,28 @@ def ensure_demo_store(cache_dir: Path | None = None) -> Path:
         return final / "store"
     Console(stderr=True).print(f"Making the demo cohort ({NOTE}) in {final}: about a minute, once.", soft_wrap=True)
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".demo-", dir=cache) as temporary:  # whole, or not at all
+    with tempfile.TemporaryDirectory(prefix=".demo-", dir=cache) as temporary:  # complete, or not at all
         work = Path(temporary) / "demo"
         manifest = make_demo_cohort(work / "cohort", progress=True)
         workers = min(4, os.cpu_count() or 1)
         build(manifest, str(work / "store"), voxel_size_mm=2.0, workers=workers, progress=True, note=NOTE)
         if final.exists() and not (final / "store" / "COMPLETE").exists():
-            shutil.rmtree(final)  # somebody emptied it
+            shutil.rmtree(final)  # someone has emptied it
         try:
             work.rename(final)
-        except OSError:  # another process was faster: its store is the same
+        except OSError:  # a different process was faster, with the same store
             if not (final / "store" / "COMPLETE").exists():
                 raise
     return final / "store"
 
 
 def demo_manifest(store: Path) -> Path:
-    """The manifest from which `ensure_demo_store` built this store."""
+    """Returns the manifest from which `ensure_demo_store` built this store."""
     return Path(store).parent / "cohort" / "manifest.csv"
 
 
 def _code_hash() -> str:
-    """Of the code and tables that decide what the store holds."""
+    """Returns a hash of the code and tables that determine the store's content."""
     library, preparation = Path(neuronet_jax.__file__).parent, Path(__file__).parents[1]
     paths = [preparation / f"{name}.py" for name in ("build", "subject", "demo/atlas", "demo/cohort", "demo/phantom")]
     paths += [library / name for name in ("labels.py", "data/malp_em.tsv")]
@@ -171,19 +176,17 @@ def _code_hash() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m data_prep.demo", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the cohort")
     for split, count in (("train", 12), ("validation", 2), ("test", 2)):
         parser.add_argument(f"--{split}", type=int, default=count, help="number of subjects (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--voxel_size_mm", type=float, default=2.0, help="default: %(default)s")
-    options = vars(parser.parse_args(arguments))
-    try:
-        manifest = make_demo_cohort(options.pop("out"), progress=True, **options)
-    except NeuronetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("--voxel-size-mm", type=float, default=2.0, help="default: %(default)s")
+    return run(parser, _demo, arguments)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    options = vars(args)
+    manifest = make_demo_cohort(options.pop("out"), progress=True, **options)
     print(f"{manifest} ({NOTE})")
-    return 0
+    return DONE

@@ -1,7 +1,8 @@
-"""One head of the demo cohort: a warped template brain inside a synthetic head, and what five tools would say of it.
+"""A phantom of the demo cohort: a warped template brain inside a synthetic head, labelled as by five tools.
 
-Everything is drawn from one numpy generator. `draw_head` returns the T1-weighted image and the label maps on one
-axis-aligned RAS+ grid. The tools' maps disagree in steady ways (thresholds, smoothing, extent), as those of tools do.
+Everything is drawn from one numpy generator. `draw_phantom` returns the T1-weighted image and the label maps on one
+axis-aligned RAS+ grid. The tools' maps differ systematically (thresholds, smoothing, extent), as those of real tools
+do.
 """
 
 import dataclasses
@@ -38,7 +39,9 @@ _BRAIN_STEM = next(s.index for s in PROTOCOLS["malp_em"].structures if s.name ==
 
 
 @dataclasses.dataclass(frozen=True)
-class Head:
+class Phantom:
+    """A T1-weighted image and its label maps."""
+
     image: np.ndarray  # int16[x y z]
     labels: dict[str, np.ndarray]  # protocol: uint8[x y z], the tool's ids
 
@@ -55,7 +58,7 @@ class Lattice:
         return self.origin_mm[axis] + self.spacing_mm[axis] * np.arange(self.shape[axis])
 
     def smooth_noise(self, rng: np.random.Generator, scale_mm: float) -> np.ndarray:
-        """float32[x y z]: noise of about unit variance whose features are about `scale_mm` wide."""
+        """Returns noise of about unit variance, float32[x y z], whose features are about `scale_mm` wide."""
         if scale_mm < 8 * self.spacing_mm.min():
             noise = ndimage.gaussian_filter(
                 rng.standard_normal(self.shape, np.float32), 0.4 * scale_mm / self.spacing_mm
@@ -66,7 +69,7 @@ class Lattice:
         return self.spline(noise / noise.std(), knots)
 
     def spline(self, values: np.ndarray, knots_mm: list[np.ndarray]) -> np.ndarray:
-        """float32[x y z]: the tensor-product cubic spline through `values` at the knots."""
+        """Returns the tensor-product cubic spline through `values` at the knots, float32[x y z]."""
         for axis in range(3):  # [i j k] → [x j k] → [x y k] → [x y z]
             basis = interpolate.make_interp_spline(knots_mm[axis], np.eye(len(knots_mm[axis])), k=3)
             weights = basis(self.axis_mm(axis)).astype(np.float32)
@@ -76,8 +79,8 @@ class Lattice:
         return values
 
 
-def draw_head(rng: np.random.Generator, atlas: Atlas, lattice: Lattice) -> Head:
-    """A head and its label maps. Noiseless white matter is 1; 0 is air."""
+def draw_phantom(rng: np.random.Generator, atlas: Atlas, lattice: Lattice) -> Phantom:
+    """Draws a head and its label maps. Before noise, white matter is 1 and air is 0."""
     points = _warp(rng, lattice)  # [x y z 3] in MNI space
     flat = points.reshape(-1, 3)
     near = np.flatnonzero(_in_box(flat, (-80, -115, -80), (80, 82, 92)))
@@ -89,14 +92,16 @@ def draw_head(rng: np.random.Generator, atlas: Atlas, lattice: Lattice) -> Head:
     structures = atlas.structures(flat[inside], tissue_of(gm, wm))
     malp_em = np.zeros(lattice.shape, np.uint8)
     malp_em.ravel()[inside] = structures
-    to_white = np.where(structures == _BRAIN_STEM, 0.7 * gm, 0)  # of grey in the template, but tools see it white
+    to_white = np.where(structures == _BRAIN_STEM, 0.7 * gm, 0)  # grey in the template, but tools label it white
     gm, wm, t1 = gm - to_white, wm + to_white, atlas.sample("t1", flat[inside])
 
     csf, grey, white = rng.normal((0.28, 0.66, 1.0), (0.02, 0.03, 0.02))
     clean, gap = _surroundings(rng, lattice, points, _distance_mm(~brain, lattice), csf)
-    detail = t1 - (0.35 * (1 - gm - wm) + 0.64 * gm + 0.84 * wm)  # of the template beyond its tissues: the deep nuclei
+    detail = t1 - (
+        0.35 * (1 - gm - wm) + 0.64 * gm + 0.84 * wm
+    )  # the template's detail within tissues: the deep nuclei
     clean[brain] = csf * (1 - gm - wm) + grey * gm + white * wm + 1.2 * np.clip(detail, -0.12, 0.12)
-    clean = ndimage.gaussian_filter(clean, 0.45)  # voxels: what a scan's own resolution does to edges
+    clean = ndimage.gaussian_filter(clean, 0.45)  # in voxels: the blur of a scan's own resolution
     labels = {
         "fsl_fast": _fast(rng, lattice, clean, gap, brain, gm, wm),
         "fsl_first": _first(lattice, malp_em),
@@ -104,7 +109,7 @@ def draw_head(rng: np.random.Generator, atlas: Atlas, lattice: Lattice) -> Head:
         "malp_em": malp_em,
         "malp_em_tissue": MALP_EM_TO_TISSUE[malp_em],
     }
-    return Head(_scan(rng, lattice, clean), labels)
+    return Phantom(_scan(rng, lattice, clean), labels)
 
 
 def _knots(axis_mm: np.ndarray, spacing_mm: float) -> np.ndarray:
@@ -117,16 +122,16 @@ def _in_box(points: np.ndarray, low: tuple, high: tuple) -> np.ndarray:
 
 
 def _warp(rng: np.random.Generator, lattice: Lattice) -> np.ndarray:
-    """float32[x y z 3]: the point of MNI space at every voxel; smooth and without folds."""
+    """Returns the point of MNI space at every voxel, float32[x y z 3]; smooth and without folds."""
     knots = [_knots(lattice.axis_mm(axis), _KNOT_MM) for axis in range(3)]
     grid = np.stack(np.meshgrid(*knots, indexing="ij"), axis=-1)  # [i j k 3]
 
     angles = rng.normal(0, np.radians(3), 3)
-    scale = np.diag(1.04 + rng.normal(0, 0.025, 3))  # over 1: most brains are smaller than the template's
+    scale = np.diag(1.04 + rng.normal(0, 0.025, 3))  # above 1: most brains are smaller than the template's
     linear = scale @ _rotation(angles)
     shift_mm = rng.normal(0, 2, 3)
 
-    # Wide differences of shape, and narrow ones that make the folds individual: (standard deviation, width) in mm.
+    # Coarse differences of shape, and fine ones that vary the folds: (standard deviation, width) in mm.
     displacement = np.zeros(grid.shape)
     for amplitude_mm, width_mm in ((4.0, 30.0), (1.3, 9.0)):
         noise = ndimage.gaussian_filter(rng.standard_normal(grid.shape), (*[width_mm / _KNOT_MM] * 3, 0))
@@ -140,7 +145,7 @@ def _warp(rng: np.random.Generator, lattice: Lattice) -> np.ndarray:
         return np.einsum("ab,...b->...a", linear, grid) + shift_mm + strength * displacement
 
     strength = 1.0
-    while _smallest_jacobian(target(strength), knots) < 0.3:  # 1 is no change of volume, 0 is a fold
+    while _smallest_jacobian(target(strength), knots) < 0.3:  # 1 means no change of volume, 0 a fold
         strength *= 0.9
     mapped = target(strength)
     return np.stack([lattice.spline(mapped[..., axis], knots) for axis in range(3)], axis=-1)
@@ -162,30 +167,30 @@ def _smallest_jacobian(mapped: np.ndarray, knots: list[np.ndarray]) -> float:
 
 
 def _fractions(rng: np.random.Generator, atlas: Atlas, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32[n] each: grey and white matter at the points, between more and less atrophy; CSF is the rest."""
+    """Returns grey and white matter at the points, float32[n] each, with random atrophy; the rest is CSF."""
     gm, wm = atlas.sample("gm", points), atlas.sample("wm", points)
     csf = np.clip(1 - gm - wm, 0, 1)
-    # The template's grey matter is thick, and as an average of many it is blurred: squares sharpen it.
+    # The template is an average of many brains, so its grey matter is thick and blurred: squaring sharpens it.
     csf, gm, wm = (csf * rng.uniform(1.0, 1.6)) ** 2, gm**2, (wm * rng.uniform(1.05, 1.25)) ** 2
     total = np.maximum(csf + gm + wm, 1e-6)
     return gm / total, wm / total
 
 
 def _ellipsoid(points: np.ndarray, center: tuple, radii: tuple) -> np.ndarray:
-    """float32: about the distance in mm from the surface of an ellipsoid, negative inside."""
+    """Returns about the distance in mm from the surface of an ellipsoid, float32, negative inside."""
     scaled = (points - np.array(center, np.float32)) / np.array(radii, np.float32)
     return (np.sqrt((scaled**2).sum(axis=-1)) - 1) * np.float32(min(radii))
 
 
 def _distance_mm(mask: np.ndarray, lattice: Lattice) -> np.ndarray:
-    """float32[x y z]: distance from the voxels outside `mask`, 0 there."""
+    """Returns the distance from the voxels outside `mask`, float32[x y z], 0 there."""
     return np.asarray(ndimage.distance_transform_edt(mask, sampling=lattice.spacing_mm), np.float32)
 
 
 def _surroundings(
     rng: np.random.Generator, lattice: Lattice, points: np.ndarray, outside_mm: np.ndarray, csf: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The head without its brain, float32[x y z] on the scale of `draw_head`; and where CSF surrounds the brain, bool.
+    """Returns the head without its brain, float32[x y z] on the scale of `draw_phantom`, and a mask of the outer CSF.
 
     `outside_mm` is the distance from the brain.
     """
@@ -225,7 +230,7 @@ def _surroundings(
 
 
 def _scan(rng: np.random.Generator, lattice: Lattice, clean: np.ndarray) -> np.ndarray:
-    """int16: the head as a scanner gives it, with contrast, bias field, Rician noise and the scanner's own scale."""
+    """Returns the head as scanned, int16, with contrast, bias field, Rician noise and the scanner's own scale."""
     contrast = np.clip(clean, 0, None) ** rng.uniform(0.85, 1.2)
     bias = np.exp(rng.uniform(0.06, 0.16) * lattice.smooth_noise(rng, 90))
     sigma = rng.uniform(0.02, 0.045)
@@ -243,12 +248,12 @@ def _fast(
     gm: np.ndarray,
     wm: np.ndarray,
 ) -> np.ndarray:
-    """FAST: thresholds of the bias-corrected, denoised intensities within BET's mask, which takes in some outer CSF."""
+    """Labels as FAST: thresholds of bias-corrected, denoised intensities in BET's mask, with some outer CSF."""
     values = clean[brain]
     levels = [np.median(values[mask]) for mask in (gm + wm < 0.15, gm > 0.85, wm > 0.85)]
     noisy = clean + 0.02 * lattice.smooth_noise(rng, 4)
     mask = brain | (gap & (ndimage.gaussian_filter(brain.astype(np.float32), 1.0) > 0.3))
-    low = 0.45 * levels[0] + 0.55 * levels[1]  # FAST gives partial volume at the pia to CSF
+    low = 0.45 * levels[0] + 0.55 * levels[1]  # FAST counts partial volume at the pia as CSF
     high = 0.52 * levels[1] + 0.48 * levels[2]
     return np.where(mask, 1 + (noisy > low).astype(np.uint8) + (noisy > high), 0).astype(np.uint8)
 
@@ -256,7 +261,7 @@ def _fast(
 def _spm(
     lattice: Lattice, brain: np.ndarray, gap: np.ndarray, gm: np.ndarray, wm: np.ndarray, malp_em: np.ndarray
 ) -> np.ndarray:
-    """SPM: the largest of smoothed tissue probabilities; CSF reaches the skull, priors hold deep nuclei for grey."""
+    """Labels as SPM: the largest smoothed tissue probability. CSF reaches the skull; priors keep deep nuclei grey."""
     maps = np.zeros((3, *brain.shape), np.float32)  # GM, WM, CSF
     maps[0][brain], maps[1][brain], maps[2][brain] = gm, wm, 1 - gm - wm
     maps[2][gap] = 1
@@ -272,7 +277,7 @@ def _spm(
 
 
 def _first(lattice: Lattice, malp_em: np.ndarray) -> np.ndarray:
-    """FIRST: smooth surfaces, each structure a little larger or smaller than MALP-EM's by a bias of its own."""
+    """Labels as FIRST: smooth surfaces, each structure systematically larger or smaller than MALP-EM's."""
     protocol, twins = PROTOCOLS["fsl_first"], {s.name: s.index for s in PROTOCOLS["malp_em"].structures}
     classes, best = np.zeros(malp_em.shape, np.uint8), np.zeros(malp_em.shape, np.float32)
     boxes = ndimage.find_objects(malp_em, max_label=138)
@@ -284,7 +289,7 @@ def _first(lattice: Lattice, malp_em: np.ndarray) -> np.ndarray:
         soft = ndimage.gaussian_filter(
             (malp_em[box] == twins[structure.name]).astype(np.float32), 1.2 / lattice.spacing_mm
         )
-        kind = min(structure.index, structure.partner)  # both sides alike
+        kind = min(structure.index, structure.partner)  # both sides have the same bias
         margin = soft - (0.42 + 0.03 * (kind % 5))
         wins = (margin > 0) & (margin > best[box])
         classes[box][wins], best[box][wins] = structure.index, margin[wins]

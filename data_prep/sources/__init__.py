@@ -1,1 +1,1 @@
-"""Sources: where subjects come from."""
+"""Sources of subjects."""

@@ -1,4 +1,4 @@
-"""Who is in the cohort: the manifest, the splits and the withdrawn participants, checked before any image is read.
+"""The members of a cohort: manifest, splits and withdrawn participants, checked before any image is read.
 
 Messages give row numbers, never subject ids: ids are pseudonyms and stay out of logs.
 """
@@ -13,14 +13,12 @@ from pathlib import Path
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.store.schema import SPLITS
-
-_ID = re.compile(r"[A-Za-z0-9]+")
+from neuronet_jax.store.schema import SPLITS, is_id
 
 
 @dataclass(frozen=True)
 class Source:
-    """One subject's input: the image and the label maps that there are, by protocol."""
+    """One subject's input: the image and the available label maps, by protocol."""
 
     id: str
     t1: Path
@@ -29,10 +27,11 @@ class Source:
 
 
 def read_manifest(path: Path) -> list[Source]:
-    """The subjects in the order of the rows of `id,t1,fsl_fast,fsl_first,spm_tissue,malp_em,malp_em_tissue[,split]`.
+    """Reads a table with the columns `id,t1,fsl_fast,fsl_first,spm_tissue,malp_em,malp_em_tissue[,split]`, in row
+    order.
 
-    Paths are absolute or relative to the manifest; a map that is absent is an empty cell. Raises NeuronetError for
-    missing columns or cells, E_ID, E_DUPLICATE, E_SPLIT, and E_LEAK for a subject in two splits.
+    Paths are absolute or relative to the manifest; an empty cell means an absent map. Raises NeuronetError for missing
+    columns or cells, E_ID, E_DUPLICATE, E_SPLIT, and E_LEAK for a subject in two splits.
     """
     rows = _table(path, "id", "t1")
     known = {"id", "t1", "split", *PROTOCOLS}
@@ -43,7 +42,7 @@ def read_manifest(path: Path) -> list[Source]:
     sources = []
     for number, row in enumerate(rows, start=2):  # row 1 is the header, as in a spreadsheet
         if not row["t1"]:
-            raise NeuronetError(f"row {number} of the manifest names no t1 image")
+            raise NeuronetError(f"row {number} of the manifest has no t1 image")
         labels = {name: path.parent / row[name] for name in PROTOCOLS if row.get(name)}
         sources.append(Source(_checked_id(row["id"], number), path.parent / row["t1"], labels, row.get("split", "")))
     check_sources(sources)
@@ -51,7 +50,7 @@ def read_manifest(path: Path) -> list[Source]:
 
 
 def check_sources(sources: Sequence[Source]) -> None:
-    """Raises NeuronetError: E_ID, E_SPLIT, E_DUPLICATE for a subject listed twice, E_LEAK where it is in two splits."""
+    """Raises NeuronetError: E_ID, E_SPLIT, E_DUPLICATE for a subject listed twice, E_LEAK for one in two splits."""
     if not sources:
         raise NeuronetError("the manifest lists no subject")
     first: dict[str, int] = {}
@@ -71,11 +70,10 @@ def check_sources(sources: Sequence[Source]) -> None:
 
 
 def assign_splits(sources: Sequence[Source], splits: Path | None = None) -> list[Source]:
-    """Every subject with its split: the manifest's own, or the file's `id,split`, or 90 / 5 / 5 % by a hash of the id.
+    """Gives every subject a split: the manifest's own, or the file's `id,split`, or 90 / 5 / 5 % by a hash of the id.
 
-    The hash depends on the id alone, so a subject never changes sides when the cohort grows. Raises NeuronetError
-    E_SPLIT where a split is missing for some, or manifest and file disagree; E_LEAK where the file puts a subject
-    into two splits.
+    The hash depends on the id alone, so a subject keeps its split when the cohort grows. Raises NeuronetError E_SPLIT
+    if some subjects have no split or manifest and file disagree, and E_LEAK if the file puts a subject into two splits.
     """
     table = _read_splits(splits) if splits else {}
     if not splits and not any(source.split for source in sources):
@@ -96,7 +94,7 @@ def assign_splits(sources: Sequence[Source], splits: Path | None = None) -> list
 
 
 def read_ids(path: Path) -> set[str]:
-    """The ids of a withdrawal list: one per line, further columns and a header `id` or `eid` ignored."""
+    """Reads a withdrawal list: one id per line. Further columns and a header `id` or `eid` are ignored."""
     ids = set()
     for number, line in enumerate(_text(path).splitlines(), start=1):
         cell = re.split(r"[,;\t ]", line.strip(), maxsplit=1)[0].strip('"')
@@ -106,7 +104,7 @@ def read_ids(path: Path) -> set[str]:
 
 
 def ids_hash(ids: Collection[str]) -> str:
-    """sha256 of the sorted ids: which withdrawal list a store honours, without naming anybody."""
+    """Returns the sha256 of the sorted ids, which identifies a withdrawal list without naming anybody."""
     return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
 
 
@@ -120,7 +118,7 @@ def _read_splits(path: Path) -> dict[str, str]:
             )
         if table.setdefault(id_, row["split"]) != row["split"]:
             raise NeuronetError(
-                f"E_LEAK: row {number} of the splits file puts a subject into a second split ({row['split']})"
+                f"E_LEAK: row {number} of the splits file puts its subject into a second split ({row['split']})"
             )
     return table
 
@@ -131,7 +129,7 @@ def _hash_split(id_: str) -> str:
 
 
 def _checked_id(id_: str, number: int) -> str:
-    if not _ID.fullmatch(id_):
+    if not is_id(id_):
         raise NeuronetError(
             f"E_ID: the id in row {number} must consist of ASCII letters and digits only; rename the subject"
         )
@@ -139,7 +137,7 @@ def _checked_id(id_: str, number: int) -> str:
 
 
 def _table(path: Path, *required: str) -> list[dict[str, str]]:
-    """Rows of a CSV or TSV file with the columns `required`."""
+    """Reads the rows of a CSV or TSV file that must have the columns `required`."""
     text = _text(path)
     header = text.split("\n", 1)[0]
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in header else ",", restkey="")
@@ -158,6 +156,6 @@ def _table(path: Path, *required: str) -> list[dict[str, str]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+        return path.read_text(encoding="utf-8-sig")  # -sig: spreadsheets write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise NeuronetError(f"cannot read {path}: {error}") from error
+        raise NeuronetError(f"cannot read {path}: {error}; check the path, or whether you may read it") from error

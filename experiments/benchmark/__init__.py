@@ -1,1 +1,1 @@
-"""Speed and memory against other implementations, side by side: `python -m experiments.benchmark`."""
+"""The benchmark against other implementations: `python -m experiments.benchmark`."""

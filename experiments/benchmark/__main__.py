@@ -1,4 +1,4 @@
-"""Speed and memory, side by side in one run on one machine.
+"""Compares speed and memory with other implementations, side by side on one machine.
 
     python -m experiments.benchmark                         a training step and inference, against PyTorch
     python -m experiments.benchmark --size=128 --dtype=bfloat16 --against=torch-compile,torch-eager:float32    on a GPU
@@ -7,10 +7,10 @@
     python -m experiments.benchmark --input                 the input pipeline, alone and under a training step
     python -m experiments.benchmark --topology=v5e:2x4      a TPU slice, compiled for ahead of time (extra `tpu`)
 
-Every contender runs in a process of its own, so that its peak memory is its own, and the runs alternate, A B A B, so
-that what else happens on the machine falls on all. First they show that they do the same: equal logits and losses from
-equal weights.
-Ratios are what to read; seconds depend on the machine. The tables go to OUT/benchmark.md and OUT/benchmark.json.
+Every contender runs in a separate process, so that its peak memory is its own. The runs alternate, A B A B, so that
+other load on the machine affects all of them. Before timing, the contenders must agree: equal logits and losses from
+equal weights. Compare the ratios; seconds depend on the machine. The tables go to OUT/benchmark.md and
+OUT/benchmark.json.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,15 +27,17 @@ from typing import Any
 
 from experiments.benchmark.contender import Job
 from experiments.benchmark.heads import HEADS, save_weights, template_head
-from experiments.benchmark.race import Failed, Result, agreement, race, table
+from experiments.benchmark.race import Failed, Measurement, agreement, race, table
 from experiments.benchmark.serve import CONTENDERS
+from neuronet_jax.errors import NeuronetError, UsageError
+from neuronet_jax.programs import DONE, Parser, run
 
 WHATS = ("train", "inference", *HEADS)
-HEAD_TILE = 128  # voxels along each side of the tiles of contenders that take a head tile by tile
+HEAD_TILE = 128  # voxels per side of the tiles, for contenders that process a head in tiles
 
 
 def machine() -> str:
-    """CPU, cores that this process may use, system."""
+    """Returns the CPU, the number of cores that this process may use, and the system."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -45,19 +48,19 @@ def machine() -> str:
 
 
 def contenders(arguments: argparse.Namespace, what: str, folder: Path) -> list[Job]:
-    """Ours first, then the others: NAME[:DTYPE][@PYTHON]."""
+    """Returns our job first, then the others: NAME[:DTYPE][@PYTHON]."""
     jobs = []
     for entry in ["jax", *filter(None, arguments.against.split(","))]:
         contender, _, python = entry.partition("@")
         name, _, dtype = contender.partition(":")
         if python and not os.access(python, os.X_OK):
-            raise SystemExit(
-                f"--against={entry}: after @ comes the Python of another environment; {python} does not run"
+            raise UsageError(
+                f"--against={entry}: after @ comes the Python of a different environment; {python} does not run"
             )
         if name not in CONTENDERS:
-            raise SystemExit(f"--against takes {', '.join(CONTENDERS)}, got {name!r}")
+            raise UsageError(f"--against takes {', '.join(CONTENDERS)}, got {name!r}")
         if dtype not in ("", "float32", "bfloat16"):
-            raise SystemExit(f"--against={entry}: the dtypes are float32 and bfloat16, got {dtype!r}")
+            raise UsageError(f"--against={entry}: the dtypes are float32 and bfloat16, got {dtype!r}")
         if name == "dipy" and what not in HEADS:
             continue  # it segments whole heads only
         head, weights = (str(folder / f"{what}.nii"), _weights(arguments, folder)) if what in HEADS else ("", "")
@@ -70,8 +73,8 @@ def _weights(arguments: argparse.Namespace, folder: Path) -> str:
     return str(folder / "weights.npz") if arguments.run else ""
 
 
-def versions(results: Sequence[Result]) -> list[str]:
-    """A line for each contender: with which versions it ran."""
+def versions(results: Sequence[Measurement]) -> list[str]:
+    """Returns a line for each contender with the versions of its libraries."""
     return [f"{r.job.label}: " + ", ".join(f"{k} {v}" for k, v in r.about.items()) + "." for r in results if r.about]
 
 
@@ -80,7 +83,7 @@ def compare(arguments: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     whats = arguments.what.split(",")
     if unknown := set(whats) - set(WHATS):
-        raise SystemExit(f"--what takes {', '.join(WHATS)}, got {sorted(unknown)[0]!r}")
+        raise UsageError(f"--what takes {', '.join(WHATS)}, got {sorted(unknown)[0]!r}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for what in set(whats) & set(HEADS):
@@ -88,7 +91,7 @@ def compare(arguments: argparse.Namespace) -> None:
         if arguments.run:
             save_weights(arguments.run, folder / "weights.npz")
         jobs = {what: contenders(arguments, what, folder) for what in whats}
-        crops = [what for what in whats if what not in HEADS]  # of whole heads, the labels are compared
+        crops = [what for what in whats if what not in HEADS]  # for whole heads, the labels are compared instead
         differences = agreement(list({job.label: job for job in jobs[crops[0]]}.values())) if crops else {}
         lines = [f"# Benchmark\n\n{machine()}. Crop {arguments.size}³, batch {arguments.batch}, five protocols, "]
         lines[0] += f"medians of {arguments.repeats} alternating runs.\n"
@@ -114,25 +117,30 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"Written to {out / 'benchmark.md'} and {out / 'benchmark.json'}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser("python -m experiments.benchmark", description=__doc__)
     parser.add_argument("--size", type=int, help="voxels along each side of the crop (default: 96, for --topology 128)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the activations")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--what", default="train,inference", help=f"of {', '.join(WHATS)}, by commas")
+    parser.add_argument("--what", default="train,inference", help=f"jobs among {', '.join(WHATS)}, separated by commas")
     parser.add_argument(
-        "--against", default="torch-eager,torch-compile,jax-plain", help="NAME[:DTYPE][@PYTHON], by commas"
+        "--against",
+        default="torch-eager,torch-compile,jax-plain",
+        help="contenders NAME[:DTYPE][@PYTHON], separated by commas",
     )
-    parser.add_argument("--run", default="", help="workdir of a trained run, whose weights label the whole heads")
+    parser.add_argument("--run", default="", help="folder of a trained run, whose weights segment the whole heads")
     parser.add_argument("--out", default="runs/benchmark")
     parser.add_argument("--input", action="store_true", help="measure the input pipeline")
-    parser.add_argument("--store", default="", help="with --input: whose (default: demo heads enlarged to 1 mm)")
-    parser.add_argument("--topology", help="measure what XLA plans for a TPU slice, such as v5e:2x4")
-    arguments = parser.parse_args()
+    parser.add_argument("--store", default="", help="store for --input (default: the demo cohort enlarged to 1 mm)")
+    parser.add_argument("--topology", help="compile for a TPU slice, such as v5e:2x4, and report its needs")
+    return run(parser, _benchmark, arguments)
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
     arguments.size = arguments.size or (128 if arguments.topology else 96)
     if arguments.size < 8 or arguments.size % 8:
-        parser.error(f"--size must be a multiple of 8, got {arguments.size}")
+        raise UsageError(f"--size must be a multiple of 8, got {arguments.size}")
     if arguments.topology:
         from experiments.benchmark import topology
 
@@ -146,8 +154,9 @@ def main() -> None:
         try:
             compare(arguments)
         except Failed as failure:
-            parser.exit(1, f"error: {failure}\n")
+            raise NeuronetError(str(failure)) from failure
+    return DONE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a contender is: some work to time, numbers to compare, memory to report."""
+"""The interface of a contender: work to time, numbers to compare, memory to report."""
 
 import ctypes
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 CHECK_SIDE = 24  # voxels of the volume on which the contenders must agree: three voxels at the coarsest scale
-CHECK_STEPS = 3  # losses compared: the second and third see the gradients of all weights
+CHECK_STEPS = 3  # losses compared: the second and third depend on the gradients of all weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,21 +23,22 @@ class Job:
     contender: str  # a key of CONTENDERS
     dtype: str  # of the activations: float32 or bfloat16
     what: str  # "train": a step; "inference": labels of the same crop; one of heads.HEADS: a file's label maps
-    side: int  # voxels of the cubic crop, and of the tiles of contenders that take a head tile by tile
+    side: int  # voxels per side of the crop, and of the tiles of contenders that process a head in tiles
     batch: int
     head: str  # NIfTI file of the whole head
     weights: str = ""  # .npz of a `neuronet` network's weights by name; empty: the published network, random weights
-    python: str = ""  # interpreter of another environment; empty: this one
+    python: str = ""  # interpreter of a different environment; empty: this one
 
     @property
     def label(self) -> str:
-        """How tables call it: the contender and, where it has an environment of its own, that one's folder."""
+        """The contender's name in tables, with the folder of its environment if it has its own."""
         return f"{self.contender}@{Path(self.python).parent.parent.name}" if self.python else self.contender
 
 
 class Contender:
-    """The base of all: `prepare` returns the work to be timed, which ends when the device is done. For a whole head it
-    returns what it found.
+    """The base of all contenders. `prepare` returns the work to time, which ends when the device is done.
+
+    For a whole head, the work returns the label maps.
     """
 
     def __init__(self, job: Job):
@@ -48,23 +49,29 @@ class Contender:
         raise NotImplementedError
 
     def numbers(self) -> dict[str, np.ndarray] | None:
-        """`logits_<protocol>` and `losses` for the shared weights in float32; None: nothing to compare."""
+        """Returns `logits_<protocol>` and `losses` for the shared weights in float32, or None if there is nothing to
+        compare.
+        """
         return None
 
     def label_maps(self, found: Any) -> dict[str, np.ndarray] | None:
-        """The label maps by protocol that the work of a whole head found; None: nothing to compare."""
+        """Returns the label maps, by protocol, that the work on a whole head produced, or None if there is nothing to
+        compare.
+        """
         return None
 
     def memory(self) -> dict[str, float]:
-        """Peak GiB: `rss` of the process, `running` after its preparation, `device` where there is one."""
+        """Returns peaks in GiB: `rss` of the process, `running` after its preparation, and `device` if there is one."""
         running = peak_rss_gib()
         return {"rss": max(running, self.preparing), "running": running}
 
     def settle(self) -> None:
-        """Ends the preparation, whose compilers and tuners take memory of their own: the peak is counted anew."""
+        """Ends the preparation, whose compilers and tuners need memory of their own, and starts a new count of the
+        peak.
+        """
         self.preparing = peak_rss_gib()
         if sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+            ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
 
     def about(self) -> dict[str, str]:
@@ -72,7 +79,7 @@ class Contender:
 
 
 def peak_rss_gib() -> float:
-    """The most memory that this process has held; NaN where the system does not tell (only Linux does)."""
+    """Returns the peak memory of this process, or NaN if the system does not report it (only Linux does)."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) / 2**20 if found else math.nan

@@ -1,4 +1,4 @@
-"""Whole heads to segment, the weights to segment them with, and whether contenders found the same labels."""
+"""Whole heads to segment, the weights for them, and the comparison of the contenders' labels."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 # Jobs of whole heads, and the voxel size in mm of each: the network's own, and one whose scores are interpolated.
 HEADS = {"head": (1.0, 1.0, 1.0), "head-resampled": (1.2, 0.9, 0.9)}
-AGREEMENT = 0.9999  # of all voxels of all protocols: sums in another order may turn a tie
+AGREEMENT = 0.9999  # share of all voxels of all protocols: sums in a different order may decide a tie differently
 
 
 def template_head(path: Path, spacing_mm: Sequence[float]) -> None:
@@ -20,28 +20,29 @@ def template_head(path: Path, spacing_mm: Sequence[float]) -> None:
     template: Any = load_mni152_template(resolution=1)
     if not np.allclose(template.header.get_zooms(), spacing_mm):
         template = resample_to_output(template, spacing_mm, order=1)
-    scaled = np.asarray(template.dataobj, np.float32) * 1000  # as scanners write: integers
+    scaled = np.asarray(template.dataobj, np.float32) * 1000  # integers, as scanners write them
     nib.save(nib.Nifti1Image(np.round(scaled).astype(np.int16), template.affine), path)
 
 
 def save_weights(run: str, path: Path) -> None:
-    """Writes a trained run's weights by name. Raises SystemExit for another network than the one of published sizes."""
+    """Writes a trained run's weights by name. Raises NeuronetError for any but the published sizes."""
     from flax import nnx
 
     from experiments.benchmark.work import FILTERS
+    from neuronet_jax.errors import NeuronetError
     from neuronet_jax.labels import PROTOCOLS
     from neuronet_jax.runs.restore import restore
 
     model = restore(run)
     settings = model.config.model
     if settings.family != "neuronet" or settings.filters != FILTERS or model.config.protocols != tuple(PROTOCOLS):
-        raise SystemExit(f"--run takes a run of the neuronet family with filters {FILTERS} and all protocols")
+        raise NeuronetError(f"--run takes a run of the neuronet family with filters {FILTERS} and all protocols")
     variables = nnx.to_flat_state(nnx.state(model.network, nnx.Any(nnx.Param, nnx.BatchStat), graph=False))
     np.savez(path, allow_pickle=False, **{".".join(map(str, name)): np.asarray(v[...]) for name, v in variables})
 
 
 def with_weights(network: Any, weights: Mapping[str, np.ndarray]) -> Any:
-    """The network with the weights that `save_weights` wrote."""
+    """Returns the network with the weights from `save_weights`."""
     import jax.numpy as jnp
     from flax import nnx
 
@@ -52,5 +53,5 @@ def with_weights(network: Any, weights: Mapping[str, np.ndarray]) -> Any:
 
 
 def agreement(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> float:
-    """The share of voxels, over all protocols, where two contenders found the same label."""
+    """Returns the share of voxels, over all protocols, with the same label from two contenders."""
     return float(np.mean([np.mean(labels == second[name]) for name, labels in first.items()]))

@@ -1,4 +1,4 @@
-"""The input pipeline: how fast it is alone, and whether a training step ever waits for it."""
+"""Measures the input pipeline: its speed alone, and whether a training step ever waits for it."""
 
 import contextlib
 import dataclasses
@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-SUBJECTS = 8  # of the store that is made: more than a page of shuffling, small enough to stay in the disk cache
-BATCHES = 32  # read alone, per number of workers
+SUBJECTS = 8  # in the made store: enough to shuffle, few enough to stay in the disk cache
+BATCHES = 32  # read without training, per number of workers
 STEPS = 8  # trained, after two that compile and fill the pipeline
 
 
@@ -47,7 +47,7 @@ def _config(dest: str, side: int, batch: int, workers: int, dtype: str = "float3
 
 
 def read_alone(dest: str, side: int, batch: int, workers: int) -> dict[str, float]:
-    """Crops and decoded megabytes per second, from a warm store."""
+    """Returns crops and decoded megabytes per second, from a warm store."""
     from neuronet_jax.store.reader import Store
     from neuronet_jax.training.pipeline import training_iterator
 
@@ -64,7 +64,7 @@ def read_alone(dest: str, side: int, batch: int, workers: int) -> dict[str, floa
 
 
 def read_while_training(dest: str, side: int, batch: int, dtype: str) -> dict[str, float]:
-    """Seconds per training step of our network and the fraction of them spent waiting for one loader process."""
+    """Returns seconds per training step of our network, and the fraction spent waiting for one loader process."""
     import jax
 
     from neuronet_jax.store.reader import Store
@@ -92,7 +92,7 @@ def read_while_training(dest: str, side: int, batch: int, dtype: str) -> dict[st
 
 @contextlib.contextmanager
 def _demo_at_1_mm() -> Iterator[str]:
-    """A store as large as a real cohort's per subject: the demo cohort's heads with every voxel split into eight."""
+    """Makes a store with subjects of realistic size: the demo cohort with every voxel split into eight."""
     from data_prep.demo.cohort import ensure_demo_store
     from neuronet_jax.store.reader import Store
     from neuronet_jax.store.schema import Record, sample_foreground

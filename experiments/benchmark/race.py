@@ -1,4 +1,4 @@
-"""Runs contenders by turns and sets their results side by side."""
+"""Runs contenders in turn and compares their results."""
 
 import contextlib
 import dataclasses
@@ -17,18 +17,19 @@ import numpy as np
 from experiments.benchmark import heads
 from experiments.benchmark.contender import Job
 from experiments.benchmark.heads import HEADS
+from neuronet_jax.errors import NeuronetError
 
-LOGITS_TOLERANCE = 1e-3  # of the logits' standard deviation; float32 sums in another order differ by 1e-5
-LOSS_TOLERANCE = 1e-3  # relative, after up to two steps of Adam, whose first ones amplify rounding of tiny gradients
+LOGITS_TOLERANCE = 1e-3  # of the logits' standard deviation; float32 sums in a different order differ by 1e-5
+LOSS_TOLERANCE = 1e-3  # relative, after up to two steps of Adam, which first amplify the rounding of tiny gradients
 SAMPLE_SECONDS = 0.5  # faster work is repeated within a sample: shorter ones measure the scheduler
 
 
 class Failed(Exception):
-    """A contender gave up; the message says why."""
+    """A contender failed; the message says why."""
 
 
 class Process:
-    """A contender in its own process, asked by `ask`."""
+    """A contender in its own process, which answers `ask`."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -41,7 +42,7 @@ class Process:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Raises Failed where the contender did, or where its process died."""
+        """Sends a request and returns the answer. Raises Failed if the contender or its process failed."""
         assert self.process.stdin
         assert self.process.stdout
         try:
@@ -50,7 +51,7 @@ class Process:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise Failed(f"its process ended with status {self.process.wait()} (-9: killed, mostly for want of memory)")
+            raise Failed(f"its process ended with status {self.process.wait()} (-9: killed, usually out of memory)")
         answer = json.loads(line)
         if "error" in answer:
             raise Failed(answer["error"])
@@ -63,21 +64,21 @@ class Process:
         assert self.process.stdin
         assert self.process.stdout
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()  # no more requests: it leaves by itself
+            self.process.stdin.close()  # no more requests: the process ends by itself
         self.process.wait()
         self.process.stdout.close()
 
 
 @dataclasses.dataclass
-class Result:
-    """What one contender did at one task."""
+class Measurement:
+    """The measurements of one contender at one task."""
 
     job: Job
     seconds: list[float] = dataclasses.field(default_factory=list)  # per piece of work, one value per repeat
     memory: dict[str, float] = dataclasses.field(default_factory=dict)  # GiB by kind
     about: dict[str, str] = dataclasses.field(default_factory=dict)
     failure: str = ""
-    agreement: float = math.nan  # share of a whole head's voxels that are labelled as the first contender does
+    agreement: float = math.nan  # share of a whole head's voxels with the first contender's label
 
     @property
     def name(self) -> str:
@@ -89,7 +90,7 @@ class Result:
 
     @property
     def peak(self) -> float:
-        """GiB on the device, or of the process where the device is the CPU."""
+        """Peak GiB of the device, or of the process if the device is the CPU."""
         return self.memory.get("device", self.memory.get("rss", math.nan))
 
     @property
@@ -98,9 +99,11 @@ class Result:
 
 
 def agreement(jobs: Sequence[Job]) -> dict[str, dict[str, float]]:
-    """Largest difference of logits (in their standard deviations) and losses (relative) to the first contender.
+    """Returns the largest difference of logits (in their standard deviations) and losses (relative) to the first
+    contender.
 
-    Raises Failed where one exceeds its tolerance. A contender with another network, or that is not there, is left out.
+    Raises Failed if one exceeds its tolerance. A contender with a different network, or one that is missing, is left
+    out.
     """
     numbers: dict[str, dict[str, np.ndarray]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -134,12 +137,12 @@ def _differences(
     return {"logits": logits, "losses": losses}
 
 
-def race(jobs: Sequence[Job], repeats: int) -> list[Result]:
-    """Runs the contenders by turns; one that fails is out, with the reason.
+def race(jobs: Sequence[Job], repeats: int) -> list[Measurement]:
+    """Runs the contenders in turn. One that fails is out, with the reason.
 
-    Raises Failed where the label maps of a whole head differ from the first contender's.
+    Raises Failed if the label maps of a whole head differ from the first contender's.
     """
-    results = [Result(job) for job in jobs]
+    results = [Measurement(job) for job in jobs]
     processes = [Process(job) for job in jobs]
     maps: list[dict[str, np.ndarray]] = []
     try:
@@ -163,8 +166,8 @@ def race(jobs: Sequence[Job], repeats: int) -> list[Result]:
     return results
 
 
-def _compare_labels(process: Process, result: Result, maps: list[dict[str, np.ndarray]]) -> None:
-    """Sets how far the contender's label maps agree with those of the first in `maps`, to which its own are added."""
+def _compare_labels(process: Process, result: Measurement, maps: list[dict[str, np.ndarray]]) -> None:
+    """Sets the agreement of the contender's label maps with the first ones in `maps`, and adds its own to `maps`."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "labels.npz")
         if not process.ask(do="labels", path=path)["compared"]:
@@ -172,21 +175,21 @@ def _compare_labels(process: Process, result: Result, maps: list[dict[str, np.nd
         maps.append(dict(np.load(path)))
     result.agreement = heads.agreement(maps[0], maps[-1])
     if not result.agreement >= heads.AGREEMENT:
-        raise SystemExit(
-            f"error: {result.name} and the first contender label different heads: they agree on "
+        raise NeuronetError(
+            f"{result.name} and the first contender label different heads: they agree on "
             f"{100 * result.agreement:.3f} % of all voxels, and {100 * heads.AGREEMENT} % are needed"
         )
 
 
 def _warm_up(process: Process) -> int:
-    """Prepares, compiles and runs; returns how many pieces of work make one sample."""
+    """Prepares, compiles and runs the work. Returns how many pieces of work make one sample."""
     process.ask(do="time", times=1)
     process.ask(do="settle")
     seconds = process.ask(do="time", times=1)["seconds"]
     return max(1, math.ceil(SAMPLE_SECONDS / seconds))
 
 
-def _attempt(result: Result, process: Process, action: Any) -> Any:
+def _attempt(result: Measurement, process: Process, action: Any) -> Any:
     try:
         return action(process)
     except Failed as failure:
@@ -194,10 +197,11 @@ def _attempt(result: Result, process: Process, action: Any) -> Any:
         return None
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown; ratios are to the first contender: above 1 it is the faster, the smaller.
+def table(results: Sequence[Measurement]) -> str:
+    """Returns a Markdown table. Ratios are to the first contender: above 1, the first one is faster or smaller.
 
-    The peak is the whole process's, compilation included; the running peak counts from the second piece of work on.
+    The peak is that of the whole process, compilation included. The running peak counts from the second piece of work
+    on.
     """
     first = results[0]
     ratio = f"÷ {first.job.label}"

@@ -2,9 +2,9 @@
 
     python -m experiments.benchmark.serve JOB
 
-answers requests from standard input, one JSON object per line: `numbers` writes what must agree between contenders,
-`time` runs the work, `labels` runs it once and writes the label maps that it found, `settle` ends the preparation,
-`memory` tells the peak. `race.py` is the other end.
+Answers requests from standard input, one JSON object per line: `numbers` writes the numbers that must agree between
+contenders, `time` runs the work, `labels` runs it once and writes its label maps, `settle` ends the preparation, and
+`memory` returns the peak. `race.py` is the other end.
 """
 
 import importlib
@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.benchmark.contender import Contender, Job
 
-# Where each contender's class is; imported on demand, since each needs its own framework.
+# The module and class of each contender, imported on demand because each needs its own framework.
 CONTENDERS = {
     "jax": "with_jax.Jax",
     "jax-plain": "with_jax.JaxPlain",
@@ -37,7 +37,7 @@ def make(job: Job) -> Contender:
 
 
 def serve(job: Job, requests: Any, answers: Any) -> None:
-    """Answers requests until they end. An exception ends it too, as an answer `{"error": …}`."""
+    """Answers requests until they end. An exception ends it too, after an answer `{"error": …}`."""
     try:
         contender = make(job)
         work: Callable[[], Any] | None = None
@@ -71,7 +71,7 @@ def serve(job: Job, requests: Any, answers: Any) -> None:
 
 
 def main() -> None:
-    # Libraries print to standard output; the answers keep it to themselves.
+    # Libraries print to standard output, which must carry the answers only.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(Job(**json.loads(sys.argv[1])), sys.stdin, answers)

@@ -1,16 +1,17 @@
-"""What XLA plans for a TPU slice that is not there: memory, traffic and arithmetic of a training step per chip.
+"""Compiles a training step for an absent TPU slice and reports memory, traffic and arithmetic per chip.
 
-Compiles ahead of time with libtpu (extra `tpu`) for a described topology. One compilation takes a few minutes.
+Compilation is ahead of time, with libtpu (extra `tpu`), for a described topology. One takes a few minutes.
 """
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
+
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.files import Files
 
 GIB = 2**30
 # Family and devices that share a volume; the rest of the slice is data-parallel, one crop per replica. The published
@@ -19,23 +20,36 @@ LAYOUTS = (("reference", 1), ("reference", 2), ("neuronet", 1))
 
 
 def measure(topology: str, side: int, out: Path) -> None:
-    """Prints and writes the table for a slice such as `v5e:2x4`, activations in bfloat16."""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu compiles; it must not look for a TPU
+    """Prints and writes the table for a slice such as `v5e:2x4`, activations in bfloat16.
+
+    Each row is saved as soon as it is compiled. An incomplete table is continued; a complete one is measured again.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu only compiles, and must not look for a TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     devices = described_devices(topology)
-    rows = []
-    for family, space in LAYOUTS:
-        if len(devices) % space == 0:
-            rows.append({"family": family, "data": len(devices) // space, "space": space})
-            rows[-1] |= plan(devices, family, space, side)
-            print(f"{family}, space={space}: compiled in {rows[-1]['compile_seconds']:.0f} s", flush=True)
-    text = f"# {topology}, one {side}³ crop per replica, bfloat16, five protocols\n\n{table(rows)}\n"
-    print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    name = f"topology-{topology.replace(':', '-')}"
-    (out / f"{name}.md").write_text(text)
-    (out / f"{name}.json").write_text(json.dumps(rows, indent=2))
+    layouts = [layout for layout in LAYOUTS if len(devices) % layout[1] == 0]
+    files, name = Files(str(out.absolute())), f"topology-{topology.replace(':', '-')}"
+    title = f"# {topology}, one {side}³ crop per replica, bfloat16, five protocols"
+    rows = unfinished(files.read(f"{name}.json"), side, layouts)
+    print(f"{title}\n\n{table(rows)}", flush=True)
+    for family, space in layouts[len(rows) :]:
+        row = {"family": family, "data": len(devices) // space, "space": space, "side": side}
+        rows.append(row | plan(devices, family, space, side))
+        print(table(rows).splitlines()[-1], flush=True)
+        files.write(f"{name}.md", f"{title}\n\n{table(rows)}\n".encode())
+        files.write(f"{name}.json", json.dumps(rows, indent=2).encode())
     print(f"Written to {out / name}.md and .json")
+
+
+def unfinished(content: bytes | None, side: int, layouts: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Returns the rows of a table that was cut off, if it is for the same crop; none of a whole or unreadable one."""
+    try:
+        rows = json.loads(content or b"[]")
+        begun = [(row["family"], row["space"], row["side"]) for row in rows]
+    except (ValueError, KeyError, TypeError):
+        return []
+    expected = [(family, space, side) for family, space in layouts]
+    return rows if begun == expected[: len(begun)] and len(begun) < len(expected) else []
 
 
 def described_devices(topology: str) -> Sequence[Any]:
@@ -43,28 +57,20 @@ def described_devices(topology: str) -> Sequence[Any]:
 
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # whatever libtpu, or its absence, raises
-        raise SystemExit(
+    except Exception as error:  # any error of libtpu, or of its absence
+        raise NeuronetError(
             f"--topology={topology} cannot be described: {error}\nIt needs libtpu (pip install '.[tpu]', best in an "
             "environment of its own) and a slice that it knows, such as v5e:2x4"
         ) from error
 
 
-@contextlib.contextmanager
-def pretending(devices: Sequence[Any]) -> Iterator[None]:
-    """The library asks JAX what it runs on; for these compilations that is one host with these TPU chips."""
-    import jax
-
-    with mock.patch.multiple(jax, default_backend=lambda: "tpu", local_device_count=lambda: len(devices)):
-        yield
-
-
 def plan(devices: Sequence[Any], family: str, space: int, side: int) -> dict[str, float]:
-    """What the compiled training step needs per chip: HBM beside arguments, bytes moved, floating-point operations."""
-    with pretending(devices):
-        step, arguments = described_step(devices, family, space, side)
-        begun = time.perf_counter()
-        compiled = step.lower(*arguments).compile()
+    """Returns the needs of the compiled training step per chip: HBM beside arguments, bytes moved, floating-point
+    operations.
+    """
+    step, arguments = described_step(devices, family, space, side)
+    begun = time.perf_counter()
+    compiled = step.lower(*arguments).compile()
     cost = compiled.cost_analysis()
     return {
         "compile_seconds": time.perf_counter() - begun,
@@ -75,7 +81,7 @@ def plan(devices: Sequence[Any], family: str, space: int, side: int) -> dict[str
 
 
 def described_step(devices: Sequence[Any], family: str, space: int, side: int) -> tuple[Any, tuple[Any, Any]]:
-    """The training step of a slice, and its arguments as shapes that know where they would lie."""
+    """Returns the training step of a slice, and its arguments as shapes with shardings."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -83,7 +89,7 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
     from experiments import flags
     from experiments.benchmark.work import PUBLISHED_TRAINING
     from neuronet_jax.models.network import build
-    from neuronet_jax.training.mesh import batch_sharding, make_mesh, replicated
+    from neuronet_jax.training.mesh import batch_sharding, make_mesh, platform_of, replicated
     from neuronet_jax.training.step import TrainState, make_optimizer, make_train_step
 
     batch = len(devices) // space
@@ -92,7 +98,7 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     config = flags.load("all_targets", overrides)
     mesh = make_mesh(config, devices)
-    network = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
+    network = nnx.eval_shape(lambda: build(config.model.on(platform_of(mesh)), config.protocols, config.seed))
     graphdef, params, moments = nnx.split(network, nnx.Param, nnx.BatchStat, graph=False)
 
     def state(params: Any, moments: Any) -> TrainState:
@@ -117,7 +123,7 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, all figures per chip."""
+    """Returns a Markdown table; all figures are per chip."""
     lines = ["| family | data × space | HBM temp GiB | accessed GiB | TFLOP |", "|---|---|---|---|---|"]
     for r in rows:
         lines.append(

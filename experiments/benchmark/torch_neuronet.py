@@ -13,7 +13,7 @@ from torch import Tensor, nn  # pyright: ignore[reportMissingImports]
 
 from experiments.benchmark.torch_reference import ResidualUnit, batch_norm, conv3d, upsample
 
-# The JAX name of a parameter or moment, and PyTorch's.
+# JAX's and PyTorch's names of parameters and moments.
 NAMES = {
     "kernel": "weight",
     "gamma": "weight",
@@ -81,8 +81,9 @@ class NeuroNet(nn.Module):
 
 
 def load_weights(network: NeuroNet, weights: Mapping[str, np.ndarray]) -> None:
-    """Sets every parameter and moment from arrays that are named as in the JAX network. Raises KeyError for a name that
-    this network lacks, ValueError where one of its own stays as it was.
+    """Sets every parameter and moment from arrays named as in the JAX network.
+
+    Raises KeyError for a name that this network lacks, and ValueError if one of its own is not given.
     """
     own = dict(network.state_dict(keep_vars=True))
     own = {name: tensor for name, tensor in own.items() if not name.endswith("num_batches_tracked")}

@@ -1,7 +1,7 @@
-"""From an image file to label maps on its own grid with PyTorch, as a careful user would write it.
+"""Segments an image file with PyTorch, on its own grid, as a careful user would write it.
 
-The same steps as `neuronet_jax.segment`: conform, whiten, the network in overlapping tiles, scores interpolated onto
-the grid of the file, the most likely class, the tool's ids. The library's own NumPy code conforms and whitens.
+The steps are those of `neuronet_jax.segment`: conform, whiten, the network in overlapping tiles, scores interpolated
+onto the grid of the file, the most likely class, the tool's ids. The library's own NumPy code conforms and whitens.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from neuronet_jax.images import intensity, space
 from neuronet_jax.labels import PROTOCOLS
 
 MULTIPLE = 8  # voxels of the network's coarsest scale: sides of the volume and starts of tiles are multiples of it
-# Voxels at the faces of a tile that its neighbour labels: the overlap of a quarter of 128 that MONAI's sliding window
-# has by default.
+# Voxels at the faces of a tile that its neighbour labels: half of the overlap of MONAI's sliding window, by default a
+# quarter of 128.
 MARGIN = 16
 
 
@@ -70,7 +70,7 @@ def segment(
 
 
 def _tiles(shape: Sequence[int], side: int) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-    """Where tiles start, and which voxels of the volume each of them labels."""
+    """Returns the starts of the tiles, and the voxels of the volume that each of them labels."""
     axes = []
     for n in shape:
         starts = sorted({*range(0, n - side, side - 2 * MARGIN), n - side})
@@ -81,8 +81,9 @@ def _tiles(shape: Sequence[int], side: int) -> Iterator[tuple[tuple[int, ...], t
 
 
 def _labels(network: Any, image: Tensor, positions: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8 [p u v w]: the most likely classes at positions of a tile, [u], [v], [w] in its voxels. The scores of one
-    protocol exist at a time.
+    """Returns the most likely classes at positions [u], [v], [w] (in voxels of a tile), uint8 [p u v w].
+
+    Only the scores of one protocol exist at a time.
     """
     on_voxels = all(np.array_equal(p, np.rint(p)) and np.all(np.abs(np.diff(p)) == 1) for p in positions)
     features = network.features(image)
@@ -101,7 +102,7 @@ def _labels(network: Any, image: Tensor, positions: Sequence[np.ndarray]) -> np.
 
 
 def _grid(positions: Sequence[np.ndarray], image: Tensor) -> Tensor:
-    """What `grid_sample` asks for: [1 u v w 3], from −1 to 1, the last axis of the image first."""
+    """Returns coordinates for `grid_sample`: [1 u v w 3], from −1 to 1, the last axis of the image first."""
     scaled = [2 * p / (n - 1) - 1 for p, n in zip(positions, image.shape[2:], strict=True)]
     x, y, z = torch.meshgrid(*(torch.from_numpy(s.astype(np.float32)) for s in scaled), indexing="ij")
     return torch.stack([z, y, x], -1)[None].to(image.device)

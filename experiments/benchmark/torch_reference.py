@@ -1,8 +1,8 @@
-"""The published network in PyTorch, as its users would write it: what the benchmark runs against.
+"""The published network in PyTorch, as its users would write it, as a baseline of the benchmark.
 
-Same arithmetic as the reference implementation (tested against its golden numbers), with fused Adam, and upsampling by
-interpolation in place of a transposed convolution per channel (the same sums; on CPU within a tenth of its time).
-Tensors are [b c x y z]; kernels [f c i j k]; labels [b p x y z] as everywhere else.
+Its arithmetic is that of the reference implementation (tested against its golden numbers), with fused Adam, and with
+upsampling by interpolation instead of a transposed convolution per channel (the same sums, in a tenth of the time on
+CPU). Tensors are [b c x y z]; kernels [f c i j k]; labels [b p x y z] as everywhere else.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,11 +15,11 @@ import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn  # pyright: ignore[reportMissingImports]
 
 EPSILON = 1e-3  # of every normalisation (published)
-MOMENTUM = 0.01  # PyTorch's counts the new value; published as .99 of the old one
+MOMENTUM = 0.01  # PyTorch's weight of the new value; published as .99 for the old one
 
 
 def conv3d(channels: int, filters: int, size: int, stride: int = 1) -> nn.Conv3d:
-    """SAME for even sides: 3³ at stride 1 and 4³ at stride 2 both take one zero on each side."""
+    """Convolves as SAME for even sides: 3³ at stride 1 and 4³ at stride 2 both take one zero on each side."""
     return nn.Conv3d(channels, filters, size, stride, padding=0 if size == 1 else 1, bias=False)
 
 
@@ -49,7 +49,9 @@ class ResidualUnit(nn.Module):
 
 
 def upsample(x: Tensor) -> Tensor:
-    """×2 trilinear with zeros beyond the border: out[2i] = .75 x[i] + .25 x[i−1], out[2i+1] = .75 x[i] + .25 x[i+1]."""
+    """Upsamples ×2, trilinear, zeros beyond the border: out[2i] = .75 x[i] + .25 x[i−1], out[2i+1] = .75 x[i] + .25
+    x[i+1].
+    """
     wide = F.interpolate(F.pad(x, (1, 1, 1, 1, 1, 1)), scale_factor=2, mode="trilinear", align_corners=False)
     return wide[:, :, 2:-2, 2:-2, 2:-2]
 
@@ -70,7 +72,9 @@ class Decoder(nn.Module):
 
 
 class NeuroNet(nn.Module):
-    """The encoder and one decoder per protocol; `classes` with background, in the order of the published heads."""
+    """The encoder and one decoder per protocol. `classes` include the background, in the order of the published
+    outputs.
+    """
 
     def __init__(self, classes: tuple[int, ...], filters: tuple[int, ...] = (16, 32, 64, 128)):
         super().__init__()
@@ -89,32 +93,32 @@ class NeuroNet(nn.Module):
         return features
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """image [b 1 x y z] → logits of each protocol [b k x y z]."""
+        """Maps an image [b 1 x y z] to logits of each protocol [b k x y z]."""
         features = self.features(image)
         return [decoder(features) for decoder in self.decoders]
 
     def protocols(self) -> list[nn.Module]:
-        """One decoder per protocol: what takes the features to its logits."""
+        """Returns one decoder per protocol, from the features to its logits."""
         return list(self.decoders)
 
     def labels(self, image: Tensor) -> Tensor:
-        """image [b 1 x y z] → uint8 [b p x y z]; the logits of one protocol exist at a time."""
+        """Maps an image [b 1 x y z] to uint8 [b p x y z]. Only the logits of one protocol exist at a time."""
         features = self.features(image)
         return torch.stack([decoder(features).argmax(1).to(torch.uint8) for decoder in self.decoders], 1)
 
 
 def loss(logits: list[Tensor], labels: Tensor) -> Tensor:
-    """Mean voxel cross-entropy of each protocol, averaged over protocols; labels int64 [b p x y z]."""
+    """Returns the mean voxel cross-entropy of each protocol, averaged over protocols; labels are int64 [b p x y z]."""
     return torch.stack([F.cross_entropy(z.float(), labels[:, p]) for p, z in enumerate(logits)]).mean()
 
 
 def optimizer(network: NeuroNet) -> torch.optim.Optimizer:
-    """Adam as published, in its fused form."""
+    """Returns Adam as published, in its fused form."""
     return torch.optim.Adam(network.parameters(), lr=1e-3, eps=1e-5, fused=True)
 
 
 def named_variables(network: NeuroNet) -> Iterator[tuple[str, Tensor]]:
-    """The published name of every parameter and moment, and the tensor here."""
+    """Yields the published name of every parameter and moment, and the tensor here."""
     yield "conv3d/kernel", network.stem.weight
     for index, unit in enumerate(network.units):
         scale, position = divmod(index, 2)
@@ -145,7 +149,7 @@ def _named_norm(prefix: str, norm: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_variables(network: NeuroNet, variables: Mapping[str, np.ndarray]) -> None:
-    """Sets every parameter and moment; kernels come as [i j k c f]. Raises KeyError on a missing variable."""
+    """Sets every parameter and moment; kernels come as [i j k c f]. Raises KeyError for a missing variable."""
     with torch.no_grad():
         for name, tensor in named_variables(network):
             value = torch.from_numpy(np.asarray(variables[name], np.float32))
@@ -153,7 +157,7 @@ def load_variables(network: NeuroNet, variables: Mapping[str, np.ndarray]) -> No
 
 
 def variables(network: NeuroNet) -> dict[str, np.ndarray]:
-    """The inverse of `load_variables`."""
+    """Returns the variables in the form that `load_variables` takes."""
     with torch.no_grad():
         return {
             name: (t.permute(2, 3, 4, 1, 0) if t.ndim == 5 else t).cpu().numpy().copy()

@@ -18,7 +18,7 @@ class Dipy(Contender):
         from dipy.segment.tissue import TissueClassifierHMRF  # pyright: ignore[reportMissingImports]
 
         if self.job.what not in HEADS:
-            raise ValueError(f"dipy segments a whole head, it has no {self.job.what!r}: use --what=head")
+            raise ValueError(f"dipy segments whole heads and cannot run {self.job.what!r}: use --what=head")
         image = np.asarray(nib.load(self.job.head).dataobj, np.float64)  # pyright: ignore[reportAttributeAccessIssue]
         return lambda: TissueClassifierHMRF(verbose=False).classify(image, nclasses=3, beta=0.1)
 

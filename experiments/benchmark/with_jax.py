@@ -1,4 +1,4 @@
-"""This library as a contender."""
+"""NeuroNet-JAX as a contender."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from experiments.benchmark.work import (
 
 
 class Jax(Contender):
-    """This library, with its own training step and inference."""
+    """NeuroNet-JAX, with its own training step and inference."""
 
     family = "reference"
 
@@ -30,7 +30,7 @@ class Jax(Contender):
 
         from neuronet_jax import runtime
 
-        runtime.one_per_core()  # as all programs of the library do; without effect on a GPU
+        runtime.one_per_core()  # as in all programs of the library; no effect on a GPU
         self.jax, self.runtime = jax, runtime
 
     def config(self, side: int, batch: int, dtype: str) -> Any:
@@ -47,33 +47,38 @@ class Jax(Contender):
         return flags.load("all_targets", [f"--config.{name}={value}" for name, value in fields.items()])
 
     def split(self, batch: int) -> int:
-        """Devices among which the batch is split: on a CPU, what cores it fills; one GPU."""
+        """Returns the number of devices that split the batch: on a CPU, the cores that it fills; one GPU."""
         local = self.jax.devices()
         return self.runtime.sharers(batch, len(local)) if local[0].platform == "cpu" else 1
 
     def space(self, side: int, batch: int) -> int:
-        """Devices that share a crop: the cores that the batch leaves idle, where it can be cut."""
+        """Returns the number of devices that share a crop: the cores that the batch leaves idle, if it can be cut."""
         local = self.jax.devices()
         free = len(local) // self.split(batch) if local[0].platform == "cpu" else 1
         return free if side % (8 * free) == 0 else 1
 
     def network(self, config: Any) -> Any:
-        """With the shared weights: those given, or the published network's."""
+        """Returns the network with the shared weights: the given ones, or the published network's."""
         from flax import nnx
 
         from neuronet_jax import dltk
-        from neuronet_jax.models.network import build
 
         if self.job.weights:
-            return heads.with_weights(build(config.model, config.protocols, config.seed), np.load(self.job.weights))
+            return heads.with_weights(self.build(config), np.load(self.job.weights))
         if self.family != "reference":
-            return build(config.model, config.protocols, config.seed)
-        network = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
+            return self.build(config)
+        network = nnx.eval_shape(lambda: self.build(config))
         dltk.load_variables(network, random_variables(0))
         return network
 
+    def build(self, config: Any) -> Any:
+        """Returns a network with random weights."""
+        from neuronet_jax.models.network import build
+
+        return build(config.model, config.protocols, config.seed)
+
     def training(self, config: Any) -> tuple[Callable[..., Any], Any, Any]:
-        """The compiled step, the state and the batch on one device."""
+        """Returns the compiled step, the state and the batch on one device."""
         from flax import nnx
 
         from neuronet_jax.training.mesh import make_mesh, put_batch, replicated
@@ -125,7 +130,7 @@ class Jax(Contender):
         return {name: np.asarray(image.dataobj) for name, image in found.items()}
 
     def labels(self, model: Any) -> Callable[[Any], Any]:
-        """The labels of crops [b x y z 1], split over the cores, as an exported program computes them."""
+        """Labels crops [b x y z 1], split over the cores, as an exported program does."""
         from flax import nnx
 
         structure, arrays = model.parts
@@ -149,7 +154,7 @@ class Jax(Contender):
     def memory(self) -> dict[str, float]:
         memory = super().memory()
         if hasattr(self, "_temp"):
-            memory["temp"] = self._temp  # what XLA plans beside arguments and results
+            memory["temp"] = self._temp  # XLA's plan, in addition to arguments and results
         if statistics := self.jax.devices()[0].memory_stats():
             memory["device"] = statistics["peak_bytes_in_use"] / 2**30
         return memory
@@ -161,35 +166,34 @@ class Jax(Contender):
 
 
 class JaxPlain(Jax):
-    """The same library without its two tricks: XLA's own 3-D convolution, and all scores at full resolution."""
+    """The same library without its fused readout: all scores at full resolution, differentiated by JAX."""
 
-    def __init__(self, job: Job):
-        super().__init__(job)
+    def build(self, config: Any) -> Any:
+        import jax
         import jax.numpy as jnp
-        import optax
 
-        from neuronet_jax.models import conv
-        from neuronet_jax.models import network as models
-        from neuronet_jax.training import step
+        from neuronet_jax.models.head_tallies import Groups
+        from neuronet_jax.models.network import Network
 
-        def loss(network: Any, batch: Any, config: Any, train: bool) -> Any:
-            logits = network.logits(batch["image"], train)
-            labels = batch["labels"].astype(jnp.int32)
-            parts = [
-                optax.softmax_cross_entropy_with_integer_labels(logits[name], labels[:, p]).mean()
-                for p, name in enumerate(config.protocols)
-            ]
-            return jnp.stack(parts).mean(), {}
+        class PlainNetwork(Network):
+            def scan(self, tally: Any, image: Any, labels: Any, train: bool) -> Any:
+                every = jnp.concatenate(list(self.logits(image, train).values()), axis=-1)  # b x y z k
+                whole = every[None, None], jnp.moveaxis(labels, 1, -1)[None, None]  # the volume as a single block
+                return tally.sums(Groups(self.classes, class_axis=6), *whole)
 
-        def labels(network: Any, image: Any) -> Any:
-            return jnp.stack([jnp.argmax(z, -1).astype(jnp.uint8) for z in network.logits(image).values()], axis=1)
+            def scan_weighted(self, tally: Any, weights: Any, image: Any, labels: Any, train: bool) -> Any:
+                sums = self.scan(tally, image, labels, train)
+                products = jax.tree.map(lambda weight, value: jnp.sum(weight * value), weights, sums)
+                return jax.tree.reduce(jnp.add, products), jax.lax.stop_gradient(sums)
 
-        conv.conv3d = conv.native_conv3d
-        step.network_loss = loss
-        setattr(models.Network, "labels", labels)  # noqa: B010 (as pyright wants it)
+            def labels(self, image: Any) -> Any:
+                chosen = [jnp.argmax(z, axis=-1).astype(jnp.uint8) for z in self.logits(image).values()]
+                return jnp.stack(chosen, axis=1)
+
+        return PlainNetwork(config.model, config.protocols, np.random.default_rng(config.seed))
 
 
 class JaxNeuronet(Jax):
-    """Our own architecture at the same task: other numbers, so it is timed but not compared."""
+    """Our own architecture at the same task. Its numbers differ, so it is timed but not compared."""
 
     family = "neuronet"

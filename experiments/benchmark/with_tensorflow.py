@@ -1,9 +1,9 @@
 """The published network in TensorFlow, with the operations of its authors' implementation, as a contender.
 
-That implementation itself needs TensorFlow 1; its graph is rebuilt here under `tf.function`: SAME convolutions, unfused
-batch normalisation, upsampling by a transposed convolution whose kernel mixes all channels, zeros off its diagonal.
-TensorFlow is no extra: `pip install tensorflow` in the environment of the benchmark or, for versions that do not fit
-beside it (numpy below 2), in one of its own: `--against=tensorflow@tf-2.15/bin/python`.
+That implementation itself needs TensorFlow 1. Its graph is rebuilt here under `tf.function`: SAME convolutions, unfused
+batch normalisation, and upsampling by a transposed convolution whose kernel mixes all channels, with zeros off its
+diagonal. TensorFlow is not an extra. Run `pip install tensorflow` in the environment of the benchmark or, for versions
+that conflict with it (numpy below 2), in a separate one: `--against=tensorflow@tf-2.15/bin/python`.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class TensorFlow(Contender):
             step = network.train_step(tf.constant(image), tf.constant(labels.astype(np.int32)))
             return lambda: step().numpy()
         if job.what != "inference":
-            raise ValueError(f"TensorFlow trains on crops and labels them here, it has no {job.what!r}")
+            raise ValueError(f"TensorFlow trains on crops and labels them here, but cannot run {job.what!r}")
         labels = tf.function(lambda image: network.labels(image))
         image = tf.constant(random_batch(job.batch, (job.side,) * 3)[0])
         return lambda: labels(image).numpy()

@@ -41,7 +41,7 @@ class Torch(Contender):
         return self.image(image), self.torch.from_numpy(labels).to(self.device)
 
     def image(self, image: np.ndarray) -> Any:
-        """[b x y z 1] → [b 1 x y z] in channels-last memory."""
+        """Returns the image [b x y z 1] as [b 1 x y z] in channels-last memory."""
         tensor = self.torch.from_numpy(np.moveaxis(image, -1, 1).astype(np.float32)).to(self.device)
         return tensor.contiguous(memory_format=self.torch.channels_last_3d)
 

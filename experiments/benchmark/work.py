@@ -23,7 +23,7 @@ CLASSES = tuple(protocol.num_classes for protocol in PROTOCOLS.values())
 
 
 def published_shapes(classes: tuple[int, ...] = CLASSES) -> dict[str, tuple[int, ...]]:
-    """The published network's variables; kernels are [i j k c f]."""
+    """Returns the shapes of the published network's variables; kernels are [i j k c f]."""
     shapes: dict[str, tuple[int, ...]] = {"conv3d/kernel": (3, 3, 3, 1, FILTERS[0])}
 
     def norm(prefix: str, channels: int) -> None:
@@ -49,7 +49,7 @@ def published_shapes(classes: tuple[int, ...] = CLASSES) -> dict[str, tuple[int,
 
 
 def random_variables(seed: int) -> dict[str, np.ndarray]:
-    """Weights and moments drawn so that every term matters: none is zero or one, activations keep their size."""
+    """Draws weights and moments so that every term matters: none is zero or one, and activations keep their size."""
     rng = np.random.default_rng(seed)
     values = {}
     for name, shape in published_shapes().items():
@@ -65,7 +65,7 @@ def random_variables(seed: int) -> dict[str, np.ndarray]:
 
 
 def random_batch(batch: int, sides: tuple[int, ...], seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """A whitened image f32 [b x y z 1] and labels i64 [b p x y z]; speed does not depend on what they show."""
+    """Returns a whitened image f32 [b x y z 1] and labels i64 [b p x y z]. Speed does not depend on their content."""
     rng = np.random.default_rng(seed)
     image = rng.standard_normal((batch, *sides, 1), np.float32)
     labels = [rng.integers(0, k, (batch, *sides)) for k in CLASSES]

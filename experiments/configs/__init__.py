@@ -1,1 +1,1 @@
-"""Named settings of the published comparison, one file each; `experiments.flags.load` finds them by name."""
+"""Named settings of the published comparison, one file each. `experiments.flags.load` finds them by name."""

@@ -1,13 +1,11 @@
-"""What every named config shares. A config names its protocols; everything else is here, once.
+"""The settings that every named config shares.
 
-The comparison is over tasks, and a task is a tuple of protocol names, composed by addition.
-`--config.model.family=reference` gives the published network in place of ours; it changes nothing else.
+A config names its protocols; everything else is here, once. The comparison is over tasks, and a task is a tuple of
+protocol names; `labels.TASKS` has the published ones. `--config.model.family=reference` selects the published network
+instead of ours and changes nothing else.
 """
 
 from ml_collections import ConfigDict
-
-TISSUE = ("fsl_fast", "spm_tissue", "malp_em_tissue")
-ALL_TARGETS = ("fsl_fast", "fsl_first", "spm_tissue", "malp_em", "malp_em_tissue")
 
 
 def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
@@ -29,7 +27,7 @@ def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
             },
             "augment": {"flip": True, "intensity": 1.0, "spatial": 0.0},
             "model": {"family": "neuronet", "filters": (16, 32, 64, 128), "compute_dtype": "auto"},
-            "loss": {"cross_entropy": 1.0, "dice": 1.0},
+            "loss": {"cross_entropy": 1.0, "dice": 1.0, "class_balance": 0.0, "consistency": 0.0},
             "optimizer": {
                 "learning_rate": 2e-3,  # twice the published one: eight crops per step, and a warm-up
                 "schedule": "cosine",
@@ -57,8 +55,8 @@ def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
     return settings.lock()
 
 
-# Two cores train a batch of two 48³ crops in 0.8 s: about four minutes in all. Small crops, a high rate and little
-# change of intensities are what so short a run learns most from.
+# Two cores train a batch of two 48³ crops in 0.8 s: about four minutes in all. So short a run learns most from small
+# crops, a high learning rate and weak intensity augmentation.
 _DEMO = {
     "data": {"crop": (48, 48, 48), "foreground_fraction": 0.75, "workers": 0, "read_threads": 4, "prefetch": 2},
     "augment": {"intensity": 0.3},

@@ -20,7 +20,7 @@ srun --kill-on-bad-exit=1 python -m experiments.train "$@" --resume &
 training=$!
 
 # Five minutes before the end this shell alone gets USR1 and hands it on: training saves, exits 0, and the job goes back into
-# the queue.
+# the queue. So it does where the signal ended a training that had not begun: 138 is 128 + USR1.
 stopped=no
 trap 'stopped=yes; kill -USR1 "$training"' USR1
 status=0
@@ -28,6 +28,8 @@ wait "$training" || status=$?
 if [ "$stopped" = yes ]; then # the first wait ended with the signal, not with the training
     status=0
     wait "$training" || status=$?
-    [ "$status" -eq 0 ] && scontrol requeue "$SLURM_JOB_ID"
+    if [ "$status" -eq 0 ] || [ "$status" -eq 138 ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
 fi
 exit "$status"

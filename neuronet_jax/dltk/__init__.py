@@ -1,13 +1,13 @@
-"""Weights of the published TensorFlow implementation: by its variable names, and from its SavedModels into a run.
+"""Weights of the published TensorFlow implementation: their names, and the import of its SavedModels as runs.
 
-`variable_paths` maps each parameter and moment of our `reference` network to the name of the same variable there.
-`import_run` makes of a SavedModel, as the authors publish them, a run that `restore` accepts.
+`variable_paths` maps each parameter and moment of our `reference` network to the name of the same published variable.
+`import_run` turns a SavedModel, as published by the authors, into a run that `restore` accepts.
 
-The published networks do not see a head as ours do: their reader (`reader.py` of the DLTK model zoo) takes SimpleITK's
-array, whose axes are those of the file in reverse, [z y x], and UK Biobank's files follow FSL in running from right to
-left: their axes point to superior, anterior, left. Ours point to right, anterior, superior. Every operation of the
-network treats the axes alike and both directions of an axis alike (on even sides), so that turned kernels do the same
-for a turned head; that is what `turned` does.
+The published networks see a head in a different orientation. Their reader (`reader.py` of the DLTK model zoo) takes
+SimpleITK's array, whose axes are those of the file in reverse, [z y x], and UK Biobank's files follow FSL in running
+from right to left. So their axes point to superior, anterior, left; ours point to right, anterior, superior. Every
+operation of the network treats all axes alike, and both directions of an axis alike (on even sides). Turned kernels
+therefore do the same for a turned head, and `turned` turns them.
 """
 
 import hashlib
@@ -21,29 +21,23 @@ from flax import nnx
 from neuronet_jax.config import AugmentConfig, Config, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from neuronet_jax.dltk import tensorbundle
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.files import Files
-from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.labels import PROTOCOLS, TASKS
 from neuronet_jax.models.network import Network, build
 from neuronet_jax.runs.checkpoint import Checkpoints
-from neuronet_jax.store.schema import SCHEMA_VERSION, StoreInfo
+from neuronet_jax.runs.directory import RunDirectory
+from neuronet_jax.runs.provenance import Imported, TrainingData
 
-# The protocols of each published network in the order of its tails (the `config_*.json` of the reference code)
-VARIANTS = {
-    "all_targets": tuple(PROTOCOLS),
-    "tissue": ("fsl_fast", "spm_tissue", "malp_em_tissue"),
-    **{name: (name,) for name in PROTOCOLS},
-}
-AXES = "SAL"  # where the axes of the authors' arrays point, see above
-_LINEAR = np.array([0.25, 0.75, 0.75, 0.25])  # the fixed upsampling per axis, which they store as a variable
+AXES = "SAL"  # directions of the axes of the authors' arrays, see above
+_LINEAR = np.array([0.25, 0.75, 0.75, 0.25])  # the fixed upsampling per axis, stored as a variable there
 _TRAINING_ONLY = ("global_step", "beta1_power", "beta2_power")  # and Adam's moments, by the suffix of their names
 
 
 def import_run(saved_model: Path, run: str, name: str | None = None, axes: str = AXES) -> Config:
     """Writes the run directory `run` (local or gs://) from a published SavedModel and returns its config.
 
-    `name` says which of the `VARIANTS` it is: needed where two have the same classes (`fsl_fast`, `spm_tissue`).
-    `axes` says where the axes of the arrays point that it was trained on. The grid is UK Biobank's, 1 mm.
-    Raises NeuronetError where the files are damaged, are no published network or not that variant, or `run` is in use.
+    `name` is one of the `TASKS`, needed where two have the same classes (`fsl_fast`, `spm_tissue`). `axes` gives the
+    directions of the axes of the training arrays. The grid is UK Biobank's, 1 mm. Raises NeuronetError if the files are
+    damaged, are not a published network or not that variant, or if `run` is in use.
     """
     prefix = saved_model / "variables" / "variables"
     variables = tensorbundle.read(prefix)
@@ -55,31 +49,24 @@ def import_run(saved_model: Path, run: str, name: str | None = None, axes: str =
     _, params, moments = nnx.split(network, nnx.Param, nnx.BatchStat, graph=False)
 
     hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(prefix.parent.glob("variables.*"))}
-    imported = {"from": "TensorFlow SavedModel", "axes": axes.upper(), "sha256": hashes}
-    index = hashes["variables.index"][:12]  # it holds the checksums of all data, so it stands for them
+    imported = Imported("TensorFlow SavedModel", axes.upper(), hashes)
+    index = hashes["variables.index"][:12]  # it holds the checksums of all data, so it identifies them
     note = (
         f"weights of the published {config.name} network, imported from TensorFlow; variables.index has sha256 {index}…"
     )
-    info = StoreInfo(  # of a store there was none: a run says by it what its grid is and where it comes from
-        schema_version=SCHEMA_VERSION,
-        protocols=config.protocols,
-        grid=config.data.crop,
-        voxel_size_mm=1.0,
-        slots=0,
-        shard_subjects=1,
-        chunk=config.data.crop[0],
-        provenance={"imported": imported, "note": note},
-    )
+    folder, in_use = RunDirectory(run), f"{run} already holds a run; give a different --out"
+    if folder.config() is not None or folder.training_data() is not None:
+        raise NeuronetError(in_use)
     with Checkpoints(run) as checkpoints:
         if checkpoints.latest() is not None:
-            raise NeuronetError(f"{run} holds a run already; give another --out")
+            raise NeuronetError(in_use)
         checkpoints.save(step, {"params": params, "moments": moments}, None, config)
-    Files(run).write("store.json", info.to_json())
+    folder.describe(config, TrainingData(config.protocols, voxel_size_mm=1.0, note=note, imported=imported))
     return config
 
 
 def turned(variables: Mapping[str, np.ndarray], axes: str) -> dict[str, np.ndarray]:
-    """The kernels [i j k c f] of a network that saw its arrays' axes point to `axes` (such as SAL), for RAS+ arrays."""
+    """Returns kernels [i j k c f] for RAS+ arrays, from a network whose axes pointed to `axes` (such as SAL)."""
     letters = axes.upper()
     found = [next((i for i, letter in enumerate(letters) if letter in pair), -1) for pair in ("RL", "AP", "SI")]
     if sorted(found) != [0, 1, 2] or len(letters) != 3:
@@ -92,33 +79,33 @@ def turned(variables: Mapping[str, np.ndarray], axes: str) -> dict[str, np.ndarr
 
 
 def _of_the_network(variables: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without what only training needs, and without the fixed upsampling, after a look at it."""
+    """Drops variables that only training needs, and checks and drops the fixed upsampling."""
     kept = {}
     for name, value in variables.items():
         if name.endswith("/linear_up_kernel"):
             cube = np.einsum("i,j,k->ijk", _LINEAR, _LINEAR, _LINEAR)[..., None, None] * np.eye(value.shape[-1])
             if value.shape != cube.shape or not np.allclose(value, cube, rtol=0, atol=1e-6):
-                raise NeuronetError(f"{name} is not the fixed linear upsampling: this is another network, not NeuroNet")
+                raise NeuronetError(f"{name} is not the fixed linear upsampling: this network is not NeuroNet")
         elif name not in _TRAINING_ONLY and not name.endswith(("/Adam", "/Adam_1")):
             kept[name] = value
     return kept
 
 
 def variant(variables: Mapping[str, np.ndarray], name: str | None) -> str:
-    """Which of the `VARIANTS` has the class counts of these tails; `name` where they leave a choice.
+    """Returns the one of the `TASKS` that has the class counts of these tails; `name` decides between several.
 
-    Raises NeuronetError where none has, or not `name`, or they leave a choice and there is no `name`.
+    Raises NeuronetError if none fits, if `name` does not fit, or if several fit and there is no `name`.
     """
     counts = []
     while (last := variables.get(f"tail_{len(counts)}/last/conv3d/kernel")) is not None:
         counts.append(last.shape[-1])
     fitting = [
         variant
-        for variant, protocols in VARIANTS.items()
+        for variant, protocols in TASKS.items()
         if [PROTOCOLS[protocol].num_classes for protocol in protocols] == counts
     ]
     if not fitting:
-        raise NeuronetError(f"no published NeuroNet has tails of {counts or 'no'} classes: is this another network?")
+        raise NeuronetError(f"no published NeuroNet has tails of {counts or 'no'} classes: is this a NeuroNet?")
     if name is None and len(fitting) > 1:
         raise NeuronetError(f"tails of {counts} classes are those of {' and '.join(fitting)}: say which by --config")
     if name is not None and name not in fitting:
@@ -127,14 +114,14 @@ def variant(variables: Mapping[str, np.ndarray], name: str | None) -> str:
 
 
 def _config(name: str) -> Config:
-    """The published training, as far as our settings can say it."""
+    """Returns the published training settings, as far as our config can express them."""
     return Config(
         name=name,
-        protocols=VARIANTS[name],
+        protocols=TASKS[name],
         data=DataConfig("", (128, 128, 128), foreground_fraction=0.0, workers=0, read_threads=1, prefetch=1),
         augment=AugmentConfig(flip=False, intensity=0.0, spatial=0.0),
         model=ModelConfig("reference", (16, 32, 64, 128), "float32"),  # bfloat16 was never tried on these weights
-        loss=LossConfig(cross_entropy=1.0, dice=0.0),
+        loss=LossConfig(cross_entropy=1.0, dice=0.0, class_balance=0.0, consistency=0.0),
         optimizer=OptimizerConfig(1e-3, "constant", 0, epsilon=1e-5, weight_decay=0.0, clip_norm=0.0, ema_decay=0.0),
         mesh=MeshConfig(space=1),
         batch=1,
@@ -149,7 +136,7 @@ def _config(name: str) -> Config:
 
 
 def variable_paths(network: Network) -> dict[tuple[str | int, ...], str]:
-    """Path in our network → variable name there, for all parameters and moments of a `reference` network."""
+    """Returns {path in our network: published name} for all parameters and moments of a `reference` network."""
     paths: dict[tuple[str | int, ...], str] = {("encoder", "stem", "kernel"): "conv3d/kernel"}
     for index in range(len(network.encoder.units)):
         scale, unit = divmod(index, 2)
@@ -172,7 +159,7 @@ def variable_paths(network: Network) -> dict[tuple[str | int, ...], str]:
 def load_variables(network: Network, variables: Mapping[str, np.ndarray]) -> None:
     """Sets every parameter and moment of a `reference` network from the published variables.
 
-    Raises NeuronetError where a variable is missing, left over, or of another shape.
+    Raises NeuronetError if a variable is missing, left over, or of a different shape.
     """
     paths = variable_paths(network)
     if left_over := sorted(set(variables) - set(paths.values())):

@@ -19,39 +19,41 @@ import tensorstore as ts
 
 from neuronet_jax.errors import NeuronetError
 
-_MAGIC = 0xDB4775248B80FB57  # ends every LevelDB table
+_MAGIC = 0xDB4775248B80FB57  # at the end of every LevelDB table
 _FOOTER_BYTES = 48  # two block handles of at most 20 bytes each, padded, and the magic number
 _TRAILER_BYTES = 5  # after each block: its compression and its masked checksum
 _MASK_DELTA = 0xA282EAD8  # of LevelDB's masked checksums
-_DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8"}  # of types.proto: what a network and its counters are stored in
-_MOST_SHARDS = 1000  # a network of 25 MB comes in one
+_DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8"}  # of types.proto: those of networks and their counters
+_MOST_SHARDS = 1000  # a network of 25 MB has one
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protocol buffers
 _FIX = "the files are damaged or incomplete: fetch them again"
 
 
 def read(prefix: Path) -> dict[str, np.ndarray]:
-    """Every variable by its name, from PREFIX.index and its data files.
+    """Returns every variable by its name, from PREFIX.index and its data files.
 
-    Raises NeuronetError where a file is missing, truncated, does not have its checksums, or uses what this reader does
-    not know: compressed blocks, partitioned variables, big-endian files, other dtypes.
+    Raises NeuronetError if a file is missing or truncated, if a checksum does not match, or for features that this
+    reader does not support: compressed blocks, partitioned variables, big-endian files, other dtypes.
     """
     entries = dict(_table(_bytes(prefix.with_name(f"{prefix.name}.index")), f"{prefix.name}.index"))
     if "" not in entries:
-        raise NeuronetError(f"{prefix.name}.index is no TensorFlow checkpoint: it lacks the header; {_FIX}")
+        raise NeuronetError(f"{prefix.name}.index is not a TensorFlow checkpoint: it lacks the header; {_FIX}")
     header = _message(entries.pop(""), f"{prefix.name}.index")
     if _number(header, 2) != 0:
-        raise NeuronetError(f"{prefix.name}.index was written on a big-endian machine; save it again on another one")
+        raise NeuronetError(
+            f"{prefix.name}.index was written on a big-endian machine; save it again on a little-endian one"
+        )
     shards = _number(header, 1)
     if not 1 <= shards <= _MOST_SHARDS:
-        raise NeuronetError(f"{prefix.name}.index says that there are {shards} data files; {_FIX}")
+        raise NeuronetError(f"{prefix.name}.index announces {shards} data files; {_FIX}")
     data = [_bytes(prefix.with_name(f"{prefix.name}.data-{i:05d}-of-{shards:05d}")) for i in range(shards)]
     return {name: _variable(name, _message(entry, name), data) for name, entry in entries.items()}
 
 
 def _variable(name: str, entry: dict[int, list], data: list[bytes]) -> np.ndarray:
-    """The array that a BundleEntryProto describes."""
+    """Returns the array that a BundleEntryProto describes."""
     if 7 in entry:
-        raise NeuronetError(f"{name} is partitioned into slices, which is not read; save it as one variable")
+        raise NeuronetError(f"{name} is partitioned into slices, which is not supported; save it as one variable")
     dtype = _DTYPES.get(_number(entry, 1))
     if dtype is None:
         raise NeuronetError(f"{name} has TensorFlow's dtype number {_number(entry, 1)}; {sorted(_DTYPES)} are read")
@@ -70,7 +72,7 @@ def _variable(name: str, entry: dict[int, list], data: list[bytes]) -> np.ndarra
 
 
 def _table(data: bytes, name: str) -> Iterator[tuple[str, bytes]]:
-    """Keys and values of a sorted string table, in order."""
+    """Yields the keys and values of a sorted string table, in order."""
     footer = data[-_FOOTER_BYTES:]
     if len(footer) < _FOOTER_BYTES or struct.unpack("<Q", footer[-8:])[0] != _MAGIC:
         raise NeuronetError(f"{name} does not end like the index of a TensorFlow checkpoint; {_FIX}")
@@ -83,7 +85,9 @@ def _table(data: bytes, name: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _block(data: bytes, start: int, size: int, name: str) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of one block: each key gives the bytes that it shares with the one before, and the rest."""
+    """Yields the keys and values of one block. Each key states how many bytes it shares with the one before, and the
+    rest.
+    """
     end = start + size
     if end + _TRAILER_BYTES > len(data) or size < 4:
         raise NeuronetError(f"{name} has a block at byte {start} to {end}, beyond its end; {_FIX}")
@@ -105,14 +109,14 @@ def _block(data: bytes, start: int, size: int, name: str) -> Iterator[tuple[byte
 
 
 def _handle(data: bytes, at: int, name: str) -> tuple[int, int, int]:
-    """Start and size of a block, and where the next handle begins."""
+    """Returns the start and size of a block, and the position of the next handle."""
     start, at = _varint(data, at, name)
     size, at = _varint(data, at, name)
     return start, size, at
 
 
 def _message(data: bytes | int, name: str) -> dict[int, list]:
-    """The fields of a protocol buffer by number: integers, or the bytes of strings and messages."""
+    """Returns the fields of a protocol buffer by number: integers, or the bytes of strings and messages."""
     if isinstance(data, int):
         raise NeuronetError(f"the description of {name!r} has a number in place of a message; {_FIX}")
     fields: dict[int, list] = {}
@@ -135,31 +139,31 @@ def _message(data: bytes | int, name: str) -> dict[int, list]:
 
 
 def _number(fields: dict[int, list], number: int) -> int:
-    """An integer field: the last one given, 0 where there is none."""
+    """Returns an integer field: the last one given, or 0."""
     value = fields.get(number, [0])[-1]
     if not isinstance(value, int):
-        raise NeuronetError(f"field {number} of a description is no number; {_FIX}")
+        raise NeuronetError(f"field {number} of a description is not a number; {_FIX}")
     return value
 
 
 def _varint(data: bytes, at: int, name: str) -> tuple[int, int]:
-    """A number of seven bits per byte, low bits first, and the position after it."""
+    """Returns a number of seven bits per byte, low bits first, and the position after it."""
     value = 0
     for count, byte in enumerate(data[at : at + 10]):  # ten bytes hold 64 bits
         value |= (byte & 0x7F) << (7 * count)
         if byte < 0x80:
             return value, at + count + 1
-    raise NeuronetError(f"{name!r} holds a number without end; {_FIX}")
+    raise NeuronetError(f"{name!r} holds an unterminated number; {_FIX}")
 
 
 def _check(content: bytes, expected: int, name: str) -> None:
     crc = crc32c(content)
     if (((crc >> 15 | crc << 17) & 0xFFFFFFFF) + _MASK_DELTA) & 0xFFFFFFFF != expected:
-        raise NeuronetError(f"{name} does not have its checksum; {_FIX}")
+        raise NeuronetError(f"{name} does not match its checksum; {_FIX}")
 
 
 def crc32c(content: bytes) -> int:
-    """CRC-32C (Castagnoli, RFC 3720) of `content`: what TensorStore puts behind a chunk with that codec."""
+    """Returns CRC-32C (Castagnoli, RFC 3720) of `content`, as TensorStore appends it to a chunk with that codec."""
     if not content:
         return 0
     array = np.frombuffer(content, np.uint8)

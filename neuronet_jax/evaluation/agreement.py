@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from neuronet_jax.evaluation.metrics import DiceTable, dice_per_class
-from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS, REGIONS, TISSUES
+from neuronet_jax.images.space import voxel_mm3
+from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS, REGIONS, TISSUES, tissue_classes
 
 COLUMNS = ("kind", "region", "first", "second", "dice", "first_mm3", "second_mm3")
 _BITS = 2  # background, CSF, GM and WM of one protocol
@@ -67,14 +68,14 @@ class Agreement:
 
 def compare(maps: Mapping[str, UInt8[np.ndarray, "x y z"]], affine: np.ndarray) -> Agreement:
     """Compares the label maps of one scan, which hold the tools' ids on one grid."""
-    voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
+    unit = voxel_mm3(affine)
     voters = tuple(name for name in maps if name in VOTERS)
     codes = _codes(maps, voters) if voters else None
     pairs = [*_tissues(codes, voters)] if codes is not None else []
     for one, other in itertools.combinations(maps, 2):
         pairs += _structures(one, maps[one], other, maps[other])
     pairs += _merge(maps)
-    scaled = (Pair(p.kind, p.region, p.first, p.second, p.dice, p.first_mm3 * voxel_mm3, p.second_mm3 * voxel_mm3)
+    scaled = (Pair(p.kind, p.region, p.first, p.second, p.dice, p.first_mm3 * unit, p.second_mm3 * unit)
               for p in pairs)  # fmt: skip
     return Agreement(tuple(scaled), voters, _votes(len(voters))[codes] if len(voters) > 1 else None)
 
@@ -92,10 +93,7 @@ def _codes(maps: Mapping[str, np.ndarray], voters: tuple[str, ...]) -> np.ndarra
     """Returns uint8 [x y z]: every voter's tissue (0 none, then CSF, GM, WM) in two bits each, the first one lowest."""
     codes = np.zeros(maps[voters[0]].shape, np.uint8)
     for number, name in enumerate(voters):
-        tissue = np.zeros(256, np.uint8)  # of every id
-        for index, region in enumerate(REGIONS[: len(TISSUES)], start=1):
-            tissue[list(region.ids[name])] = index
-        codes |= (tissue << (_BITS * number)).astype(np.uint8)[maps[name]]
+        codes |= (tissue_classes(name) << (_BITS * number)).astype(np.uint8)[maps[name]]
     return codes
 
 

@@ -14,8 +14,8 @@ from scipy import ndimage
 
 from neuronet_jax.evaluation.agreement import Agreement
 from neuronet_jax.images.nifti import Volume
-from neuronet_jax.images.space import spacing_mm
-from neuronet_jax.labels import REGIONS, TISSUES
+from neuronet_jax.images.space import spacing_mm, voxel_mm3
+from neuronet_jax.labels import tissue_classes
 
 BRAIN_MM3 = (
     6e5,
@@ -50,8 +50,8 @@ def check(volume: Volume, maps: Mapping[str, np.ndarray], agreement: Agreement) 
 
     W_AGREEMENT: the two MALP-EM outputs contradict each other.
     """
-    voxel_mm3 = abs(float(np.linalg.det(volume.affine[:3, :3])))
-    brains = [np.count_nonzero(ids) * voxel_mm3 for name, ids in maps.items() if name != "fsl_first"]
+    per_voxel_mm3 = voxel_mm3(volume.affine)
+    brains = [np.count_nonzero(ids) * per_voxel_mm3 for name, ids in maps.items() if name != "fsl_first"]
     found = set()
     if agreement.consistency < LEAST_AGREEMENT:
         found.add("W_AGREEMENT")
@@ -114,10 +114,7 @@ def cut_share(image: np.ndarray, brain: np.ndarray, sides_mm: np.ndarray) -> flo
 
 def _tissues(protocol: str, ids: np.ndarray) -> np.ndarray:
     """Returns 0 none, 1 CSF, 2 GM, 3 WM for every voxel."""
-    classes = np.zeros(256, np.uint8)  # of every id
-    for index, region in enumerate(REGIONS[: len(TISSUES)], start=1):
-        classes[list(region.ids[protocol])] = index
-    return classes[ids]
+    return tissue_classes(protocol)[ids]
 
 
 def _is_brain(tissues: Sequence[np.ndarray], voxel_mm3: float) -> bool:

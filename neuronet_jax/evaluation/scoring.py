@@ -1,6 +1,4 @@
-"""Scores of a model on a store's subjects, on whole volumes and the store's grid: in training and in
-`experiments.evaluate`.
-"""
+"""Scores a model on a store's subjects, on whole volumes and the store's grid, for training and evaluation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,14 +21,14 @@ from neuronet_jax.store.schema import Subject
 
 
 def predict_subject(model: Model, store: Store, subject: Subject) -> dict[str, np.ndarray]:
-    """Class indices uint8 [x y z] of every protocol of the model."""
+    """Returns class indices of every protocol of the model, uint8 [x y z]."""
     image = whiten(store.read_image(subject.slot), subject.mean, subject.std)
     background = -subject.mean / subject.std
     return dict(zip(model.config.protocols, predict(model, image, background), strict=True))
 
 
 def score(prediction: Mapping[str, np.ndarray], store: Store, subject: Subject) -> dict[str, DiceTable]:
-    """The Dice table of every predicted protocol that the subject has a reference for."""
+    """Returns the Dice table of every predicted protocol for which the subject has a reference."""
     return {
         name: dice_per_class(reference, prediction[name], PROTOCOLS[name].num_classes)
         for name, reference in _references(prediction, store, subject)
@@ -40,7 +38,7 @@ def score(prediction: Mapping[str, np.ndarray], store: Store, subject: Subject) 
 def score_surfaces(
     prediction: Mapping[str, np.ndarray], store: Store, subject: Subject, tolerance_mm: float
 ) -> dict[str, SurfaceTable]:
-    """As `score`, the distances between surfaces. The store's grid has cubic voxels."""
+    """Returns the surface distances of the same protocols as `score`. The store's grid has cubic voxels."""
     spacing_mm = np.full(3, store.info.voxel_size_mm)
     return {
         name: surfaces_per_class(reference, prediction[name], PROTOCOLS[name].num_classes, spacing_mm, tolerance_mm)
@@ -51,17 +49,17 @@ def score_surfaces(
 def calibrate_on(
     model: Model, store: Store, subjects: Sequence[Subject], progress: Callable[[], None] = lambda: None
 ) -> Calibration:
-    """The calibration of the model's predicted Dice; `progress` is called after each subject."""
+    """Returns the calibration of the model's predicted Dice. `progress` is called after each subject."""
     samples = []
     for subject in subjects:
         if any(subject.present):
             samples.append(_sample(model, store, subject))
         progress()
-    return calibrate(samples, model.provenance.get("step", 0))
+    return calibrate(samples, model.origin.step)
 
 
 def _sample(model: Model, store: Store, subject: Subject) -> Sample:
-    """Expected and true Dice of one subject, by the very way that a user's image takes."""
+    """Returns expected and true Dice of one subject, from the same code path as a user's image."""
     outside = [-start for start in subject.origin]  # from the store's grid back to the conformed volume
 
     def conformed(stored: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.files import Files
+from neuronet_jax.images.space import spacing_mm
 
 _SILENT = logging.getLogger("neuronet_jax.nifti.silent")  # nibabel logs its repairs; only its errors matter here
 _SILENT.addHandler(logging.NullHandler())
@@ -63,7 +64,7 @@ class Volume:
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))  # type: ignore[return-value]
+        return tuple(float(s) for s in spacing_mm(self.affine))  # type: ignore[return-value]
 
 
 DEFAULT_LIMITS = Limits()
@@ -367,7 +368,7 @@ def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.nda
         if not limits.assume_ras:
             raise RejectError(
                 "E_NO_XFORM",
-                "sform_code and qform_code are 0: left and right are unknown (--assume_ras accepts the file)",
+                "sform_code and qform_code are 0: left and right are unknown (--assume-ras accepts the file)",
             )
         affine = np.diag([*zooms, 1.0])
         affine[:3, 3] = -zooms * (np.array(shape) - 1) / 2  # centred
@@ -375,23 +376,23 @@ def _affine(header: Any, shape: tuple[int, ...], limits: Limits) -> tuple[np.nda
     else:
         affine = candidates.get(limits.transform) if limits.transform in candidates else next(iter(candidates.values()))
     assert affine is not None
-    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
-    if np.any(np.abs(spacing_mm - zooms) > 1e-3):
+    sides_mm = spacing_mm(affine)
+    if np.any(np.abs(sides_mm - zooms) > 1e-3):
         raise RejectError(
-            "E_ZOOM", f"pixdim says {zooms.tolist()} mm, but the affine {spacing_mm.tolist()} mm; correct the header"
+            "E_ZOOM", f"pixdim says {zooms.tolist()} mm, but the affine {sides_mm.tolist()} mm; correct the header"
         )
     low, high = limits.spacing_mm
-    if np.any(spacing_mm < low) or np.any(spacing_mm > high):
+    if np.any(sides_mm < low) or np.any(sides_mm > high):
         raise RejectError(
-            "E_UNITS", f"voxels of {spacing_mm.tolist()} mm are outside {low} to {high} mm; are the units mm?"
+            "E_UNITS", f"voxels of {sides_mm.tolist()} mm are outside {low} to {high} mm; are the units mm?"
         )
-    fov_mm, (low, high) = spacing_mm * shape, limits.fov_mm
+    fov_mm, (low, high) = sides_mm * shape, limits.fov_mm
     if np.any(fov_mm < low) or np.any(fov_mm > high):
         raise RejectError(
             "E_UNITS",
             f"a field of view of {fov_mm.round(1).tolist()} mm does not fit a head ({low} to {high} mm per axis)",
         )
-    if _is_oblique(affine[:3, :3] / spacing_mm):
+    if _is_oblique(affine[:3, :3] / sides_mm):
         notes.append("W_OBLIQUE")
     return affine, notes
 

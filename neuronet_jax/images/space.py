@@ -36,6 +36,11 @@ def spacing_mm(affine: np.ndarray) -> np.ndarray:
     return np.linalg.norm(affine[:3, :3], axis=0)
 
 
+def voxel_mm3(affine: np.ndarray) -> float:
+    """Returns the volume of a voxel, |det(affine)|: right for anisotropic and oblique grids alike."""
+    return abs(float(np.linalg.det(affine[:3, :3])))
+
+
 def conform(
     data: np.ndarray, affine: np.ndarray, voxel_size_mm: float, is_label: bool
 ) -> tuple[np.ndarray, np.ndarray]:

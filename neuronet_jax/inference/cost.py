@@ -1,4 +1,4 @@
-"""What a head costs: the memory that bounds the size of a tile, and the time that a person should expect to wait."""
+"""The cost of a scan: the memory that limits the size of a tile, and the time that a user should expect."""
 
 import math
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ MEMORY_SHARE = 0.6  # of the device's memory that one volume may take
 # Peak memory per voxel, five protocols in float32: 7.6 GiB were measured on CPU for a head of 192 × 224 × 224, with its
 # confidence and its interpolation.
 VOXEL_BYTES = 850
-# Processor seconds for a million voxels, with five protocols and the numbers of channels that the shipped configs have:
-# of the network's own grid for the features and for reading labels and doubt from them, of another grid for the scores
-# that are interpolated there. Of four heads on an x86 server, whose share of brain differs, these miss by up to 40 %.
+# Processor seconds per million voxels, with five protocols and the channels of the shipped configs: on the network's
+# own grid for the features, and for labels and confidence from them; on a different grid for interpolated scores. For
+# four heads on an x86 server, with different shares of brain, these are wrong by up to 40 %.
 FEATURES_CPU_S, READING_CPU_S, INTERPOLATION_CPU_S = 3.0, 3.0, 1.2
-# How long that takes on the clock: much of the network runs on one core however many there are, and others may be busy.
+# Wall-clock time per processor second: much of the network runs on one core, and other cores may be busy.
 ON_THE_CLOCK = (0.5, 1.2)
 
 
@@ -28,9 +28,10 @@ def voxel_budget(model: Model) -> int:
 def expected_s(
     shape: Sequence[int], spacing_mm: Sequence[float], voxel_size_mm: float, passes: int = 1
 ) -> tuple[float, float] | None:
-    """Least and most seconds that a head of so many voxels of that size will probably take, once compiled.
+    """Returns the least and most seconds that a scan of this shape and spacing will probably take, once compiled.
 
-    `passes` is how often the network runs over it, for an average. None on accelerators, where seconds are few.
+    `passes` is the number of runs of the network that are averaged. Returns None on accelerators, which take few
+    seconds.
     """
     if jax.default_backend() != "cpu":
         return None

@@ -1,10 +1,10 @@
-"""From an image to label maps on its own grid: `restore` a trained model, then `segment` anything with it.
+"""From an image to label maps on its own grid: `restore` a trained model, then `segment` scans with it.
 
-The way of an image: conform (RAS+, the model's voxel size) → whiten → pad to a shape bucket → network → class scores
-interpolated onto the input's grid → tool ids in the input's order of axes. Where only flips and permutations lie
-between the grids, nothing is interpolated. Scores keep what labels of the nearest voxel lose, small structures most
-(`docs/performance.md` has the figures). Volumes that would not fit into memory go through the network in tiles,
-whose labels equal those of the whole volume.
+An image is conformed (RAS+, the model's voxel size), whitened, padded to a shape bucket and run through the network.
+Class scores are interpolated onto the input's grid, and become tool ids in the input's order of axes. If only flips and
+permutations lie between the grids, nothing is interpolated. Interpolated scores are more accurate than labels of the
+nearest voxel, most of all for small structures (figures in `docs/performance.md`). Volumes too large for memory go
+through the network in tiles, with the same labels as the whole volume.
 """
 
 import math
@@ -32,11 +32,11 @@ from neuronet_jax.runs.restore import restore
 __all__ = ["Model", "ensemble", "predict", "restore", "segment", "segment_volume"]
 
 DEFAULT = Options()
-# A voxel of the head is brighter than this share of the brightest percentile: air and its ghosts stay below.
+# A voxel of the head is brighter than this share of the brightest percentile; air and ghosting stay below.
 HEAD_BRIGHTNESS = 0.1
-HEAD_SHARE = 0.01  # of a plane's voxels that are bright where it cuts the head
-HEAD_MARGIN_MM = 10.0  # left around the head in fast mode, so that its border is not the volume's
-WHOLE_VOXELS = 1e-3  # of a voxel, by which grids may miss each other and still need no interpolation
+HEAD_SHARE = 0.01  # least share of bright voxels in a plane through the head
+HEAD_MARGIN_MM = 10.0  # margin around the head in fast mode, so that its border is not the volume's
+WHOLE_VOXELS = 1e-3  # offset of two grids, in voxels, below which nothing is interpolated
 
 
 @overload
@@ -50,12 +50,12 @@ def segment(
 def segment(
     model: Model, image: Any, protocols: Sequence[str] | None = None, options: Options = DEFAULT
 ) -> dict[str, Any]:
-    """The label map of each protocol (default: all of the model's), in the tool's own ids.
+    """Returns the label map of each protocol (default: all of the model's), in the tool's own ids.
 
-    `image` is an array [x y z] in RAS+ order at the model's voxel size, the path of a .nii, .nii.gz or .mgz file, or a
-    nibabel image; raw intensities, any orientation and voxel size for the last two. An array gives uint8 arrays of its
-    shape, a file or a nibabel image gives NIfTI images on its grid with its qform, sform and codes.
-    Raises RejectError with the code of what is wrong with the image, NeuronetError for protocols that the model lacks.
+    `image` holds raw intensities. It is an array [x y z] in RAS+ order at the model's voxel size, or the path of a
+    .nii, .nii.gz or .mgz file or a nibabel image, both in any orientation and voxel size. An array gives uint8 arrays
+    of its shape. A file or a nibabel image gives NIfTI images on its grid, with its qform, sform and codes. Raises
+    RejectError with a code if the image is unusable, and NeuronetError for protocols that the model lacks.
     """
     if isinstance(image, (str, os.PathLike, SpatialImage)):
         volume = nifti.check_image(image) if isinstance(image, SpatialImage) else nifti.read_image(Path(image))
@@ -73,7 +73,7 @@ def segment(
 def segment_volume(
     model: Model, volume: nifti.Volume, protocols: Sequence[str] | None = None, options: Options = DEFAULT
 ) -> Segmentation:
-    """As `segment`, for a checked volume: labels, confidence and posteriors, the maps on the volume's own grid."""
+    """Segments a checked volume. Returns labels, confidence and posteriors, with the maps on the volume's own grid."""
     return _segment(model, volume.data, volume.affine, protocols, options, confidence=not options.fast)
 
 
@@ -103,7 +103,7 @@ def _segment(
         result = read_volume(model, whitened, background, plan.read, plan.reading, options, away)
 
     def home(volume: np.ndarray) -> np.ndarray:
-        """On the target, with its order of axes."""
+        """Moves a volume to the target grid, with its order of axes."""
         if whole:
             return space.to_grid(volume, grid, target)
         return np.ascontiguousarray(volume.transpose(np.argsort(order)))
@@ -120,10 +120,10 @@ def _segment(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is read of the scores for what is wanted."""
+    """The scores to compute for the requested outputs."""
 
-    protocols: tuple[str, ...]  # wanted
-    read: tuple[str, ...]  # those whose scores are read
+    protocols: tuple[str, ...]  # requested
+    read: tuple[str, ...]  # those whose scores are computed
     reading: Reading
 
     @property
@@ -158,7 +158,7 @@ def _plan(model: Model, protocols: Sequence[str] | None, options: Options, confi
     for text in options.posteriors:
         protocol, structure = posterior(text)
         if protocol.name not in wanted:
-            raise NeuronetError(f"{text} is wanted, but {protocol.name} is not among the protocols {', '.join(wanted)}")
+            raise NeuronetError(f"{text} needs {protocol.name}, which is not among the protocols {', '.join(wanted)}")
         posteriors.append((plan.softmaxes.index(protocol.name), structure.index))
     return replace(plan, reading=plan.reading._replace(posteriors=tuple(posteriors)))
 
@@ -172,7 +172,7 @@ def _confidence(plan: _Plan, sums: np.ndarray) -> dict[str, Confidence]:
 def predict(model: Model, image: Float[np.ndarray, "x y z"], background: float = 0.0) -> UInt8[np.ndarray, "p x y z"]:
     """Returns the class indices of every protocol for a whitened image of any shape, on its own grid.
 
-    `background` is the value beyond the image. Of an ensemble, those of the mean scores.
+    `background` is the value beyond the image. An ensemble gives the labels of its mean scores.
     """
     names = model.config.protocols
     reading = Reading(tuple(PROTOCOLS[name].num_classes for name in names))
@@ -180,7 +180,7 @@ def predict(model: Model, image: Float[np.ndarray, "x y z"], background: float =
 
 
 def _head_box(image: np.ndarray, voxel_size_mm: float) -> tuple[slice, ...]:
-    """The box of what is bright, and a margin: the planes that hold more of the head than noise could look like."""
+    """Returns the box of the bright voxels, with a margin. Its outer planes are brighter than noise."""
     sparse = image[::3, ::3, ::3]
     low, high = (float(p) for p in np.percentile(sparse, (1, 99)))
     bright = image > low + HEAD_BRIGHTNESS * (high - low)
@@ -195,7 +195,7 @@ def _head_box(image: np.ndarray, voxel_size_mm: float) -> tuple[slice, ...]:
 
 
 def _whiten(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """The image prepared as a store's are, and the value of its background (raw 0), which padding continues."""
+    """Returns the image prepared as for a store, and the value of its background (raw 0), which padding continues."""
     with np.errstate(over="ignore"):  # beyond float32 becomes Inf, which the statistics refuse
         image = image.astype(np.float32, copy=False)
     clipped, _ = intensity.clip_spikes(image)

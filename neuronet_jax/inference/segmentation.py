@@ -1,4 +1,4 @@
-"""What is asked of a segmentation and what comes of it: plain data, for the network's side and the files' side."""
+"""The request and the result of a segmentation, as plain data shared by inference and output files."""
 
 import difflib
 from dataclasses import dataclass, fields
@@ -12,16 +12,16 @@ from neuronet_jax.labels import PROTOCOLS, Protocol, Structure
 
 @dataclass(frozen=True)
 class Options:
-    """What is done beside running the network once. The defaults are what the published numbers are measured with."""
+    """Options beyond one pass of the network. The published numbers are measured with the defaults."""
 
     flip: bool = False  # average with the mirrored head, partners swapped
-    crops: int = 1  # average over so many positions of the head on the network's coarsest grid
+    crops: int = 1  # average over this many positions of the volume on the network's coarsest grid
     fast: bool = False  # a tight box around the head, no interpolation of scores, no averaging, no confidence
-    posteriors: tuple[str, ...] = ()  # "PROTOCOL:STRUCTURE" names whose probability maps are wanted
-    consistent_tissue: bool = False  # malp_em_tissue is derived from malp_em, so that the two agree exactly
+    posteriors: tuple[str, ...] = ()  # names "PROTOCOL:STRUCTURE" of requested probability maps
+    consistent_tissue: bool = False  # derive malp_em_tissue from malp_em, so that the two agree exactly
 
     def __post_init__(self) -> None:
-        """Raises NeuronetError for options that contradict each other and for structures that are in no label table."""
+        """Raises NeuronetError for options that contradict each other and for structures that no label table has."""
         if self.crops < 1:
             raise NeuronetError(f"crops must be at least 1, got {self.crops}")
         if self.fast and (self.flip or self.crops > 1 or self.posteriors):
@@ -31,16 +31,18 @@ class Options:
 
     @property
     def passes(self) -> int:
-        """How often a network runs over a head."""
+        """Number of times that a network runs over a volume."""
         return self.crops * (2 if self.flip else 1)
 
     def changed(self) -> dict[str, Any]:
-        """The options that are not at their default, as JSON: part of a result's provenance."""
+        """Returns the options that differ from the defaults, as JSON: part of a result's provenance."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
 def posterior(text: str) -> tuple[Protocol, Structure]:
-    """The protocol and structure of "PROTOCOL:STRUCTURE". Raises NeuronetError, with the nearest name, for others."""
+    """Returns the protocol and structure of "PROTOCOL:STRUCTURE". Raises NeuronetError, with the nearest name, for
+    others.
+    """
     name, _, structure = text.partition(":")
     if name not in PROTOCOLS:
         raise NeuronetError(f"posteriors are named PROTOCOL:STRUCTURE, with {', '.join(PROTOCOLS)}; got {text!r}")
@@ -52,11 +54,11 @@ def posterior(text: str) -> tuple[Protocol, Structure]:
 
 
 class Confidence(NamedTuple):
-    """How sure the network is of each class of a protocol: sums over voxels of the network's grid, float64 [k] each.
+    """The network's certainty about each class of a protocol: sums over voxels of its own grid, float64 [k] each.
 
-    The sums count the voxels that could be something else than background: those where the background is less than
-    e^7, 1,100 times, as likely as the likeliest structure. Elsewhere structures are so unlikely that their sums hardly
-    change, and the network's scores need not be computed. Probabilities are the softmax over the protocol's classes.
+    The sums count the voxels that could be different from background: those where the background is less than e^7,
+    1,100 times, as likely as the likeliest structure. Elsewhere structures are so unlikely that their sums hardly
+    change, and the scores need not be computed. Probabilities are the softmax over the protocol's classes.
     """
 
     voxels: np.ndarray  # voxels where the class is the most likely one
@@ -67,8 +69,8 @@ class Confidence(NamedTuple):
 
 @dataclass(frozen=True)
 class Segmentation:
-    """One head, on the grid of its own file."""
+    """The segmentation of one scan, on the grid of its file."""
 
     maps: dict[str, np.ndarray]  # per protocol uint8 [x y z] of the tool's ids
     confidence: dict[str, Confidence]  # per protocol; empty with Options.fast
-    posteriors: dict[str, np.ndarray]  # per wanted "PROTOCOL:STRUCTURE" float32 [x y z], 0 to 1
+    posteriors: dict[str, np.ndarray]  # per requested "PROTOCOL:STRUCTURE" float32 [x y z], 0 to 1

@@ -1,218 +1,206 @@
-"""The fused head: the loss and the labels of every protocol, block by block, never the whole volume of scores.
+"""The fused readout: sums and labels from the scores of every class, block by block, never all scores at a time.
 
-All but the last addition of the readout happens at half resolution or less. The last upsampling, the addition and what
-the caller wants of the scores (loss sums or labels) go block by block (`blocks.py`), so that the tensor of all classes
-at full resolution (1.4 GB for one 128³ crop) exists in neither pass: the backward pass computes a block's scores again,
-and from them in closed form what the loss says about them.
+All of the readout but its last addition happens at half resolution or less. The last upsampling and the addition go
+block by block (`head_blocks.py`), and so does whatever a loss sums over voxels (`head_tallies.py`). The scores of all
+classes at full resolution, 1.4 GB for one 128³ crop, exist in neither pass: the backward pass computes a block's scores
+again, and from them their gradient.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jaxtyping import Array, Float, Integer
 
-from neuronet_jax.models.head_blocks import Blocks, Form, Protocols, on_platform
-from neuronet_jax.models.readout import Readout, spans
+from neuronet_jax.models.head_blocks import Blocks, ClassesLast, XLast
+from neuronet_jax.models.head_tallies import Groups, GroupsByProduct, Tally
+from neuronet_jax.models.readout import Readout
 
 
-class Sums(NamedTuple):
-    """What the losses need of a batch, summed over space; softmax is taken within each protocol."""
+class Platform(NamedTuple):
+    """The layout, block size and class sums of a platform."""
 
-    cross_entropy: Float[Array, "b p"]
-    intersection: Float[Array, "b k"]  # probability on the voxels of the class
-    predicted: Float[Array, "b k"]  # probability everywhere
-    reference: Float[Array, "b k"]  # voxels of the class
-
-
-def voxel_sums(
-    scores: Float[Array, "b x y z k"], labels: Integer[Array, "b x y z p"], classes: tuple[int, ...]
-) -> Sums:
-    """The sums over the voxels given, the plain way."""
-    space = (1, 2, 3)
-    parts = []
-    for p, (start, stop) in enumerate(spans(classes)):
-        logits = scores[..., start:stop].astype(jnp.float32)
-        truth = labels[..., p : p + 1].astype(jnp.int32) == jnp.arange(stop - start).reshape(1, 1, 1, 1, -1)
-        log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        probability = jnp.exp(logits - log_total)
-        cross_entropy = log_total[..., 0] - jnp.sum(jnp.where(truth, logits, 0.0), axis=-1)
-        parts.append(
-            (
-                jnp.sum(cross_entropy, axis=space)[:, None],
-                jnp.sum(jnp.where(truth, probability, 0.0), axis=space),
-                jnp.sum(probability, axis=space),
-                jnp.sum(truth, axis=space, dtype=jnp.float32),
-            )
-        )
-    return Sums(*(jnp.concatenate(column, axis=1) for column in zip(*parts, strict=True)))
+    layout: Callable[[tuple[int, ...], int, int], Blocks]
+    groups: Callable[[tuple[int, ...], int], Groups]
+    block_bytes: int  # scores held at a time, in float32
 
 
-def loss_sums(
+PLATFORMS = {
+    "cpu": Platform(ClassesLast, GroupsByProduct, 2 * 2**20),  # two cores' second-level caches
+    "tpu": Platform(XLast, Groups, 16 * 2**20),  # a fraction of the 128 MiB of vector memory
+    "default": Platform(ClassesLast, Groups, 128 * 2**20),  # fills a GPU
+}
+
+
+def scan(
+    tally: Tally,
     features: list[Array],
     readout: Readout,
     labels: Integer[Array, "b p x y z"],
     classes: tuple[int, ...],
-) -> Sums:
-    """The sums of cross-entropy and soft Dice per sample, in float32. `classes` per protocol, in the order of
-    `labels`.
+) -> Any:
+    """Sums a tally over the voxels of each sample: a pytree of [b …]. `classes` per protocol, in the order of `labels`.
+
+    The gradient by features and readout takes a second pass over the blocks.
     """
-    return _full_sums(classes, features, readout, labels)
+    return _scan((tally, classes), features, readout, labels)
 
 
-def weighted_entropy(
+def scan_weighted(
+    tally: Tally,
+    weights: Any,
     features: list[Array],
     readout: Readout,
     labels: Integer[Array, "b p x y z"],
     classes: tuple[int, ...],
-    weights: Float[Array, "b p"],
-) -> tuple[Float[Array, ""], Float[Array, "b p"]]:
-    """The weighted sum of all cross-entropies, and each of them, per sample and summed over space, without gradient.
+) -> tuple[Float[Array, ""], Any]:
+    """Returns Σ weights · sums, and the sums of `scan`, which have no gradient here.
 
-    As the weights are known beforehand, one pass computes the sum and its gradient, where `loss_sums` takes two.
+    As the weights are known beforehand, one pass computes the sum and its gradient, where `scan` takes two.
     """
-    return _weighted(classes, features, readout, labels, weights)
+    return _scan_weighted((tally, classes), features, readout, labels, weights)
+
+
+def sums_like(tally: Tally, samples: int, classes: tuple[int, ...]) -> Any:
+    """Returns the shapes of the sums."""
+    block = (2, 2, samples, 1, 1, 2)
+    groups = Groups(classes, class_axis=6)
+    scores = jax.ShapeDtypeStruct((*block, sum(classes)), jnp.float32)
+    labels = jax.ShapeDtypeStruct((*block, len(classes)), jnp.uint8)
+    return jax.eval_shape(partial(tally.sums, groups), scores, labels)
 
 
 def labels(features: list[Array], readout: Readout, classes: tuple[int, ...]) -> Integer[Array, "b p x y z"]:
-    """The class of the highest score for every protocol, as uint8; the lower class on a tie."""
-    return on_platform(partial(_labels, classes), features, readout)
+    """Returns the class of the highest score for every protocol, as uint8; the lower class on a tie."""
+    return _on_platform(partial(_labels, classes), features, readout)
 
 
-# The loss: the sums forward; backward, their closed-form gradient by score, carried on to features and readout.
+What = tuple[Tally, tuple[int, ...]]  # and the number of classes per protocol
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _full_sums(classes: tuple[int, ...], features: list[Array], readout: Readout, labels: Array) -> Sums:
-    return on_platform(partial(_sum_blocks, classes, True), features, readout, labels)
+def _scan(what: What, features: list[Array], readout: Readout, labels: Array) -> Any:
+    return _on_platform(partial(_sum_blocks, what), features, readout, labels)
 
 
-def _full_sums_forward(classes: tuple[int, ...], *arguments: Any) -> tuple[Sums, Any]:
-    return _full_sums(classes, *arguments), arguments
+def _scan_forward(what: What, *arguments: Any) -> tuple[Any, Any]:
+    return _scan(what, *arguments), arguments
 
 
-def _full_sums_backward(classes: tuple[int, ...], arguments: Any, sensitivity: Sums) -> Any:
-    _, gradients = on_platform(partial(_pull_blocks, classes, True), sensitivity, *arguments)
+def _scan_backward(what: What, arguments: Any, by_sums: Any) -> Any:
+    _, gradients = _on_platform(partial(_pull_blocks, what), by_sums, *arguments)
     return (*gradients, None)
 
 
-_full_sums.defvjp(_full_sums_forward, _full_sums_backward)
+_scan.defvjp(_scan_forward, _scan_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted(classes: tuple[int, ...], features: list[Array], readout: Readout, labels: Array, weights: Array) -> Any:
-    sums = on_platform(partial(_sum_blocks, classes, False), features, readout, labels).cross_entropy
-    return jnp.sum(weights * sums), sums
+def _scan_weighted(what: What, features: list[Array], readout: Readout, labels: Array, weights: Any) -> Any:
+    sums = _on_platform(partial(_sum_blocks, what), features, readout, labels)
+    return _inner(weights, sums), sums
 
 
 def _weighted_forward(
-    classes: tuple[int, ...], features: list[Array], readout: Readout, labels: Array, weights: Array
+    what: What, features: list[Array], readout: Readout, labels: Array, weights: Any
 ) -> tuple[Any, Any]:
-    nothing = jnp.zeros((weights.shape[0], sum(classes)))
-    sensitivity = Sums(weights, nothing, nothing, nothing)
-    sums, gradients = on_platform(partial(_pull_blocks, classes, False), sensitivity, features, readout, labels)
-    return (jnp.sum(weights * sums), sums), gradients
+    sums, gradients = _on_platform(partial(_pull_blocks, what), weights, features, readout, labels)
+    return (_inner(weights, sums), sums), gradients
 
 
-def _weighted_backward(classes: tuple[int, ...], gradients: Any, sensitivity: tuple[Array, Array]) -> Any:
-    scaled = jax.tree.map(lambda gradient: sensitivity[0].astype(gradient.dtype) * gradient, gradients)
+def _weighted_backward(what: What, gradients: Any, by_result: tuple[Array, Any]) -> Any:
+    scaled = jax.tree.map(lambda gradient: by_result[0].astype(gradient.dtype) * gradient, gradients)
     return (*scaled, None, None)
 
 
-_weighted.defvjp(_weighted_forward, _weighted_backward)
+_scan_weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
-def _sum_blocks(
-    classes: tuple[int, ...], dice: bool, form: Form, features: list[Array], readout: Readout, labels: Array
-) -> Sums:
-    matrix, bias = readout.matrices[0], readout.biases[0]
-    blocks = Blocks(form, features[0].shape, matrix.shape[1])
-    fine, halves = blocks.volume(features[0]), blocks.halves(features[1:], readout)
-    truth = blocks.volume(jnp.moveaxis(labels, 1, -1))
-    protocols = Protocols(form, classes)
+def _inner(a: Any, b: Any) -> Float[Array, ""]:
+    return jax.tree.reduce(jnp.add, jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
 
-    def step(total: Sums, index: Array) -> tuple[Sums, None]:
-        scores = blocks.scores(index, fine, halves, matrix, bias)
-        here = protocols.truth(blocks.cut(index, truth))
-        top, exponential, norm = protocols.softmax(scores)
-        cross_entropy = blocks.per_sample(protocols.entropy(scores, here, top, norm))
-        if not dice:
-            return total._replace(cross_entropy=total.cross_entropy + cross_entropy), None
-        probability = exponential * protocols.spread(1.0 / norm)
-        overlap = jnp.where(here, probability, 0.0)
-        parts = Sums(cross_entropy, *map(blocks.per_sample, (overlap, probability, here.astype(jnp.float32))))
-        return jax.tree.map(jnp.add, total, parts), None
 
-    b, k = labels.shape[0], matrix.shape[1]
-    zeros = Sums(jnp.zeros((b, len(classes))), jnp.zeros((b, k)), jnp.zeros((b, k)), jnp.zeros((b, k)))
-    return jax.lax.scan(step, zeros, jnp.arange(blocks.count))[0]
+def _on_platform(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls `function(platform, *arguments)` with the platform that the program is lowered for."""
+    if any(export.is_symbolic_dim(side) for array in jax.tree.leaves(arguments) for side in array.shape):
+        return function(PLATFORMS["default"], *arguments)  # other layouts need known sides
+    branches = {name: partial(function, platform) for name, platform in PLATFORMS.items()}
+    return jax.lax.platform_dependent(*arguments, **branches)
+
+
+class _Volume:
+    """A volume in blocks: the parts that its scores follow from, as a platform lays them out."""
+
+    def __init__(self, platform: Platform, classes: tuple[int, ...], features: list[Array], readout: Readout):
+        self.matrix, self.bias = readout.matrices[0], readout.biases[0]
+        self.blocks = platform.layout(features[0].shape, self.matrix.shape[1], platform.block_bytes)
+        self.groups = platform.groups(classes, self.blocks.class_axis)
+        self.fine, self.halves = self.blocks.volume(features[0]), self.blocks.halves(features[1:], readout)
+
+    def scores(self, index: Array) -> Float[Array, "*k"]:
+        return self.blocks.scores(index, self.fine, self.halves, self.matrix, self.bias)
+
+
+def _sum_blocks(what: What, platform: Platform, features: list[Array], readout: Readout, labels: Array) -> Any:
+    tally, classes = what
+    volume = _Volume(platform, classes, features, readout)
+    blocks, truth = volume.blocks, volume.blocks.volume(jnp.moveaxis(labels, 1, -1))
+
+    def step(total: Any, index: Array) -> tuple[Any, None]:
+        here = tally.sums(volume.groups, volume.scores(index), blocks.cut(index, truth))
+        return jax.tree.map(jnp.add, total, here), None
+
+    return jax.lax.scan(step, _zeros(tally, labels, classes), jnp.arange(blocks.count))[0]
 
 
 def _pull_blocks(
-    classes: tuple[int, ...],
-    dice: bool,
-    form: Form,
-    sensitivity: Sums,
-    features: list[Array],
-    readout: Readout,
-    labels: Array,
-) -> tuple[Float[Array, "b p"], tuple[list[Array], Readout]]:
-    """Gradients by features and readout from those by the sums; before them, without `dice`, the sums of cross-entropy
-    themselves.
+    what: What, platform: Platform, by_sums: Any, features: list[Array], readout: Readout, labels: Array
+) -> tuple[Any, tuple[list[Array], Readout]]:
+    """Returns the sums, and the gradients by features and readout that follow from those by the sums."""
+    tally, classes = what
+    volume = _Volume(platform, classes, features, readout)
+    blocks, truth = volume.blocks, volume.blocks.volume(jnp.moveaxis(labels, 1, -1))
+    fine, halves, matrix, bias = volume.fine, volume.halves, volume.matrix, volume.bias
+    _, pull_halves = jax.vjp(blocks.halves, features[1:], readout)
 
-    With probabilities q and truth t, cross-entropy gives a score the gradient q − t, and a sum Σ vq of weighted
-    probabilities gives it q (v − Σ vq).
-    """
-    matrix, bias = readout.matrices[0], readout.biases[0]
-    blocks = Blocks(form, features[0].shape, matrix.shape[1])
-    fine = blocks.volume(features[0])
-    halves, pull_halves = jax.vjp(blocks.halves, features[1:], readout)
-    truth = blocks.volume(jnp.moveaxis(labels, 1, -1))
-    protocols = Protocols(form, classes)
-    of_entropy = protocols.spread(blocks.per_class(sensitivity.cross_entropy))
-    of_overlap, of_predicted = blocks.per_class(sensitivity.intersection), blocks.per_class(sensitivity.predicted)
-
-    def step(total: tuple[Array, ...], index: Array) -> tuple[tuple[Array, ...], None]:
-        cross_entropy, fine_gradient, half_gradient, matrix_gradient, bias_gradient = total
-        scores = blocks.scores(index, fine, halves, matrix, bias)
-        here = protocols.truth(blocks.cut(index, truth))
-        top, exponential, norm = protocols.softmax(scores)
-        probability = exponential * protocols.spread(1.0 / norm)
-        gradient = of_entropy * (probability - here.astype(jnp.float32))
-        if dice:
-            value = of_predicted + jnp.where(here, of_overlap, 0.0)
-            gradient += probability * (value - protocols.spread(protocols.sums(probability * value)))
-        else:
-            cross_entropy += blocks.per_sample(protocols.entropy(scores, here, top, norm))
-        by_fine, by_matrix, by_bias = blocks.unmix(gradient.astype(fine.dtype), blocks.cut(index, fine), matrix)
+    def step(total: tuple[Any, ...], index: Array) -> tuple[tuple[Any, ...], None]:
+        sums, by_fine, by_halves, by_matrix, by_bias = total
+        scores, here = volume.scores(index), blocks.cut(index, truth)
+        gradient = tally.gradient(volume.groups, scores, here, by_sums)
+        by_block, *by_readout = blocks.gradients(index, gradient, fine, matrix)
         return (
-            cross_entropy,
-            blocks.put(index, fine_gradient, by_fine),
-            blocks.add_halves(index, half_gradient, gradient),
-            matrix_gradient + by_matrix,
-            bias_gradient + by_bias,
+            jax.tree.map(jnp.add, sums, tally.sums(volume.groups, scores, here)),
+            blocks.put(index, by_fine, by_block),
+            blocks.add_half_gradient(index, by_halves, gradient),
+            by_matrix + by_readout[0],
+            by_bias + by_readout[1],
         ), None
 
-    sums = jnp.zeros_like(sensitivity.cross_entropy)
-    zeros = sums, jnp.zeros_like(fine), jnp.zeros_like(halves), jnp.zeros(matrix.shape), jnp.zeros(bias.shape)
+    zeros = (
+        _zeros(tally, labels, classes),
+        *(jnp.zeros_like(fine), jnp.zeros_like(halves), jnp.zeros(matrix.shape), jnp.zeros(bias.shape)),
+    )
     sums, by_fine, by_halves, by_matrix, by_bias = jax.lax.scan(step, zeros, jnp.arange(blocks.count))[0]
     by_coarse, by_readout = pull_halves(by_halves)
     by_readout.matrices[0], by_readout.biases[0] = by_matrix, by_bias  # which `halves` does not read
     return sums, ([blocks.volume_back(by_fine), *by_coarse], by_readout)
 
 
+def _zeros(tally: Tally, labels: Array, classes: tuple[int, ...]) -> Any:
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums_like(tally, labels.shape[0], classes))
+
+
 def _labels(
-    classes: tuple[int, ...], form: Form, features: list[Array], readout: Readout
+    classes: tuple[int, ...], platform: Platform, features: list[Array], readout: Readout
 ) -> Integer[Array, "b p x y z"]:
-    matrix, bias = readout.matrices[0], readout.biases[0]
-    blocks = Blocks(form, features[0].shape, matrix.shape[1])
-    fine, halves = blocks.volume(features[0]), blocks.halves(features[1:], readout)
-    protocols = Protocols(form, classes)
+    volume = _Volume(platform, classes, features, readout)
+    blocks = volume.blocks
 
     def step(chosen: Array, index: Array) -> tuple[Array, None]:
-        scores = blocks.scores(index, fine, halves, matrix, bias)
-        return blocks.put(index, chosen, protocols.highest(scores)), None
+        return blocks.put(index, chosen, volume.groups.highest(volume.scores(index))), None
 
     empty = blocks.volume(jnp.zeros((*features[0].shape[:4], len(classes)), jnp.uint8))
     chosen, _ = jax.lax.scan(step, empty, jnp.arange(blocks.count))

@@ -13,6 +13,7 @@ from neuronet_jax.config import ModelConfig
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models import head, neuronet, reference
+from neuronet_jax.models.head_tallies import Tally
 from neuronet_jax.models.readout import Readout, scores, spans
 
 SLAB = 16  # planes of a whole head whose full resolution exists at a time: four more are computed for the halo
@@ -27,12 +28,17 @@ class Network(nnx.Module):
         self.protocols = protocols
         self.classes = tuple(PROTOCOLS[name].num_classes for name in protocols)
         self.stride = config.stride
-        self.compute_dtype = compute_dtype(config)
+        if config.compute_dtype == "auto":
+            raise ValueError('a network needs a dtype, got "auto": decide it by config.on(platform)')
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
         self.encoder = family.Encoder(config.filters, rng)
         self.decoders = family.Decoders(config.filters, dict(zip(protocols, self.classes, strict=True)), rng)
 
     def features(self, image: Float[Array, "b x y z 1"], train: bool = False) -> tuple[list[Array], Readout]:
-        """Features per scale, finest first, and the readout of all protocols. In training the moving moments move."""
+        """Computes the features per scale, finest first, and the readout of all protocols.
+
+        In training the moving moments move.
+        """
         if any(side % self.stride for side in image.shape[1:4]):
             raise NeuronetError(
                 f"sides must be multiples of {self.stride}, got {image.shape[1:4]}: pad or crop the image"
@@ -45,15 +51,14 @@ class Network(nnx.Module):
     def coarse(self, image: Float[Array, "1 x y z 1"]) -> list[Array]:
         """Returns the features of all scales but the finest, for `readable`. Sides are multiples of `stride`.
 
-        What lies at full resolution on the way there, five times as much as the rest, exists for a few planes at a
-        time.
+        The full resolution on the way there, five times as large as the rest, exists for a few planes at a time.
         """
         image, side = image.astype(self.compute_dtype), image.shape[1]
         planes = math.gcd(side, SLAB)
         padded = jnp.pad(image, ((0, 0), (2, 2), (0, 0), (0, 0), (0, 0)))
 
         def slab(first: Array) -> tuple[Array, Array]:
-            """Two planes more on either side, for the field of view of the convolutions of 3³ and 4³."""
+            """Computes two planes more on either side: the halo of the convolutions of 3³ and 4³."""
             window = jax.lax.dynamic_slice_in_dim(padded, first, planes + 4, axis=1)
             plane = first - 2 + jnp.arange(planes + 4)
             inside = ((plane >= 0) & (plane < side)).reshape(1, -1, 1, 1, 1)
@@ -65,7 +70,7 @@ class Network(nnx.Module):
         return self.encoder.coarse(*volumes, False)
 
     def readable(self, coarse: list[Array]) -> list[Array]:
-        """Returns what the readout's coarser matrices mix, from what `coarse` returned or from windows of it."""
+        """Returns the features that the readout's coarser matrices mix, from those of `coarse` or windows of them."""
         return self.encoder.readable(coarse, False)
 
     def finest(
@@ -82,7 +87,7 @@ class Network(nnx.Module):
     def range(
         self, image: Float[Array, "1 x y z 1"], coarse: Float[Array, "1 x/2 y/2 z/2 c"]
     ) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
-        """Returns bounds of what `finest` returns for a window, which cost less than the features."""
+        """Returns bounds of the finest features of a window, at less cost than the features."""
         least, most = self.encoder.range(image.astype(self.compute_dtype), coarse)
         return least.astype(jnp.float32), most.astype(jnp.float32)
 
@@ -92,41 +97,33 @@ class Network(nnx.Module):
 
     # Crops: losses, labels and scores.
 
-    def loss_sums(
-        self, image: Float[Array, "b x y z 1"], labels: Integer[Array, "b p x y z"], train: bool
-    ) -> head.Sums:
-        """The sums over space that `losses.py` combines; never all scores at full resolution."""
-        return head.loss_sums(*self.features(image, train), labels, self.classes)
+    def scan(
+        self, tally: Tally, image: Float[Array, "b x y z 1"], labels: Integer[Array, "b p x y z"], train: bool
+    ) -> Any:
+        """Sums a tally over the voxels of each sample; never all scores at full resolution (see `head.py`)."""
+        return head.scan(tally, *self.features(image, train), labels, self.classes)
 
-    def weighted_entropy(
+    def scan_weighted(
         self,
+        tally: Tally,
+        weights: Any,
         image: Float[Array, "b x y z 1"],
         labels: Integer[Array, "b p x y z"],
-        weights: Float[Array, "b p"],
         train: bool,
-    ) -> tuple[Float[Array, ""], Float[Array, "b p"]]:
-        """The weighted sum of cross-entropies, and each of them without gradient (see `head.py`)."""
-        return head.weighted_entropy(*self.features(image, train), labels, self.classes, weights)
+    ) -> tuple[Float[Array, ""], Any]:
+        """Returns Σ weights · sums and, without gradient, the sums: in one pass over the voxels (see `head.py`)."""
+        return head.scan_weighted(tally, weights, *self.features(image, train), labels, self.classes)
 
     def labels(self, image: Float[Array, "b x y z 1"]) -> Integer[Array, "b p x y z"]:
-        """The most likely class of every voxel for each protocol, uint8; never all scores at full resolution."""
+        """Returns every voxel's most likely class per protocol, uint8; never all scores at full resolution."""
         return head.labels(*self.features(image), self.classes)
 
     def logits(self, image: Float[Array, "b x y z 1"], train: bool = False) -> dict[str, Float[Array, "b x y z k"]]:
-        """Class scores of each protocol, in float32. All at full resolution: for small inputs."""
+        """Computes the class scores of each protocol, in float32, all at full resolution: for small inputs."""
         every = scores(*self.features(image, train)).astype(jnp.float32)
         return {name: every[..., a:b] for name, (a, b) in zip(self.protocols, spans(self.classes), strict=True)}
 
 
 def build(config: ModelConfig, protocols: tuple[str, ...], seed: int) -> Network:
-    """A freshly initialised network; the seed fixes every weight."""
+    """Initialises a network; the seed fixes every weight. A dtype "auto" must have been decided (`ModelConfig.on`)."""
     return Network(config, protocols, np.random.default_rng(seed))
-
-
-def compute_dtype(config: ModelConfig) -> Any:
-    """The dtype of activations; "auto" is bfloat16 where the hardware multiplies it natively (GPU, TPU), float32 on
-    CPU.
-    """
-    if config.compute_dtype != "auto":
-        return jnp.dtype(config.compute_dtype)
-    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")

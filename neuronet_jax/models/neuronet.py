@@ -93,7 +93,8 @@ class Encoder(nnx.Module):
 
 
 def _range(x: Float[Array, "b x y z c"]) -> tuple[Array, Array]:
-    return tuple(f(x.astype(jnp.float32), axis=(0, 1, 2, 3)) for f in (jnp.min, jnp.max))
+    x = x.astype(jnp.float32)
+    return jnp.min(x, axis=(0, 1, 2, 3)), jnp.max(x, axis=(0, 1, 2, 3))
 
 
 def _rectified_range(norm: BatchNorm, low: Array, high: Array) -> tuple[Array, Array]:

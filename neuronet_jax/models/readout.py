@@ -16,9 +16,7 @@ from neuronet_jax.models import conv
 
 
 class Readout(NamedTuple):
-    """The linear map from features to the scores of all classes: per scale, finest first, a matrix [c k] and a bias
-    [k].
-    """
+    """The linear map from features to scores of all classes: per scale, finest first, a matrix [c k] and a bias [k]."""
 
     matrices: list[Array]
     biases: list[Array]
@@ -33,18 +31,20 @@ class Readout(NamedTuple):
         )
 
     def at(self, scale: int, features: Float[Array, "*n c"]) -> Float[Array, "*n k"]:
-        """The scores that one scale's features contribute."""
+        """Returns the contribution of one scale's features to the scores."""
         bias = self.biases[scale].astype(features.dtype).reshape((1,) * (features.ndim - 1) + (-1,))
         return features @ self.matrices[scale].astype(features.dtype) + bias
 
 
 def scores(features: list[Array], readout: Readout) -> Float[Array, "b x y z k"]:
-    """All scores at full resolution, the plain way: for small inputs, and what the fused form is tested against."""
+    """Returns all scores at full resolution, computed directly: for small inputs and as the reference of the fused
+    form.
+    """
     return conv.upsample(half_scores(features[1:], readout)) + readout.at(0, features[0])
 
 
 def half_scores(coarse: list[Array], readout: Readout) -> Float[Array, "b x/2 y/2 z/2 k"]:
-    """What all features but the finest contribute; `coarse` are those."""
+    """Returns the contribution of all features but the finest, which are not in `coarse`."""
     total = readout.at(len(coarse), coarse[-1])
     for scale in reversed(range(1, len(coarse))):
         total = conv.upsample(total) + readout.at(scale, coarse[scale - 1])
@@ -52,11 +52,11 @@ def half_scores(coarse: list[Array], readout: Readout) -> Float[Array, "b x/2 y/
 
 
 def spans(classes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Where each protocol's classes begin and end among all `k`."""
+    """Returns the begin and end of each protocol's classes among all `k`."""
     ends = [0, *itertools.accumulate(classes)]
     return list(itertools.pairwise(ends))
 
 
 def membership(classes: tuple[int, ...]) -> Float[np.ndarray, "k p"]:
-    """1 where the class is one of the protocol's."""
+    """Returns the class-to-protocol matrix: 1 if the class belongs to the protocol."""
     return np.repeat(np.eye(len(classes), dtype=np.float32), classes, axis=0)

@@ -3,12 +3,12 @@
 import csv
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.store.schema import is_id
 
 IMAGES = (".nii.gz", ".nii", ".mgz")
 _NOT_SCANS = ("derivatives", "sourcedata")  # in a BIDS dataset: results, and the data before conversion
@@ -108,6 +108,6 @@ def _listed(path: Path) -> list[Scan]:
 def _name(identity: str) -> str:
     """Returns the BIDS name of a subject's scan, or an empty string without an id."""
     label = identity.removeprefix("sub-")
-    if identity and not re.fullmatch("[A-Za-z0-9]+", label):
+    if identity and not is_id(label):
         raise NeuronetError(f"E_ID: an id must consist of letters and digits (A-Z, a-z, 0-9), got {identity!r}")
     return f"sub-{label}_T1w.nii.gz" if identity else ""

@@ -17,32 +17,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neuronet_jax import __version__
+from neuronet_jax.codes import explain
 from neuronet_jax.evaluation.agreement import Agreement
 from neuronet_jax.evaluation.quality import Quality
 from neuronet_jax.images.nifti import Volume
+from neuronet_jax.images.space import voxel_mm3
 from neuronet_jax.labels import PROTOCOLS, REGIONS
 from neuronet_jax.results.bids import Target
 from neuronet_jax.results.pictures import Slices, colors_of, votes_colors
 from neuronet_jax.results.tables import Row, Volumes
 from neuronet_jax.runs.calibration import Calibration
+from neuronet_jax.runs.provenance import Provenance
 
 if TYPE_CHECKING:
     import jinja2
 
-WARNINGS = {
-    "W_AGREEMENT": "The two MALP-EM outputs contradict each other: the network is unsure what it sees.",
-    "W_BRAIN_VOLUME": "The labelled volume fits no adult brain: check that it is whole and that nothing else is there.",
-    "W_CONTRAST": "This does not look T1-weighted: brightness should rise from CSF over grey to white matter.",
-    "W_CUT": "The brain ends at the border of the image: volumes of structures there are too small.",
-    "W_INTENSITY": "Stray bright voxels were clipped, or many voxels are negative.",
-    "W_LR_UNSAFE": "The file states no orientation: left and right are a guess.",
-    "W_NAN": "Some voxels were NaN or infinite and were set to 0.",
-    "W_NDIM": "The file has a fourth dimension of length one, which was dropped.",
-    "W_NO_BRAIN": "No brain is visible, or the share of grey matter does not fit a brain.",
-    "W_OBLIQUE": "The scan is tilted or sheared more than usual.",
-    "W_QUALITY": "The predicted Dice is below the threshold from the run's validation subjects.",
-    "W_XFORM": "The file's sform and qform differ; the sform was used.",
-}
 FAR = 3.5  # robust deviations of an outlier (Iglewicz and Hoaglin, "How to detect and handle outliers", 1993)
 LEAST_FOR_OUTLIERS = 10  # scans: with fewer, the median absolute deviation is hardly known
 MOST_OUTLIERS, MOST_THUMBNAILS, LOWEST = 40, 200, 5  # as many as a person looks through; 200 pictures are 5 MB
@@ -60,7 +49,7 @@ class ScanPage:
     agreement: Agreement
     quality: Quality
     warnings: tuple[str, ...]
-    provenance: Mapping[str, Any]
+    provenance: Provenance
 
 
 @cache
@@ -85,17 +74,17 @@ def embed(png: bytes) -> str:
 
 def render_scan(page: ScanPage) -> str:
     """Returns the page of one scan as HTML."""
-    voxel_mm3 = abs(float(np.linalg.det(page.volume.affine[:3, :3])))
+    per_voxel_mm3 = voxel_mm3(page.volume.affine)
     mm3 = {
-        name: np.sum([np.bincount(plane.ravel(), minlength=256) for plane in ids], axis=0) * voxel_mm3
+        name: np.sum([np.bincount(plane.ravel(), minlength=256) for plane in ids], axis=0) * per_voxel_mm3
         for name, ids in page.maps.items()
     }
     slices = Slices(page.volume, np.any([ids > 0 for ids in page.maps.values()], axis=0))
     first = next(iter(page.maps))
     return environment().get_template("scan.html").render(
         scan=page.name,
-        note=page.provenance.get("note", ""),
-        warnings=[(code, WARNINGS.get(code, "")) for code in page.warnings],
+        note=page.provenance.note,
+        warnings=[(code, explain(code)) for code in page.warnings],
         score=page.quality.score,
         calibration=page.quality.calibration,
         unanimous=page.agreement.unanimous(),
@@ -136,7 +125,7 @@ def render_cohort(
     agreements: Mapping[str, Sequence[Mapping[str, str]]],
     thumbnails: Mapping[str, str],
     calibration: Calibration,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
 ) -> str:
     """Returns a page with the scans of one command (`rows`) and the volumes of all scans in its folder, as HTML.
 
@@ -152,7 +141,7 @@ def render_cohort(
     return environment().get_template("cohort.html").render(
         rows=shown,
         done=sum(row.status == "done" for row in rows),
-        note=provenance.get("note", ""),
+        note=provenance.note,
         warned=explained(rows),
         calibration=calibration.describe() if scored else "",
         lowest=[row.output for row in scored[:LOWEST]] if len(scored) > LOWEST else [],
@@ -168,17 +157,17 @@ def render_cohort(
 
 
 def explained(rows: Sequence[Row]) -> list[tuple[str, str, int]]:
-    """Returns every warning code in `rows`, its meaning and the number of scans that have it."""
-    counts = Counter(code for row in rows for code in row.warnings.split(",") if code != "n/a")
-    return [(code, WARNINGS.get(code, ""), count) for code, count in sorted(counts.items())]
+    """Lists every code of the scans, its meaning and remedy, and how many scans have it; errors come first."""
+    counts = Counter(code for row in rows for code in (row.code, *row.warnings.split(",")) if code != "n/a")
+    return [(code, explain(code), count) for code, count in sorted(counts.items())]
 
 
-def _facts(provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(provenance: Provenance) -> dict[str, Any]:
     """Returns the origin of the labels, with the members of an ensemble side by side. The note has its own place."""
-    members = provenance.get("ensemble", [provenance])
-    shared = {name: value for name, value in provenance.items() if name not in ("note", "ensemble")}
-    if len(members) == 1:
+    shared = {name: value for name, value in provenance.to_json().items() if name not in ("note", "ensemble")}
+    if len(provenance.members) == 1:
         return shared
+    members = [member.to_json() for member in provenance.members]
     names = dict.fromkeys(name for member in members for name in member if name != "note")
     return shared | {name: ", ".join(str(member.get(name, "n/a")) for member in members) for name in names}
 

@@ -17,6 +17,7 @@ from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.results.bids import GENERATOR, Target
 from neuronet_jax.results.tables import Row
+from neuronet_jax.runs.provenance import Provenance
 
 PROGRAM = f"{GENERATOR} {__version__}"
 CALIBRATION = {"calibration_sha256": None}  # the part of the provenance that affects predicted Dice only
@@ -27,7 +28,7 @@ LISTED = 3  # scans that an error lists: enough to see the problem
 class Records:
     """The records of all scans: whether results are complete, and where they come from."""
 
-    provenance: dict[str, Any]  # model and options, as JSON: with the input, they determine the results
+    provenance: Provenance
     protocols: Sequence[str]
     posteriors: Sequence[str] = ()
 
@@ -57,9 +58,8 @@ class Records:
 
     def begin(self, target: Target, source: dict[str, Any]) -> None:
         """Records that results of this model and input may exist from now on, perhaps not all of them."""
-        self._write(
-            target, {"program": PROGRAM, "model": self.provenance, "input": source, "protocols": list(self.protocols)}
-        )
+        model = self.provenance.to_json()
+        self._write(target, {"program": PROGRAM, "model": model, "input": source, "protocols": list(self.protocols)})
 
     def complete(self, target: Target, row: Row) -> None:
         """Records that all results of this scan are written."""
@@ -77,7 +77,7 @@ class Records:
             return None, f"{there[0]} exists and its origin is not recorded" if there else ""
         except (OSError, ValueError, KeyError, TypeError) as error:
             return None, f"{target.record.name} cannot be read ({error})"
-        wanted = json.loads(json.dumps(self.provenance))
+        wanted = json.loads(json.dumps(self.provenance.to_json()))
         if (program, model) != (PROGRAM, wanted):
             if program == PROGRAM and {**model, **CALIBRATION} == {**wanted, **CALIBRATION}:
                 return None, "its predicted Dice comes from a different calibration of the run, or from none"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from neuronet_jax.files import Files
+from neuronet_jax.images.space import voxel_mm3
 from neuronet_jax.labels import PROTOCOLS, Protocol
 from neuronet_jax.results.pictures import votes_colors
 
@@ -82,12 +83,12 @@ def volume_table(maps: dict[str, np.ndarray], affine: np.ndarray) -> str:
 
     A voxel has |det(affine)| mm³, which holds for anisotropic and oblique grids alike.
     """
-    voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
+    per_voxel_mm3 = voxel_mm3(affine)
     rows = [["protocol", "index", "name", "voxels", "volume_mm3"]]
     for name, ids in maps.items():
         counts = np.sum([np.bincount(plane.ravel(), minlength=256) for plane in ids], axis=0)  # planes fit the cache
         for s in PROTOCOLS[name].structures:
-            rows.append([name, str(s.id), s.name, str(counts[s.id]), f"{counts[s.id] * voxel_mm3:.10g}"])
+            rows.append([name, str(s.id), s.name, str(counts[s.id]), f"{counts[s.id] * per_voxel_mm3:.10g}"])
     return tsv(rows)
 
 

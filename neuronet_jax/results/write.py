@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from neuronet_jax import __version__
+from neuronet_jax.codes import CODES
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.evaluation import agreement, plausibility, quality
 from neuronet_jax.images import nifti
@@ -27,27 +28,20 @@ from neuronet_jax.results.tables import (
     write_text,
 )
 from neuronet_jax.runs.calibration import UNKNOWN, Calibration
+from neuronet_jax.runs.provenance import Provenance
 
-# The repair behind each warning.
-REPAIRS = {
-    "W_NAN": "voxels that were NaN or infinite were set to 0",
-    "W_NDIM": "axes of length 1 after the third were dropped",
-    "W_XFORM": "sform and qform differ: the sform was used",
-    "W_LR_UNSAFE": "the file states no orientation: RAS was assumed, so left and right are a guess",
-}
 _NO_BIDS = (  # files without a name in BIDS
     *("summary*.tsv", "volumes.tsv", "*_volumes.tsv", "*_agreement.tsv", "*_quality.tsv", "*_provenance.json"),
     *("*_lut.txt", "*report.html"),
 )
 
 
-def prepare(out: Path, protocols: Sequence[str], provenance: dict[str, Any], overwrite: bool) -> None:
+def prepare(out: Path, protocols: Sequence[str], provenance: Provenance, overwrite: bool) -> None:
     """Creates the dataset: its description and the look-up tables.
 
-    `provenance` describes the origin of the results: `Model.provenance` and `Options.changed()`. Raises NeuronetError
-    if `out` cannot be written, or holds a different dataset or results of a different model.
+    Raises NeuronetError if `out` cannot be written, or holds a different dataset or results of a different provenance.
     """
-    made_by = {**provenance, "label_tables_sha256": {name: PROTOCOLS[name].version for name in protocols}}
+    made_by = {**provenance.to_json(), "label_tables_sha256": {name: PROTOCOLS[name].version for name in protocols}}
     description = {
         "Name": f"{GENERATOR} segmentations",
         "BIDSVersion": "1.10.0",
@@ -83,14 +77,13 @@ def write_results(
     volume: nifti.Volume,
     result: Segmentation,
     overwrite: bool,
-    provenance: dict[str, Any],
+    provenance: Provenance,
     calibration: Calibration = UNKNOWN,
     report: bool = True,
 ) -> Row:
     """Writes one scan's results, each file under its final name only when complete. Returns the scan's row.
 
-    `provenance` is as for `prepare`; `calibration` belongs to the model's run; `report` asks for the page. Raises
-    NeuronetError if writing fails.
+    `calibration` belongs to the model's run; `report` asks for the page. Raises NeuronetError if writing fails.
     """
     maps = result.maps
     compared = agreement.compare(maps, volume.affine)
@@ -141,7 +134,7 @@ def _number(value: float) -> str:
 def write_cohort(
     out: Path,
     rows: Sequence[Row],
-    provenance: dict[str, Any],
+    provenance: Provenance,
     calibration: Calibration = UNKNOWN,
     report: bool = True,
 ) -> None:
@@ -167,25 +160,25 @@ def write_cohort(
 
 
 def _write_sidecar(
-    path: Path, what: str, protocol: str, volume: nifti.Volume, warnings: Sequence[str], provenance: dict[str, Any]
+    path: Path, what: str, protocol: str, volume: nifti.Volume, warnings: Sequence[str], provenance: Provenance
 ) -> None:
-    members = provenance.get("ensemble", [provenance])
+    members = provenance.members
     content = {
         "Description": what,
         "Manual": False,
         "Protocol": protocol,
         "LabelTableSHA256": PROTOCOLS[protocol].version,
-        "WeightsSHA256": [member.get("weights_sha256", "n/a") for member in members],
-        "Config": [member.get("config", "n/a") for member in members],
+        "WeightsSHA256": [member.weights_sha256 or "n/a" for member in members],
+        "Config": [member.config or "n/a" for member in members],
         "Version": __version__,
         "Warnings": list(warnings),
-        "Repairs": [text for code, text in REPAIRS.items() if code in volume.warnings],
+        "Repairs": [CODES[code].meaning for code in sorted(volume.warnings) if CODES[code].repair],
     }
     _write_json(path, content, provenance)
 
 
-def _write_json(path: Path, content: dict[str, Any], provenance: dict[str, Any]) -> None:
+def _write_json(path: Path, content: dict[str, Any], provenance: Provenance) -> None:
     """Writes the sidecar of an image, with the model's note, for example that it is a demonstration."""
-    if note := provenance.get("note"):
-        content["Note"] = note
+    if provenance.note:
+        content["Note"] = provenance.note
     write_text(path.with_name(path.name.removesuffix(".nii.gz") + ".json"), json.dumps(content, indent=2) + "\n")

@@ -1,1 +1,1 @@
-"""Runs: the folder that training leaves, its checkpoints, and the model restored from them."""
+"""Runs: the folder that training writes, its checkpoints, and the model restored from them."""

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from neuronet_jax.errors import CodedWarning
-from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.runs.directory import QUALITY, RunDirectory
 
-QUALITY = "quality.json"
 SCHEMA_VERSION = 1
 FALSE_ALARMS = 0.05  # share of good scans that the threshold may flag: a person can check one in twenty
 LEAST_SUBJECTS = 3  # for a threshold: two scores have one difference, which gives no spread
@@ -48,9 +47,10 @@ class Calibration:
     threshold: Threshold | None  # None with fewer than three subjects
     why_not: str = ""  # why there are no subjects
 
-    def provenance(self) -> dict[str, str]:
-        """Returns the calibration's digest: predictions of Dice depend on it."""
-        return {"calibration_sha256": _digest(asdict(self))} if self.heads else {}
+    @property
+    def sha256(self) -> str:
+        """Returns the digest that names the calibration in provenances; empty if there is none."""
+        return _digest(asdict(self)) if self.heads else ""
 
     def describe(self) -> str:
         """Returns one sentence for reports."""
@@ -76,7 +76,7 @@ UNKNOWN = uncalibrated("nothing is known about the run")
 
 def save_calibration(run: str, calibration: Calibration) -> None:
     """Writes RUN/quality.json."""
-    Files(run).write(QUALITY, calibration_to_json(calibration))
+    RunDirectory(run).files.write(QUALITY, calibration_to_json(calibration))
 
 
 def calibration_to_json(calibration: Calibration) -> bytes:
@@ -91,7 +91,7 @@ def load_calibration(run: str, step: int) -> Calibration:
     """Reads the calibration of the run's checkpoint or release. An unusable file gives an empty one and a Python
     warning.
     """
-    data = Files(run).read(QUALITY)
+    data = RunDirectory(run).files.read(QUALITY)
     if data is None:
         return uncalibrated(f"the run has no {QUALITY}")
     try:

@@ -1,12 +1,12 @@
 """Checkpoints of a run: state, data position and config, written in the background and checked on reading.
 
     WORKDIR/checkpoints/<step>/state      arrays by path (`params/encoder/…`), Orbax's sharded format
-                               position   one JSON per process: where its data iterator stood
+                               position   JSON, written by the first process: the data position, the same for all
                                run        JSON: schema, versions, config, score, shape and dtype of every array
                                manifest.sha256   checksum of every file above; `sha256sum -c` reads it
 
-Orbax writes into a temporary directory and renames it as the last act; the manifest is written just before that. So a
-directory named by a step and holding a manifest is a finished checkpoint, and nothing else is.
+Orbax writes into a temporary directory and renames it last; the manifest is written just before that. A checkpoint is
+finished if and only if its directory is named by a step and holds a manifest.
 """
 
 import dataclasses
@@ -29,31 +29,33 @@ from orbax.checkpoint import multihost
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.runs.checksums import MANIFEST, damage, write_manifest
+from neuronet_jax.runs.directory import RunDirectory
 
+_POSITION = "position.json"
 SCHEMA = 1  # raised when a release can no longer read what an older one wrote
 
 log = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
-    state: Any  # the target's tree, its leaves jax.Arrays with the target's shardings
-    data_position: Any  # as given to `save` by this process; None after `reset_data`
+    state: Any  # the target's tree; its leaves are jax.Arrays with the target's shardings
+    data_position: Any  # as given to `save`; None after `reset_data`
     step: int
 
 
 class Checkpoints:
     """The checkpoints of one run. Every process of the run makes one and calls the same methods in the same order.
 
-    `run_dir` is local or gs://. `keep` latest checkpoints stay, and the one of the best score. With `read_only`
-    nothing is written, removed or renamed, and another job may be writing.
+    `run_dir` is local or gs://. The `keep` latest checkpoints stay, and the one with the best score. With `read_only`,
+    nothing is written, removed or renamed, so a different job may be writing.
 
-    Every method raises NeuronetError. The next `check`, `save`, `wait` or `close` raises that of a background save.
+    Every method raises NeuronetError. The next `check`, `save`, `wait` or `close` raises the error of a background
+    save.
     """
 
     def __init__(self, run_dir: str | os.PathLike, keep: int = 3, read_only: bool = False):
-        """Raises NeuronetError where the directory is missing (`read_only`) or cannot be written."""
-        path = os.fspath(run_dir)
-        self._folder = epath.Path(path if "://" in path else os.path.abspath(path)) / "checkpoints"
+        """Raises NeuronetError if the directory is missing (`read_only`) or cannot be written."""
+        self._folder = epath.Path(RunDirectory(run_dir).checkpoints)
         self._keep = keep
         self._read_only = read_only
         self._saving: int | None = None  # the step that Orbax is writing
@@ -65,27 +67,27 @@ class Checkpoints:
         self._manager = None if read_only else self._writer()
 
     def steps(self) -> list[int]:
-        """The finished checkpoints on disk, oldest first."""
+        """Returns the steps of the finished checkpoints, oldest first."""
         return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit() and _finished(path))
 
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step of the highest score (of several, the latest); None where no checkpoint has one."""
+        """Returns the step of the highest score (of several, the latest), or None if no checkpoint has one."""
         scores = {step: self._run(step)["score"] for step in self.steps()}
         return max((step for step in scores if scores[step] is not None), key=lambda s: (scores[s], s), default=None)
 
     def config(self, step: int) -> Config:
-        """The settings that the checkpoint of `step` was trained with."""
+        """Returns the settings with which the checkpoint of `step` was trained."""
         return Config.from_fields(self._run(step)["config"])
 
     def save(self, step: int, state: Any, data_position: Any, config: Config, score: float | None = None) -> None:
-        """Copies `state` off the devices, then returns; the rest goes on in the background.
+        """Copies `state` off the devices, then returns. The rest continues in the background.
 
-        `state` is any pytree of arrays, `data_position` anything JSON, of this process (a Grain iterator's
-        `get_state()`), `score` the mean validation Dice, where it was just measured: the best one is kept.
-        Raises NeuronetError where `step` is not later than every checkpoint there is: nothing would be saved.
+        `state` is any pytree of arrays. `data_position` is any JSON, the same in every process (a Grain
+        iterator's `get_state()`). `score` is the mean validation Dice, if just measured; the best checkpoint is kept.
+        Raises NeuronetError if `step` is not later than all checkpoints, because nothing would be saved.
         """
         manager = self._manager
         if manager is None:
@@ -125,7 +127,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the background save, then removes what `keep` no longer covers."""
+        """Waits for the background save, then removes checkpoints beyond `keep`."""
         if self._manager is None:
             return
         try:
@@ -151,22 +153,22 @@ class Checkpoints:
         self.close()
 
     def restore(self, target: Any, step: int | None = None, strict: bool = False, reset_data: bool = False) -> Restored:
-        """The checkpoint of `step`, or the latest one, on the devices that `target` says.
+        """Restores the checkpoint of `step`, or the latest one, to the devices of `target`.
 
-        `target` is the state's tree with arrays or `jax.ShapeDtypeStruct`s as leaves; the shardings are theirs (one
-        device where they have none), whatever devices the checkpoint was written from. With no `step`, a damaged
-        checkpoint is set aside with a warning and the one before is taken; with `strict` or a `step` it is an error.
-        Raises NeuronetError on a difference in tree, shape, dtype or kind of random key, naming every path, and where
-        the data position is missing or of another number of processes, unless `reset_data`.
+        `target` is the state's tree with arrays or `jax.ShapeDtypeStruct`s as leaves. Their shardings decide (one
+        device without them), whatever devices wrote the checkpoint. Without `step`, a damaged checkpoint is set aside
+        with a warning and the one before is taken; with `strict` or a `step` it is an error. Raises NeuronetError on a
+        difference in tree, shape, dtype or kind of random key, naming every path, and if the data position is
+        missing, unless `reset_data`.
         """
         step = self._sound(step, strict)
         state = self._arrays(step, target, part=False)
         return Restored(state, None if reset_data else self._position(step), step)
 
     def restore_params(self, target: Any, step: int | None = None, strict: bool = False) -> tuple[Any, int]:
-        """Like `restore` for a part of the state: `target` is any subtree with its path kept, like `{"params": …}`.
+        """Restores a part of the state: `target` is any subtree with its path kept, such as `{"params": …}`.
 
-        Returns that tree and the step it is of.
+        Returns that tree and its step.
         """
         step = self._sound(step, strict)
         return self._arrays(step, target, part=True), step
@@ -185,7 +187,9 @@ class Checkpoints:
         return run
 
     def _sound(self, step: int | None, strict: bool) -> int:
-        """The step to restore, the same in all processes: `step` or the latest, whose every file has its checksum."""
+        """Returns the step to restore, the same in all processes: `step` or the latest whose files match their
+        checksums.
+        """
         self.wait()
         chosen, problem = -1, ""
         if multihost.process_index() == 0:
@@ -231,13 +235,10 @@ class Checkpoints:
     def _position(self, step: int) -> Any:
         folder = self._folder / str(step) / "position"
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
-        if _position_name() in names:
-            return json.loads((folder / _position_name()).read_text())
-        found = sorted(name for name in names if "_of_" in name) or "none"
-        raise NeuronetError(
-            f"checkpoint {step} has the data positions {found}, but not {_position_name()}: "
-            "run as many processes as before, or give --reset_data to start the data anew"
-        )
+        older = sorted(name for name in names if name.startswith("process_0_of_"))  # one per process before 0.2
+        if _POSITION not in names and not older:
+            raise NeuronetError(f"checkpoint {step} holds no data position; give --reset-data to restart the data")
+        return json.loads((folder / (_POSITION if _POSITION in names else older[0])).read_text())
 
     def _probe(self) -> None:
         """Writes and removes a file, so that a run that cannot save ends before its first step."""
@@ -263,7 +264,9 @@ class Checkpoints:
             multihost.sync_global_processes("neuronet_jax:tidy")
 
     def _remove_old(self) -> None:
-        """Runs only after a newer checkpoint is finished. Renames first: half a checkpoint never has a step's name."""
+        """Removes old checkpoints, after a newer one is finished. Renames first: half a checkpoint never has a step's
+        name.
+        """
         if multihost.process_index() == 0:
             for step in sorted(set(self.steps()) - {*self.steps()[-self._keep :], self.best()}):
                 self._rename(step, "deleting").rmtree()
@@ -282,7 +285,9 @@ class Checkpoints:
         return ocp.CheckpointManager(self._folder, options=options)
 
     def _write_manifest(self) -> None:
-        """Called by Orbax in its thread, on the first process, after the last file and before the commit."""
+        """Writes the manifest. Orbax calls this in its thread, on the first process, after the last file, before the
+        commit.
+        """
         for temporary in ocp.utils.tmp_checkpoints(self._folder):
             if temporary.get_final().name == str(self._saving):
                 write_manifest(temporary.get())
@@ -297,7 +302,7 @@ def _problem(folder: epath.Path) -> str:
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
-    """The leaves of `tree` by their path, in the tree's order."""
+    """Returns the leaves of `tree` by their path, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     if len(flat) != len(leaves):
@@ -309,7 +314,7 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 
 def _describe(leaf: Any) -> list[Any]:
-    """dtype (of a random key with its implementation: `key<fry>`) and shape, as JSON."""
+    """Returns the dtype (of a random key with its implementation: `key<fry>`) and shape, as JSON."""
     return [str(leaf.dtype), list(leaf.shape)]
 
 
@@ -333,21 +338,18 @@ def _raw(leaf: Any) -> Any:
 
 
 def _raw_shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What Orbax is asked for: shape, dtype and sharding of `leaf`, of a random key those of its words."""
+    """Returns shape, dtype and sharding of `leaf` as requested from Orbax; for a random key, those of its words."""
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
     return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
 
 
-def _position_name() -> str:
-    return f"process_{multihost.process_index()}_of_{multihost.process_count()}.json"
-
-
 class _Position(ocp.CheckpointHandler):
-    """One JSON file per process, for Orbax to write: every process reads its own share of the data."""
+    """One JSON file, written by Orbax."""
 
     def save(self, directory: epath.Path, args: "_PositionSave") -> None:
-        (directory / _position_name()).write_text(json.dumps(args.position))
+        if multihost.process_index() == 0:
+            (directory / _POSITION).write_text(json.dumps(args.position))
 
     def restore(self, directory: epath.Path, args: object = None) -> None:
         raise NotImplementedError("the file is read without Orbax, see Checkpoints._position")

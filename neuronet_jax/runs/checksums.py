@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: the checksum of each of its files, in the format that `sha256sum -c` reads."""
+"""The manifest of a checkpoint: the checksum of each of its files, in the format of `sha256sum -c`."""
 
 import hashlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def write_manifest(folder: epath.Path) -> None:
 
 
 def damage(folder: epath.Path) -> str:
-    """What is wrong with the files below `folder`, by its manifest; empty if nothing is."""
+    """Returns the first fault of the files below `folder`, by its manifest, or "" if there is none."""
     try:
         lines = [line.partition("  ") for line in (folder / MANIFEST).read_text().splitlines()]
         listed = {name: digest for digest, _, name in lines}
@@ -31,7 +31,7 @@ def damage(folder: epath.Path) -> str:
 
 
 def covered(folder: epath.Path) -> list[str]:
-    """The files below `folder` that its manifest covers, as sorted relative paths."""
+    """Returns the files below `folder` that its manifest covers, as sorted relative paths."""
 
     def walk(path: epath.Path, prefix: str) -> Iterator[str]:
         for child in path.iterdir():

@@ -2,12 +2,12 @@
 
     DIR/weights.safetensors    every parameter and moment by its path (`encoder/stem/kernel`), float32
         release.json           config, protocols and their label tables, voxel size, provenance, version, checksums
-        quality.json           calibration of predicted Dice, where the run had one (see `calibration.py`)
-        *.jax_export           programs, where they were exported (see `export.py`)
+        quality.json           calibration of predicted Dice, if the run has one (see `calibration.py`)
+        *.jax_export           exported programs, if any (see `export.py`)
         manifest.sha256        checksum of every file above; `sha256sum -c` reads it
 
-`restore` takes a release as it takes a run. There is no pickle and no code in it; what a downloaded release says is
-checked before it is believed: sizes, checksums, names, shapes and dtypes.
+`restore` takes a release like a run. A release has no pickle and no code in it. Sizes, checksums, names, shapes and
+dtypes of a downloaded release are checked before use.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -29,12 +30,14 @@ from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
-from neuronet_jax.runs.calibration import QUALITY, UNKNOWN, Calibration, calibration_to_json
+from neuronet_jax.runs.calibration import UNKNOWN, Calibration, calibration_to_json
 from neuronet_jax.runs.checksums import MANIFEST
+from neuronet_jax.runs.directory import QUALITY, RELEASE
 from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.provenance import Origin
 
 SCHEMA = 1  # raised when a release can no longer read what an older one wrote
-RELEASE, WEIGHTS = "release.json", "weights.safetensors"
+WEIGHTS = "weights.safetensors"
 _HEADER_BYTES = 2**20  # of safetensors, at most: names, dtypes and shapes of some hundred arrays take 20 kB
 _FIX = "fetch the release again"
 
@@ -43,7 +46,7 @@ class Program(NamedTuple):
     """One exported program of a release."""
 
     file: str
-    shape: tuple[int, int, int] | None  # of its image; None: any sides that are multiples of `multiple_of`
+    shape: tuple[int, int, int] | None  # of its image; None: any sides in multiples of `multiple_of`
     multiple_of: int
     platforms: tuple[str, ...]
     content: bytes
@@ -55,20 +58,22 @@ def release(
     programs: Sequence[Program] = (),
     calibration: Calibration = UNKNOWN,
 ) -> None:
-    """Writes the model's weights and all that `restore` needs into `folder` (local or gs://).
+    """Writes the model's weights, and everything else that `restore` needs, into `folder` (local or gs://).
 
-    `calibration` is that of the model's run (`load_calibration`). Raises NeuronetError where the folder already holds a
+    `calibration` belongs to the model's run (`load_calibration`). Raises NeuronetError if the folder already holds a
     release or cannot be written.
     """
     files = Files(os.fspath(folder))
     if files.read(MANIFEST) is not None or files.read(RELEASE) is not None:
-        raise NeuronetError(f"{folder} holds a release already; give another --out")
+        raise NeuronetError(f"{folder} already holds a release; give a different --out")
     variables = nnx.to_flat_state(nnx.state(model.network, graph=False))
     weights = {weight_name(path): np.asarray(variable[...]) for path, variable in variables}
     contents = {WEIGHTS: save(weights), **{program.file: program.content for program in programs}}
     if calibration.heads:
         contents[QUALITY] = calibration_to_json(calibration)
-    config = dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, store=""))  # a place of ours
+    config = dataclasses.replace(
+        model.config, data=dataclasses.replace(model.config.data, store="")
+    )  # the path is private to the training site
     description = {
         "schema": SCHEMA,
         "version": __version__,
@@ -77,7 +82,7 @@ def release(
         "labels": {name: _label_table(name) for name in model.config.protocols},
         "voxel_size_mm": model.voxel_size_mm,
         "orientation": "RAS",
-        "provenance": model.provenance,
+        "provenance": model.origin.to_json(),
         "programs": [{k: v for k, v in program._asdict().items() if k != "content"} for program in programs],
         "sha256": {name: _sha256(content) for name, content in contents.items()},
     }
@@ -85,11 +90,11 @@ def release(
     for name, content in contents.items():
         files.write(name, content)
     lines = [f"{_sha256(content)}  {name}\n" for name, content in sorted(contents.items())]
-    files.write(MANIFEST, "".join(lines).encode())  # the last: a release without it was never finished
+    files.write(MANIFEST, "".join(lines).encode())  # last: a release without it is unfinished
 
 
 def restore_release(folder: str) -> Model:
-    """The model of a release. Raises NeuronetError where it is damaged, of a newer schema or not what it says."""
+    """Reads the model of a release. Raises NeuronetError if it is damaged, inconsistent or of a newer schema."""
     files = Files(folder)
     manifest, text = files.read(MANIFEST), files.read(RELEASE)
     if manifest is None or text is None:
@@ -98,7 +103,8 @@ def restore_release(folder: str) -> Model:
     listed = {name: digest for digest, _, name in lines}
     description = _described(_checked(RELEASE, text, listed))
     config = Config.from_fields(description["config"])
-    shapes = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
+    settings = config.model.on(jax.local_devices()[0].platform)
+    shapes = nnx.eval_shape(lambda: build(settings, config.protocols, config.seed))
     structure, state = nnx.split(shapes, graph=False)
     variables = nnx.to_flat_state(state)
     weights = _weights(files, listed, sum(variable.size * variable.dtype.itemsize for _, variable in variables))
@@ -113,7 +119,7 @@ def restore_release(folder: str) -> Model:
             )
     filled = [(path, variable.replace(jnp.asarray(weights[weight_name(path)]))) for path, variable in variables]
     network = nnx.merge(structure, nnx.from_flat_state(filled))
-    return Model(network, config, description["voxel_size_mm"], description["provenance"])
+    return Model(network, config, description["voxel_size_mm"], Origin.from_json(description["provenance"]))
 
 
 def weight_name(path: Sequence[Any]) -> str:
@@ -129,11 +135,11 @@ def _weights(files: Files, listed: dict[str, str], expected_bytes: int) -> dict[
     try:
         return load(_checked(WEIGHTS, content, listed))
     except SafetensorError as error:
-        raise NeuronetError(f"{WEIGHTS} is no safetensors file ({error}); {_FIX}") from error
+        raise NeuronetError(f"{WEIGHTS} is not a safetensors file ({error}); {_FIX}") from error
 
 
 def _described(text: bytes) -> dict[str, Any]:
-    """The content of release.json with the fields that `restore_release` needs, of their types."""
+    """Returns the content of release.json after checking the types of the fields that `restore_release` needs."""
     types = {"schema": int, "config": dict, "voxel_size_mm": float, "provenance": dict}
     try:
         description = json.loads(text)
@@ -158,7 +164,7 @@ def _checked(name: str, content: bytes, listed: dict[str, str]) -> bytes:
 
 
 def _label_table(protocol: str) -> list[dict[str, Any]]:
-    """One row per class, in class order: what the programs' ids mean."""
+    """Returns one row per class, in class order: the meaning of the programs' ids."""
     return [dataclasses.asdict(structure) for structure in PROTOCOLS[protocol].structures]
 
 

@@ -11,39 +11,39 @@ import numpy as np
 from flax import nnx
 
 from neuronet_jax.errors import CodedWarning, NeuronetError
-from neuronet_jax.files import Files
 from neuronet_jax.models.network import build
 from neuronet_jax.runs.checkpoint import Checkpoints
+from neuronet_jax.runs.directory import TRAINING_DATA, RunDirectory
 from neuronet_jax.runs.model import Model, ensemble
+from neuronet_jax.runs.provenance import Origin
 from neuronet_jax.runs.release import restore_release
-from neuronet_jax.store.schema import StoreInfo
 
 
 def restore(run: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Model:
-    """The model of a run directory (local or gs://): its best checkpoint by validation Dice, else the latest. Or that
-    of a release, as `neuronet export` writes it.
+    """Reads the model of a run directory (local or gs://): its best checkpoint by validation Dice, else the latest.
 
-    With several runs their ensemble: the mean of the scores of all. The averaged weights are taken where a run kept
-    them. Raises NeuronetError where a folder is no run, its checkpoints are damaged or do not fit this release, or the
-    runs predict different protocols or work at different voxel sizes.
+    A release, as `neuronet export` writes it, works too. Several runs give their ensemble: the mean of their scores.
+    Averaged weights are used if a run has them. Raises NeuronetError if a folder is not a run, if its checkpoints are
+    damaged or do not fit this release, or if the runs predict different protocols or work at different voxel sizes.
     """
     return ensemble(_restore(os.fspath(run)), *(_restore(os.fspath(other)) for other in more))
 
 
 def _restore(run: str) -> Model:
-    if Files(run).read("release.json") is not None:
+    folder = RunDirectory(run)
+    if folder.is_release():
         return restore_release(run)
-    data = Files(run).read("store.json")
+    data = folder.training_data()
     if data is None:
-        raise NeuronetError(f"{run} holds no run (no store.json); --run takes the --workdir of a training run")
-    info = StoreInfo.from_json(data)
+        raise NeuronetError(f"{run} holds no run (no {TRAINING_DATA}); --run takes the --workdir of a training run")
     checkpoints = Checkpoints(run, read_only=True)
     try:
         step = checkpoints.best() or checkpoints.latest()
         if step is None:
-            raise NeuronetError(f"{run} holds no finished checkpoint yet; train longer, or give another --run")
+            raise NeuronetError(f"{run} holds no finished checkpoint yet; train longer, or give a different --run")
         config = checkpoints.config(step)
-        shapes = nnx.eval_shape(lambda: build(config.model, config.protocols, config.seed))
+        settings = config.model.on(jax.local_devices()[0].platform)
+        shapes = nnx.eval_shape(lambda: build(settings, config.protocols, config.seed))
         structure, params, moments = nnx.split(shapes, nnx.Param, nnx.BatchStat, graph=False)
         averaged = config.optimizer.ema_decay > 0
         target = {"average": (params, moments)} if averaged else {"params": params, "moments": moments}
@@ -57,24 +57,17 @@ def _restore(run: str) -> Model:
     finally:
         checkpoints.close()
     weights = state["average"] if averaged else (state["params"], state["moments"])
-    # anew from the host: not bound to the device that they were read to
+    # copied through the host, so that they are not bound to the device that read them
     params, moments = jax.tree.map(lambda array: jnp.asarray(np.asarray(array)), weights)
-    provenance = {
-        "config": config.name,
-        "step": step,
-        "split_hash": info.split_hash,
-        "weights_sha256": weights_sha256(params, moments),
-    }
-    if note := info.provenance.get("note"):  # such as: a demonstration on synthetic heads
-        provenance["note"] = note
-    if imported := info.provenance.get("imported"):  # the files that the weights come from
-        provenance["imported"] = imported
-    return Model(nnx.merge(structure, params, moments), config, info.voxel_size_mm, provenance)
+    digest = weights_sha256(params, moments)
+    origin = Origin(config.name, step, data.split_hash, digest, data.note, data.imported)
+    return Model(nnx.merge(structure, params, moments), config, data.voxel_size_mm, origin)
 
 
 def weights_sha256(params: Any, moments: Any) -> str:
-    """Names the weights, wherever they are stored: SHA-256 over path, type, shape and little-endian values of each
-    array, in the order of the paths.
+    """Returns a SHA-256 that identifies the weights, wherever they are stored.
+
+    It covers path, type, shape and little-endian values of each array, in the order of the paths.
     """
     digest = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path({"params": params, "moments": moments})

@@ -1,1 +1,1 @@
-"""The store: a population of conformed heads and label maps as sharded zarr3 arrays."""
+"""The store: a population of conformed scans and label maps as sharded zarr3 arrays."""

@@ -17,17 +17,18 @@ from neuronet_jax.store.schema import StoreError, StoreInfo, Subject, check_subj
 
 
 class Store:
-    """A finished store, read-only. Cheap to send to another process: the arrays open in the process that reads."""
+    """A finished store, read-only. It is cheap to send to a different process, which opens the arrays itself."""
 
     def __init__(self, dest: str, info: StoreInfo, subjects: tuple[Subject, ...], concurrency: int | None):
         self.dest, self.info, self.subjects, self._concurrency = dest, info, subjects, concurrency
 
     @classmethod
     def open(cls, dest: str | os.PathLike[str], concurrency: int | None = None) -> "Store":
-        """Checks and opens the store at a local path, gs:// or s3://; `concurrency` bounds codec and request threads.
+        """Checks and opens the store at a local path, gs:// or s3://. `concurrency` bounds codec and request threads.
 
-        Raises StoreError E_INCOMPLETE without COMPLETE, E_MISMATCH where hashes, counts, shapes or types disagree,
-        E_SCHEMA for another version, E_LEAK for a subject in two splits, E_SYMLINK for links that leave the store.
+        Raises StoreError E_INCOMPLETE without COMPLETE, E_MISMATCH if hashes, counts, shapes or types disagree,
+        E_SCHEMA for a different version, E_LEAK for a subject in two splits, and E_SYMLINK for links that leave the
+        store.
         """
         dest = os.fspath(dest)
         if (root := local_path(dest)) is not None:
@@ -47,13 +48,13 @@ class Store:
         if hashlib.sha256(table).hexdigest() != info.subjects_hash:
             raise StoreError(
                 "E_MISMATCH",
-                f"subjects.tsv of {dest} is not the one that store.json was written with; rebuild the store",
+                f"subjects.tsv of {dest} does not match store.json; rebuild the store",
             )
         subjects = subjects_from_tsv(table)
         if len(subjects) != info.subjects or split_hash(subjects) != info.split_hash:
             raise StoreError(
                 "E_MISMATCH",
-                f"{dest} lists {len(subjects)} subjects, store.json says {info.subjects}; rebuild the store",
+                f"{dest} lists {len(subjects)} subjects, but store.json says {info.subjects}; rebuild the store",
             )
         check_subjects(subjects, info)
         store = cls(dest, info, subjects, concurrency)
@@ -63,7 +64,7 @@ class Store:
                 raise StoreError(
                     "E_MISMATCH",
                     f"{name} of {dest} must be {metadata['data_type']} {tuple(metadata['shape'])} by store.json, "
-                    f"the array is {array.dtype.name} {array.shape}; rebuild the store",
+                    f"but the array is {array.dtype.name} {array.shape}; rebuild the store",
                 )
         return store
 
@@ -78,19 +79,19 @@ class Store:
             raise StoreError("E_MISMATCH", f"cannot open the arrays of {self.dest}: {error}") from error
 
     def split(self, name: str) -> list[Subject]:
-        """The subjects of train, validation or test, in the order of their slots."""
+        """Returns the subjects of train, validation or test, in the order of their slots."""
         return [subject for subject in self.subjects if subject.split == name]
 
     def gaps(self) -> list[str]:
-        """Names of the shards that should be there and are not."""
+        """Returns the file names of missing shards."""
         return arrays.gaps(Files(self.dest), self.info, self.subjects)
 
     def with_concurrency(self, concurrency: int) -> "Store":
-        """The same store, its codec threads and requests in flight bounded per process."""
+        """Returns the same store with bounded codec threads and requests in flight per process."""
         return type(self)(self.dest, self.info, self.subjects, concurrency)
 
     def read_image(self, slot: int, start: Sequence[int] = (0, 0, 0), shape: Sequence[int] | None = None) -> np.ndarray:
-        """float32 [x y z], raw intensities of a box (default: the whole volume)."""
+        """Returns the raw intensities of a box (default: the whole volume), float32 [x y z]."""
         return self._read([self._image(slot, start, shape)])[0]
 
     def read_labels(
@@ -100,33 +101,33 @@ class Store:
         start: Sequence[int] = (0, 0, 0),
         shape: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """uint8 [p x y z], class indices in the order of `protocols`."""
+        """Returns class indices in the order of `protocols`, uint8 [p x y z]."""
         return self._read([self._labels(slot, protocols, start, shape)])[0]
 
     def read_crop(
         self, slot: int, start: Sequence[int], shape: Sequence[int], protocols: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Image float32 [x y z] and labels uint8 [p x y z] of one box, all chunks requested at once.
+        """Returns the image float32 [x y z] and labels uint8 [p x y z] of one box, with all chunks requested at once.
 
-        Raises NeuronetError for a box outside the grid, StoreError E_SHARD_MISSING, E_CRC or E_IO naming the slot.
+        Raises NeuronetError for a box outside the grid, and StoreError E_SHARD_MISSING, E_CRC or E_IO naming the slot.
         """
         return self.read_crops([slot], [start], shape, protocols)[0]
 
     def read_crops(
         self, slots: Sequence[int], starts: Sequence[Sequence[int]], shape: Sequence[int], protocols: Sequence[str]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """`read_crop` of many boxes, all in flight together."""
+        """Returns `read_crop` of many boxes, all in flight together."""
         images = [self._image(slot, start, shape) for slot, start in zip(slots, starts, strict=True)]
         labels = [self._labels(slot, protocols, start, shape) for slot, start in zip(slots, starts, strict=True)]
         read = self._read(images + labels)
         return list(zip(read[: len(images)], read[len(images) :], strict=True))
 
     def read_foregrounds(self, slots: Sequence[int]) -> list[np.ndarray]:
-        """int16 [n 3] of each slot: labelled voxel positions on the stored grid."""
+        """Returns the labelled voxel positions of each slot on the stored grid, int16 [n 3]."""
         return self._read([self._view("foreground", slot) for slot in slots])
 
     def read_foreground(self, slot: int) -> np.ndarray:
-        """int16 [n 3], labelled voxel positions on the stored grid."""
+        """Returns the labelled voxel positions of one slot on the stored grid, int16 [n 3]."""
         return self.read_foregrounds([slot])[0]
 
     def _view(self, name: str, slot: int) -> "_View":
@@ -167,7 +168,7 @@ class Store:
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """A part of an array, not yet read, and what to call it in an error."""
+    """An unread part of an array, with its name and slot for errors."""
 
     name: str
     slot: int
@@ -175,21 +176,22 @@ class _View:
 
 
 def _read_error(dest: str, name: str, slot: int, text: str) -> StoreError:
-    place = f"{name} of the subject in slot {slot} (subjects.tsv names it) in {dest}"
+    place = f"{name} of the subject in slot {slot} (see subjects.tsv) in {dest}"
     status = text.split(":", 1)[0]
     if status == "NOT_FOUND":
-        return StoreError("E_SHARD_MISSING", f"{place} is not there; rebuild that shard. {text}")
+        return StoreError("E_SHARD_MISSING", f"{place} is missing; rebuild that shard. {text}")
     if status in ("DATA_LOSS", "FAILED_PRECONDITION", "OUT_OF_RANGE", "INVALID_ARGUMENT"):
         return StoreError("E_CRC", f"{place} is damaged; rebuild that shard. {text}")
     return StoreError("E_IO", f"cannot read {place}. {text}")
 
 
 def _check_links(root: Path) -> None:
-    """A link inside the store that leads out of it could serve other files as data (or be served them)."""
+    """Raises StoreError for a link out of the store, through which other files could be read as data."""
     for folder, folders, names in os.walk(root):
         for name in folders + names:
             path = Path(folder, name)
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise StoreError(
-                    "E_SYMLINK", f"{path.relative_to(root)} is a link out of the store {root}; replace it by the files"
+                    "E_SYMLINK",
+                    f"{path.relative_to(root)} is a link out of the store {root}; replace it with the files",
                 )

@@ -1,13 +1,13 @@
-"""What a store holds: the rows of subjects.tsv, the fields of store.json and the zarr3 metadata of the arrays.
+"""The contents of a store: the rows of subjects.tsv and the fields of store.json.
 
-Schema version 1 is the first; a change of any of these raises it.
+A change of any of these raises the schema version. Version 1 is the first.
 """
 
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,15 @@ import numpy as np
 from neuronet_jax.errors import CodedError, NeuronetError
 
 SCHEMA_VERSION = 1
-FOREGROUND_POINTS = 2048  # 12 kB per subject: crops rarely repeat over some hundred epochs, small beside one chunk
+FOREGROUND_POINTS = (
+    2048  # 12 kB per subject, less than a chunk; enough that crops rarely repeat over some hundred epochs
+)
 SPLITS = ("train", "validation", "test")
-_ID = re.compile(r"[A-Za-z0-9]+")
+_ID = re.compile(r"[A-Za-z0-9]+")  # what BIDS accepts as a label, and every file system as a name
 
 
 class StoreError(CodedError):
-    """A store that cannot be used as asked. Codes: E_SHARD_MISSING, E_CRC, E_IO, E_INCOMPLETE, E_MISMATCH, …"""
+    """An error of a store, with a code: E_SHARD_MISSING, E_CRC, E_IO, E_INCOMPLETE, E_MISMATCH, …"""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Reject:
 
 @dataclass(frozen=True)
 class Record:
-    """What is stored of one subject."""
+    """The stored data of one subject."""
 
     image: np.ndarray  # float32 [x y z]
     labels: np.ndarray  # uint8 [p x y z], zeros for absent protocols
@@ -65,7 +67,7 @@ class Record:
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """store.json. While a store is being written its counts and hashes are zero and empty."""
+    """The fields of store.json. While a store is being written, its counts and hashes are zero and empty."""
 
     schema_version: int
     protocols: tuple[str, ...]
@@ -84,7 +86,9 @@ class StoreInfo:
 
     @classmethod
     def from_json(cls, data: bytes) -> "StoreInfo":
-        """Raises StoreError E_SCHEMA for another version, E_MISMATCH for fields that are missing or unknown."""
+        """Reads store.json. Raises StoreError E_SCHEMA for a different version, E_MISMATCH for missing or unknown
+        fields.
+        """
         try:
             fields = json.loads(data)
             version = fields["schema_version"]
@@ -93,7 +97,7 @@ class StoreInfo:
         if version != SCHEMA_VERSION:
             fix = "update neuronet_jax" if version > SCHEMA_VERSION else "rebuild the store"
             raise StoreError(
-                "E_SCHEMA", f"the store has schema version {version}, this release reads {SCHEMA_VERSION}; {fix}"
+                "E_SCHEMA", f"the store has schema version {version}, but this release reads {SCHEMA_VERSION}; {fix}"
             )
         names = {field.name for field in dataclasses.fields(cls)}
         if set(fields) != names:
@@ -104,12 +108,17 @@ class StoreInfo:
         return cls(**fields)
 
     def shard_of(self, slot: int) -> int:
-        """First slot of the shard that holds `slot`."""
+        """Returns the first slot of the shard that holds `slot`."""
         return slot - slot % self.shard_subjects
 
 
+def is_id(text: str) -> bool:
+    """Tells whether `text` can name a subject: ASCII letters and digits only."""
+    return _ID.fullmatch(text) is not None
+
+
 def split_hash(subjects: Sequence[Subject]) -> str:
-    """sha256 over the sorted pairs of id and split: changes when, and only when, somebody changes sides."""
+    """Returns the sha256 of the sorted pairs of id and split. It changes if and only if a subject's split changes."""
     lines = sorted(f"{subject.id}\t{subject.split}\n" for subject in subjects)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -117,11 +126,11 @@ def split_hash(subjects: Sequence[Subject]) -> str:
 def sample_foreground(
     labels: np.ndarray, present: Sequence[bool], seed: int, points: int = FOREGROUND_POINTS
 ) -> np.ndarray:
-    """int16 [points 3]: labelled voxels of `labels` (uint8 [p x y z]), drawn with replacement.
+    """Draws labelled voxels of `labels` (uint8 [p x y z]) with replacement. Returns int16 [points 3].
 
-    Half are uniform over the voxels labelled in any present protocol; half first draw a structure uniformly among all
-    those of the present protocols, then one of its voxels, so that the accumbens is seen as often as the white matter.
-    Raises NeuronetError where nothing is labelled.
+    Half are uniform over the voxels labelled in any present protocol. For the other half, a structure is drawn
+    uniformly among those of the present protocols, then one of its voxels: small structures are seen as often as white
+    matter. Raises NeuronetError if nothing is labelled.
     """
     rng = np.random.default_rng(seed)
     maps = labels[np.asarray(present, bool)].reshape(-1, labels[0].size)  # [p voxels]
@@ -140,7 +149,9 @@ def sample_foreground(
 
 
 def subjects_to_tsv(subjects: Sequence[Subject]) -> bytes:
-    """Rows in the order of the slots; floats by repr, so that they read back exactly."""
+    """Returns the table of subjects in the order of the slots. Floats are written by repr, so that they read back
+    exactly.
+    """
     names = [field.name for field in dataclasses.fields(Subject)]
     lines = ["\t".join(names)]
     for subject in sorted(subjects, key=lambda subject: subject.slot):
@@ -150,7 +161,7 @@ def subjects_to_tsv(subjects: Sequence[Subject]) -> bytes:
 
 
 def subjects_from_tsv(data: bytes) -> tuple[Subject, ...]:
-    """Inverse of `subjects_to_tsv`. Raises StoreError E_MISMATCH for other columns."""
+    """Reads the table of `subjects_to_tsv`. Raises StoreError E_MISMATCH for different columns."""
     header, *rows = data.decode().splitlines()
     names = [field.name for field in dataclasses.fields(Subject)]
     if header.split("\t") != names:
@@ -163,15 +174,28 @@ def subjects_from_tsv(data: bytes) -> tuple[Subject, ...]:
     return tuple(subjects)
 
 
+def rejects_to_tsv(rejects: Iterable[Reject]) -> bytes:
+    """Returns the content of rejects.tsv. White space within a reason becomes single spaces."""
+    names = [field.name for field in dataclasses.fields(Reject)]
+    rows = [[" ".join(value.split()) for value in dataclasses.astuple(reject)] for reject in rejects]
+    return "".join("\t".join(row) + "\n" for row in [names, *rows]).encode()
+
+
+def rejects_from_tsv(data: bytes) -> list[Reject]:
+    """Reads the table of `rejects_to_tsv`."""
+    return [Reject(*line.split("\t", 2)) for line in data.decode().splitlines()[1:]]
+
+
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def check_subjects(subjects: Sequence[Subject], info: StoreInfo) -> None:
+    """Raises StoreError E_ID, E_MISMATCH or E_LEAK for invalid rows."""
     slots: set[int] = set()
     splits: dict[str, str] = {}
     for subject in subjects:
-        if not _ID.fullmatch(subject.id):
+        if not is_id(subject.id):
             raise StoreError("E_ID", f"the subject id in slot {subject.slot} must be letters and digits only")
         if not 0 <= subject.slot < info.slots or subject.slot in slots:
             raise StoreError("E_MISMATCH", f"slot {subject.slot} is given twice or outside 0…{info.slots - 1}")

@@ -22,13 +22,14 @@ from neuronet_jax.store.schema import (
     StoreInfo,
     Subject,
     check_subjects,
+    rejects_to_tsv,
     split_hash,
     subjects_to_tsv,
 )
 
 
 class StoreWriter:
-    """Writes a store shard by shard; many processes may `open` an unfinished store and write different shards."""
+    """A store being written, shard by shard. Many processes may `open` it and write different shards."""
 
     def __init__(self, dest: str, info: StoreInfo, concurrency: int | None = None):
         self.dest, self.info, self.files, self._concurrency = dest, info, Files(dest), concurrency
@@ -46,7 +47,7 @@ class StoreWriter:
         provenance: dict[str, Any],
         chunk: int = 32,
     ) -> "StoreWriter":
-        """Makes the empty arrays. Raises StoreError E_EXISTS where a store, finished or not, is already there."""
+        """Creates the empty arrays. Raises StoreError E_EXISTS if there is already a store, finished or not."""
         x, y, z = (int(side) for side in grid)
         info = StoreInfo(
             SCHEMA_VERSION, tuple(protocols), (x, y, z), float(voxel_size_mm), slots, shard_subjects, chunk, provenance
@@ -58,7 +59,7 @@ class StoreWriter:
         writer = cls(dest, info)
         if writer.files.read("COMPLETE") is not None:
             raise StoreError(
-                "E_EXISTS", f"{dest} holds a finished store, which is read-only; choose another place or delete it"
+                "E_EXISTS", f"{dest} holds a finished store, which is read-only; choose a different place or delete it"
             )
         if writer.files.read("unfinished.json") is not None:
             raise StoreError("E_EXISTS", f"{dest} holds an unfinished store; continue it or delete it")
@@ -66,20 +67,20 @@ class StoreWriter:
             open_arrays(dest, info, None, create=True, write=True)
         except ValueError as error:
             raise StoreError("E_EXISTS", f"cannot make the arrays of {dest}; choose an empty place. {error}") from error
-        writer.files.write("unfinished.json", info.to_json())  # last: from here on workers may open it
+        writer.files.write("unfinished.json", info.to_json())  # last: from now on workers may open it
         return writer
 
     @classmethod
     def open(cls, dest: str, concurrency: int | None = None) -> "StoreWriter":
-        """Joins an unfinished store; `concurrency` bounds this process's codec and request threads.
+        """Joins an unfinished store. `concurrency` bounds this process's codec and request threads.
 
-        Raises StoreError E_READ_ONLY for a finished store, E_INCOMPLETE where nothing was created.
+        Raises StoreError E_READ_ONLY for a finished store, E_INCOMPLETE if none was created.
         """
         files = Files(dest)
         if files.read("COMPLETE") is not None:
             raise StoreError(
                 "E_READ_ONLY",
-                f"{dest} is finished and read-only; write to another place, or remove subjects by purging",
+                f"{dest} is finished and read-only; write elsewhere, or remove subjects with data_prep.purge",
             )
         data = files.read("unfinished.json")
         if data is None:
@@ -88,7 +89,7 @@ class StoreWriter:
 
     @classmethod
     def reopen(cls, dest: str) -> "StoreWriter":
-        """Takes a finished store back into the unfinished state, to purge subjects; `finalize` ends it again."""
+        """Returns a finished store to the unfinished state, to purge subjects; `finalize` finishes it again."""
         info = Store.open(dest).info
         writer = cls(dest, dataclasses.replace(info, subjects=0, subjects_hash="", split_hash=""))
         writer.files.write("unfinished.json", writer.info.to_json())
@@ -103,10 +104,10 @@ class StoreWriter:
         return open_arrays(self.dest, self.info, self._concurrency, write=True)
 
     def write_shard(self, first_slot: int, records: Sequence[Record | None]) -> None:
-        """Writes the shard of the slots first_slot, first_slot + 1, …; None leaves a hole. Replaces what was there.
+        """Writes the shard of the slots first_slot, first_slot + 1, …; None leaves a hole. Replaces an old shard.
 
-        The image comes last, so a shard whose image exists is whole (`has_shard`).
-        Raises NeuronetError for a wrong slot, shape or dtype, StoreError E_IO where writing fails (no half shard).
+        The image is written last, so a shard with an image is complete (`has_shard`). Raises NeuronetError for a wrong
+        slot, shape or dtype, and StoreError E_IO if writing fails.
         """
         info = self.info
         if first_slot % info.shard_subjects or not 0 < len(records) <= min(
@@ -131,7 +132,7 @@ class StoreWriter:
                     )
             if not np.isfinite(record.image).all():
                 raise NeuronetError(f"image of slot {slot} must be finite")
-        self.delete_shard(first_slot)  # TensorStore would merge into an old shard, and a hole must stay a hole
+        self.delete_shard(first_slot)  # TensorStore would merge into an old shard and fill its holes
         for name, array in self._open.items():
             try:
                 with ts.Transaction() as transaction:  # one write per shard file
@@ -144,7 +145,7 @@ class StoreWriter:
                 ) from error
 
     def has_shard(self, first_slot: int) -> bool:
-        """Whether the shard was written entirely (False also for one that holds only holes)."""
+        """Tells whether the shard was written completely (False also for a shard of holes only)."""
         key = shard_key("image", first_slot // self.info.shard_subjects)
         return key in self.files.names(key)
 
@@ -154,9 +155,10 @@ class StoreWriter:
             self.files.delete(shard_key(name, first_slot // self.info.shard_subjects))
 
     def finalize(self, subjects: Sequence[Subject], rejects: Sequence[Reject]) -> StoreInfo:
-        """Writes subjects.tsv, rejects.tsv, store.json and, last, COMPLETE; the store is read-only from then on.
+        """Writes subjects.tsv, rejects.tsv, store.json and, last, COMPLETE. From then on the store is read-only.
 
-        Raises StoreError E_SHARD_MISSING where a subject's shard was never written; E_LEAK, E_ID, E_MISMATCH for rows.
+        Raises StoreError E_SHARD_MISSING if a subject's shard was never written, and E_LEAK, E_ID or E_MISMATCH for
+        rows.
         """
         check_subjects(subjects, self.info)
         if missing := gaps(self.files, self.info, subjects):
@@ -165,9 +167,6 @@ class StoreWriter:
                 f"{len(missing)} shards were never written, the first is {missing[0]}; resume the build",
             )
         table = subjects_to_tsv(subjects)
-        rows = ["id\tcode\treason"] + [
-            "\t".join(" ".join(v.split()) for v in dataclasses.astuple(reject)) for reject in rejects
-        ]
         info = dataclasses.replace(
             self.info,
             subjects=len(subjects),
@@ -175,7 +174,7 @@ class StoreWriter:
             split_hash=split_hash(subjects),
         )
         self.files.write("subjects.tsv", table)
-        self.files.write("rejects.tsv", ("\n".join(rows) + "\n").encode())
+        self.files.write("rejects.tsv", rejects_to_tsv(rejects))
         self.files.write("store.json", info.to_json())
         self.files.write("COMPLETE", (hashlib.sha256(info.to_json()).hexdigest() + "\n").encode())
         self.files.delete("unfinished.json")

@@ -1,6 +1,7 @@
-"""Augmentation on the device, inside the step: one function draws all parameters of a sample, others apply them.
+"""Augmentation on the device, inside the training step. `draw` draws all parameters of a sample; other functions apply
+them.
 
-A strength of 0 is the identity, exactly, and costs nothing: the code is not even traced.
+A strength of 0 is exactly the identity and costs nothing, because the code is not even traced.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ ROTATION_DEGREES, LOG_SCALE, SHEAR = 7.0, 0.07, 0.03
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """What is done to one sample."""
+    """The augmentation parameters of one sample."""
 
     flip: Bool[Array, ""]
     log_gamma: Float[Array, ""]
@@ -35,7 +36,7 @@ class Parameters:
 
 
 def augment(batch: dict[str, Array], key: Array, config: AugmentConfig, protocols: tuple[str, ...]) -> dict[str, Array]:
-    """Changes `image` [b x y z 1] and `labels` [b p x y z] of a batch, each sample by its own parameters."""
+    """Augments `image` [b x y z 1] and `labels` [b p x y z] of a batch, each sample with its own parameters."""
     image, labels = batch["image"], batch["labels"]
     keys = jax.random.split(key, image.shape[0])
     parameters = jax.vmap(lambda k: draw(k, config))(keys)
@@ -49,12 +50,12 @@ def augment(batch: dict[str, Array], key: Array, config: AugmentConfig, protocol
 
 
 def draw(key: Array, config: AugmentConfig) -> Parameters:
-    """All parameters of one sample."""
+    """Draws all parameters of one sample."""
     keys = iter(jax.random.split(key, 10))
     light, space = config.intensity, config.spatial
 
     def normal(deviation: float, shape: tuple[int, ...] = ()) -> Array:
-        # Truncated: a rare extreme would teach nothing that a scanner does.
+        # Truncated: rare extremes do not occur in scanners.
         return deviation * jax.random.truncated_normal(next(keys), -2.0, 2.0, shape)
 
     rotation = _rotation(jnp.deg2rad(normal(space * ROTATION_DEGREES, (3,))))
@@ -75,7 +76,7 @@ def draw(key: Array, config: AugmentConfig) -> Parameters:
 def mirror(
     image: Float[Array, "x y z 1"], labels: Integer[Array, "p x y z"], flip: Bool[Array, ""], protocols: tuple[str, ...]
 ) -> tuple[Array, Array]:
-    """Mirrors left-right (x, in RAS+ order) where `flip`; every structure takes its partner's label."""
+    """Mirrors left-right (x, in RAS+ order) if `flip` is set; every structure takes its partner's label."""
     partners = [np.asarray(PROTOCOLS[name].partners, np.uint8) for name in protocols]
     swapped = jnp.stack([jnp.asarray(table)[labels[p, ::-1].astype(jnp.int32)] for p, table in enumerate(partners)])
     return jnp.where(flip, image[::-1], image), jnp.where(flip, swapped, labels)
@@ -84,8 +85,9 @@ def mirror(
 def warp(
     image: Float[Array, "x y z 1"], labels: Integer[Array, "p x y z"], matrix: Float[Array, "3 3"]
 ) -> tuple[Array, Array]:
-    """Rotates, scales and shears about the centre: image linear, labels nearest, the border's value beyond the
-    border.
+    """Rotates, scales and shears about the centre: linear for the image, nearest for labels.
+
+    Beyond the border, the border's value continues.
     """
     shape = labels.shape[1:]
     centre = (jnp.asarray(shape, jnp.float32) - 1.0) / 2.0
@@ -98,9 +100,9 @@ def warp(
 
 
 def change_intensity(image: Float[Array, "x y z 1"], p: Parameters) -> Float[Array, "x y z 1"]:
-    """Contrast (gamma), a smooth bias field, noise, gain and offset, on a whitened image.
+    """Changes contrast (gamma), bias field, noise, gain and offset of a whitened image.
 
-    Gamma and bias act above the darkest value, so that air stays air.
+    Gamma and bias act above the darkest value, so that air stays dark.
     """
     low, high = jnp.min(image), jnp.max(image)
     span = jnp.maximum(high - low, 1e-6)
@@ -111,14 +113,14 @@ def change_intensity(image: Float[Array, "x y z 1"], p: Parameters) -> Float[Arr
 
 
 def _bias_field(shape: tuple[int, ...], coefficients: Float[Array, "3 3 3"]) -> Float[Array, "x y z"]:
-    """exp of a sum of products of the cosines of 0, ½ and 1 period per axis, constant left out."""
+    """Returns exp of a sum of products of cosines with 0, ½ and 1 period per axis, without the constant."""
     bases = [jnp.cos(jnp.pi * jnp.arange(3.0)[:, None] * (jnp.arange(float(n)) + 0.5)[None, :] / n) for n in shape]
     varying = coefficients.at[0, 0, 0].set(0.0)
     return jnp.exp(jnp.einsum("ijk,ix,jy,kz->xyz", varying, *bases))
 
 
 def _rotation(angles: Float[Array, "3"]) -> Float[Array, "3 3"]:
-    """Rotation by the given radians about x, then y, then z."""
+    """Returns the rotation by the given radians about x, then y, then z."""
     (cx, cy, cz), (sx, sy, sz) = jnp.cos(angles), jnp.sin(angles)
     x = jnp.array([[1.0, 0.0, 0.0], [0.0, cx, -sx], [0.0, sx, cx]])
     y = jnp.array([[cy, 0.0, sy], [0.0, 1.0, 0.0], [-sy, 0.0, cy]])

@@ -1,11 +1,11 @@
-"""The one mesh and how arrays lie on it.
+"""The device mesh, and the placement of arrays on it.
 
-`data` splits the batch: every crop of a step is independent of the others but for the moments of normalisation.
-`space` splits the y axis of a volume among the devices that share it, for crops too large for one; XLA inserts the
-exchange of neighbouring planes. It is y and never x, because the convolutions fold x into the batch (see
-`models/conv.py`). One device is a mesh of 1 × 1.
+`data` splits the batch: the crops of a step are independent, except for the moments of normalisation. `space` splits
+the y axis of a volume among devices, for crops too large for one; XLA inserts the exchange of neighbouring planes. It
+is y and never x, because the convolutions fold x into the batch (see `models/conv.py`). One device is a mesh of 1 × 1.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,13 +27,13 @@ _BATCH = {
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arranges the devices (all of them by default) as `data` × `space`.
+    """Arranges the devices (by default all of them) as `data` × `space`.
 
-    Raises NeuronetError, before anything is compiled, where batch or crop cannot be split that way.
+    Raises NeuronetError, before anything is compiled, if batch or crop cannot be split that way.
     """
     devices = jax.devices() if devices is None else list(devices)
     count, space = len(devices), config.mesh.space
-    local = min(jax.local_device_count(), count)
+    local = min(Counter(device.process_index for device in devices).values())  # on one host
     if local % space:
         legal = [n for n in range(1, local + 1) if local % n == 0]
         raise NeuronetError(f"mesh.space must divide the {local} devices of one host, got {space}: take one of {legal}")
@@ -55,13 +55,18 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh((data, space), (DATA, SPACE), axis_types=(AxisType.Auto, AxisType.Auto), devices=devices)
 
 
+def platform_of(mesh: Mesh) -> str:
+    """Returns the platform of the mesh's devices as JAX names it: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array: parameters, moments, optimiser."""
+    """Returns the sharding of parameters, moments and optimiser state: every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> dict[str, NamedSharding]:
-    """Where each array of a batch lies."""
+    """Returns the sharding of each array of a batch."""
     return {name: NamedSharding(mesh, spec) for name, spec in _BATCH.items()}
 
 

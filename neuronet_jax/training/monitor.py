@@ -1,7 +1,7 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, and a progress bar (plain lines without a terminal).
+"""Reports of a training run: metrics.jsonl, TensorBoard, and a progress bar (plain lines without a terminal).
 
-None of it can stop the training: a sink that fails is reported once, and the run goes on without what it missed.
-Only numbers and pictures are written, under names of the program's own: no subject, no path.
+None of them can stop the training: a sink that fails is reported once, and the run continues without it. Only numbers
+and pictures are written, under fixed names: no subject, no path.
 """
 
 import collections
@@ -28,21 +28,19 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-from neuronet_jax.files import Files
+from neuronet_jax.runs.directory import METRICS, TENSORBOARD, RunDirectory
 
-METRICS = "metrics.jsonl"
-SHOWN = ("loss", "dice")  # the metrics beside the progress bar
-UPLOAD_S = 60.0  # between copies to a bucket
+SHOWN = ("loss", "dice")  # metrics shown beside the progress bar
+UPLOAD_S = 60.0  # interval between copies to a bucket
 
 log = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Writes the metrics of a run below `run_dir` (a folder, gs:// or s3://), from process 0 only.
+    """Writer of a run's metrics below `run_dir` (a folder, gs:// or s3://), active in process 0 only.
 
-    In the other processes every method does nothing. A bucket gets a copy every minute and at the end.
-
-    What an earlier run wrote after `resume_step` (0: a fresh run) is dropped: those steps are run again.
+    In the other processes every method does nothing. A bucket gets a copy every minute and at the end. Lines of an
+    earlier run after `resume_step` (0: a fresh run) are dropped, because those steps are run again.
     """
 
     def __init__(self, run_dir: str | os.PathLike, total_steps: int, resume_step: int = 0, process_index: int = 0):
@@ -55,12 +53,12 @@ class Monitor:
         self._progress: Progress | None = None
         if not self._active:
             return
-        place = os.fspath(run_dir)
-        self._bucket = Files(place) if "://" in place else None
-        self._folder = Path(tempfile.mkdtemp(prefix="neuronet-") if self._bucket else place)
+        self._run = RunDirectory(run_dir)
+        self._bucket = self._run.files if "://" in self._run.path else None
+        self._folder = Path(tempfile.mkdtemp(prefix="neuronet-") if self._bucket else self._run.path)
         self._uploaded = time.monotonic() if self._bucket else 0.0
         self._try(METRICS, lambda: self._keep_until(resume_step))
-        self._try("TensorBoard", lambda: self._open_events(self._folder / "tensorboard", resume_step))
+        self._try("TensorBoard", lambda: self._open_events(self._folder / TENSORBOARD, resume_step))
         console = Console(stderr=True)
         if console.is_terminal:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
@@ -70,7 +68,7 @@ class Monitor:
         self._console = console
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes numbers (or arrays of one element) by name. A value that is not finite is null in metrics.jsonl."""
+        """Writes numbers (or arrays of one element) by name. A non-finite value becomes null in metrics.jsonl."""
         if not self._active:
             return
         numbers = {name: float(value) for name, value in values.items()}
@@ -86,7 +84,7 @@ class Monitor:
             self._console.print(f"step {step}/{self._total_steps}  {self._status()}", highlight=False)
 
     def pictures(self, step: int, images: Mapping[str, UInt8[np.ndarray, "h w 3"]]) -> None:
-        """Writes RGB pictures by name, to TensorBoard."""
+        """Writes RGB pictures by name to TensorBoard."""
         if self._active:
             self._try("TensorBoard", lambda: self._write_pictures(step, images))
 
@@ -107,7 +105,7 @@ class Monitor:
         self.close()
 
     def _status(self) -> str:
-        """`loss 0.512  dice 0.431  2.3 steps/s  1:02:03 left`"""
+        """Returns a line such as `loss 0.512  dice 0.431  2.3 steps/s  1:02:03 left`."""
         parts = [f"{name} {value:.3f}" for name, value in self._shown.items()]
         (first, then), (last, now) = self._ticks[0], self._ticks[-1]
         if last > first and now > then:
@@ -117,8 +115,8 @@ class Monitor:
         return "  ".join(parts)
 
     def _keep_until(self, step: int) -> None:
-        """Starts metrics.jsonl with the lines of the earlier run up to `step`, without broken ones."""
-        lines = read_metrics(self._bucket.dest if self._bucket else self._folder)
+        """Starts metrics.jsonl with the earlier run's lines up to `step`, without broken ones."""
+        lines = self._run.metrics()
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = self._folder / f"{METRICS}.tmp"
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
@@ -129,7 +127,7 @@ class Monitor:
             stream.write(line + "\n")
 
     def _upload(self, after_s: float) -> None:
-        """Copies the files to the bucket, if the last time is `after_s` ago: an object is only ever written whole."""
+        """Copies the files to the bucket if the last copy is `after_s` old. Objects are only ever written whole."""
         if self._bucket and time.monotonic() - self._uploaded >= after_s:
             self._uploaded = time.monotonic()
             for path in (path for path in self._folder.rglob("*") if path.is_file()):
@@ -138,9 +136,9 @@ class Monitor:
 
     def _open_events(self, folder: Path, resume_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # Synchronous: tensorboardX's own queue blocks the training for ever once its thread has died of a full disk.
+        # Synchronous: tensorboardX's own queue blocks the training forever once a full disk has killed its thread.
         self._events = EventsWriter(str(folder / "events"))
-        if resume_step:  # TensorBoard hides what it has read of later steps
+        if resume_step:  # tells TensorBoard to hide later steps that it has read
             start = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(step=resume_step + 1, wall_time=time.time(), session_log=start))
 
@@ -162,18 +160,7 @@ class Monitor:
         except Exception as error:
             if sink not in self._failed:
                 self._failed.add(sink)
-                log.warning("%s cannot be written, training goes on without: %s", sink, error)
-
-
-def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in order, each with `step` and `time`; a line cut short by a crash is left out."""
-    lines = []
-    for line in (Files(os.fspath(run_dir)).read(METRICS) or b"").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # a crash or a full disk cut it short
-            continue
-    return lines
+                log.warning("%s cannot be written; training continues without it: %s", sink, error)
 
 
 def _finite(value: float) -> float | None:

@@ -3,7 +3,7 @@
 Subjects and crops follow from the seed and the element's place in the global order alone. Neither an interruption nor
 the number of processes, devices or workers changes a voxel of a global batch. Each process draws the whole batch, which
 is numbers only, and reads its own rows, all their chunks at the same time. An epoch visits each subject once. Epochs
-run into one another, so nothing is dropped where subjects do not divide by the batch.
+overlap in batches, so nothing is dropped if the batch size does not divide the number of subjects.
 """
 
 import math
@@ -28,22 +28,22 @@ from neuronet_jax.images.intensity import whiten
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Subject
 
-Batch = dict[str, np.ndarray]
+HostBatch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The random choices of one crop; applying them is `Reader`'s part."""
+    """The random choices for one crop; `Reader` applies them."""
 
     subject: Subject
     at_foreground: bool
-    position: tuple[float, float, float]  # in [0, 1): where a uniform crop starts
-    point: float  # in [0, 1): which foreground voxel a foreground crop is centred on
+    position: tuple[float, float, float]  # in [0, 1): the start of a uniform crop
+    point: float  # in [0, 1): selects the foreground voxel at the centre of a foreground crop
 
 
 @dataclass(frozen=True)
 class Draws(grain.transforms.RandomMap):
-    """Draws one crop of the subject that comes in."""
+    """Draws one crop of the incoming subject."""
 
     foreground_fraction: float
 
@@ -70,18 +70,18 @@ class Reader(grain.transforms.Map):
     protocols: tuple[str, ...]
     crop: tuple[int, int, int]
 
-    def map(self, element: Sequence[Draw]) -> Batch:
-        """`image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z], `present` bool [b p], `slot` i32 [b]."""
+    def map(self, element: Sequence[Draw]) -> HostBatch:
+        """Returns `image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z], `present` bool [b p], `slot` i32 [b]."""
         try:
             return self._read(element)
-        except Exception as error:  # in a worker this is all that the main process gets to know
+        except Exception as error:  # the main process learns only this from a worker
             error.add_note(f"while reading the batch of the slots {[draw.subject.slot for draw in element]}")
             raise
 
-    def _read(self, element: Sequence[Draw]) -> Batch:
+    def _read(self, element: Sequence[Draw]) -> HostBatch:
         info = self.store.info
         window = tuple(min(side, length) for side, length in zip(self.crop, info.grid, strict=True))
-        # Where the grid is smaller than the crop it sits in the middle; background (raw 0, label 0) surrounds it.
+        # A grid smaller than the crop is centred in it, surrounded by background (raw 0, label 0).
         pad = tuple((side - length) // 2 for side, length in zip(self.crop, window, strict=True))
         inside = tuple(slice(before, before + length) for before, length in zip(pad, window, strict=True))
         image = np.zeros((len(element), *self.crop), np.float32)
@@ -102,7 +102,9 @@ class Reader(grain.transforms.Map):
         }
 
     def _starts(self, draws: Sequence[Draw], window: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """First voxel of each crop: uniform over all that fit, or around a foreground voxel, moved into the grid."""
+        """Returns the first voxel of each crop: uniform over all that fit, or around a foreground voxel, moved into the
+        grid.
+        """
         room = np.array(self.store.info.grid) - window
         points = iter(self.store.read_foregrounds([d.subject.slot for d in draws if d.at_foreground]))
         starts = []
@@ -118,7 +120,7 @@ class Reader(grain.transforms.Map):
 
 
 def _prepare_worker(worker_index: int, worker_count: int) -> None:
-    """Keeps JAX, which Grain imports, off the accelerator, and ends the worker with its parent, however that ends."""
+    """Keeps JAX, which Grain imports, off the accelerator, and ends the worker when its parent ends for any reason."""
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if "jax" in sys.modules:
@@ -126,28 +128,28 @@ def _prepare_worker(worker_index: int, worker_count: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed, or ended by the watchdog, cannot stop its workers; they would stay, asleep, for good."""
+    """Ends this worker with its parent. A killed parent cannot stop its workers, which would sleep forever."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
 
 
-class TrainingIterator(grain.DatasetIterator[Batch]):
+class TrainingIterator(grain.DatasetIterator[HostBatch]):
     """Endless batches with an exact position: `set_state(get_state())` continues with the very next batch.
 
     The state is the number of global batches given out, with the batch size, seed and split that it counts in. It is
-    the same in every process, so a run may go on with a different number of processes, devices and workers. It is JSON
-    and fits Grain's Orbax checkpoint handler.
+    the same in every process, so a run may continue with a different number of processes, devices and workers. It is
+    JSON and fits Grain's Orbax checkpoint handler.
     """
 
-    def __init__(self, batches: grain.MapDataset[Batch], config: Config, counts: dict[str, Any]):
+    def __init__(self, batches: grain.MapDataset[HostBatch], config: Config, counts: dict[str, Any]):
         super().__init__()
         self._batches, self._config, self._counts = batches, config, counts
         self._position = 0
         self._running: Any = None  # Grain's iterator from `position` on, made on first use
         self._waited = self._since = 0.0
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         self._assert_not_closed()
         began = time.perf_counter()
         self._since = self._since or began
@@ -158,26 +160,26 @@ class TrainingIterator(grain.DatasetIterator[Batch]):
         return batch
 
     def start_prefetch(self) -> None:
-        """Begins reading ahead."""
+        """Starts reading ahead."""
         if self._running is None:
             self._running = iter(self._dataset())
             self._running.start_prefetch()
 
-    def _dataset(self) -> grain.IterDataset[Batch]:
+    def _dataset(self) -> grain.IterDataset[HostBatch]:
         data = self._config.data
         ahead = self._batches.slice(slice(self._position, None))
         if data.workers == 0:
             return ahead.to_iter_dataset(
                 grain.ReadOptions(num_threads=data.prefetch, prefetch_buffer_size=data.prefetch)
             )
-        if not flags.FLAGS.is_parsed():  # Grain asks absl's flags; a notebook never parses them
+        if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which a notebook never parses
             flags.FLAGS.mark_as_parsed()
         in_worker = ahead.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         per_worker = -(-data.prefetch // data.workers)
         return in_worker.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker), _prepare_worker)
 
     def wait_fraction(self) -> float:
-        """Share of the time since the last call that the caller waited here for batches; 0 before the first batch."""
+        """Returns the share of time since the last call spent waiting for batches; 0 before the first batch."""
         now = time.perf_counter()
         share = self._waited / (now - self._since) if self._since else 0.0
         self._waited, self._since = 0.0, now
@@ -187,12 +189,12 @@ class TrainingIterator(grain.DatasetIterator[Batch]):
         return {"position": self._position, **self._counts}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Moves to a saved position. Raises NeuronetError, naming both values, where it counts something different."""
+        """Moves to a saved position. Raises NeuronetError, naming both values, if it counts something different."""
         processes = state.get("processes", 1)
         if processes != 1:  # releases before 0.2 gave each process an order of its own
             raise NeuronetError(
                 f"the data position is that of {processes} processes in an older release, whose order no longer "
-                "exists; start the data anew with --reset_data"
+                "exists; restart the data with --reset-data"
             )
         state = {name: value for name, value in state.items() if name != "processes"}
         if set(state) != {"position", *self._counts}:
@@ -201,7 +203,7 @@ class TrainingIterator(grain.DatasetIterator[Batch]):
             if state[name] != value:
                 raise NeuronetError(
                     f"the data position was saved with {name} {state[name]!r}, this run has {value!r}; "
-                    f"continue with the saved {name} or start the data anew"
+                    f"continue with the saved {name} or restart the data"
                 )
         self._stop()
         self._position = int(state["position"])
@@ -218,7 +220,9 @@ class TrainingIterator(grain.DatasetIterator[Batch]):
 
 
 def _check_shared_memory(config: Config, rows: int) -> None:
-    """Workers hand batches over in shared memory; where that is full the kernel kills them, so ask before."""
+    """Raises NeuronetError if shared memory is too small. Workers pass batches through it; if it fills up, they are
+    killed.
+    """
     place = Path("/dev/shm")
     if not place.is_dir():
         return
@@ -228,9 +232,9 @@ def _check_shared_memory(config: Config, rows: int) -> None:
     free = shutil.disk_usage(place).free
     if batch_bytes * in_flight > free:
         raise NeuronetError(
-            f"{data.workers} workers need {batch_bytes * in_flight / 1e9:.1f} GB in {place}, it has {free / 1e9:.1f} "
-            "free; lower config.data.prefetch, batch or crop, set config.data.workers to 0, or give more "
-            "(docker run --shm-size)"
+            f"{data.workers} workers need {batch_bytes * in_flight / 1e9:.1f} GB in {place}, but only "
+            f"{free / 1e9:.1f} GB are free; lower config.data.prefetch, batch or crop, set config.data.workers to 0, "
+            "or give more (docker run --shm-size)"
         )
 
 
@@ -239,7 +243,7 @@ def training_iterator(store: Store, config: Config, rows: Sequence[int] | None =
 
     Batches are dicts of numpy arrays: `image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z] in the order of
     config.protocols, `present` bool [b p], `slot` i32 [b]. `mesh.batch_rows` gives the rows of a process. Raises
-    NeuronetError where the split cannot fill one batch or the store lacks a protocol. A dead worker is a RuntimeError
+    NeuronetError if the split cannot fill one batch or the store lacks a protocol. A dead worker is a RuntimeError
     on `next`.
     """
     rows = tuple(range(config.batch)) if rows is None else tuple(rows)
@@ -257,7 +261,7 @@ def training_iterator(store: Store, config: Config, rows: Sequence[int] | None =
     batches = (
         grain.MapDataset.source(subjects)
         .seed(seed)
-        .shuffle()  # anew in every epoch
+        .shuffle()  # again in every epoch
         .repeat()
         .random_map(Draws(config.data.foreground_fraction))
         .batch(config.batch, drop_remainder=True, batch_fn=list)  # endless: there is none to drop
@@ -273,13 +277,15 @@ def training_iterator(store: Store, config: Config, rows: Sequence[int] | None =
 def validation_subjects(
     store: Store, split: str, process_index: int = 0, process_count: int = 1
 ) -> list[Subject | None]:
-    """This process's share of a split: over all processes every subject exactly once.
+    """Returns this process's share of a split: over all processes, every subject exactly once.
 
-    All lists are equally long, so that processes can step together; the short ones end with None, which counts nowhere.
+    All lists have the same length, so that processes can step together. Short ones end with None, which does not count.
     Raises NeuronetError for an empty split.
     """
     subjects = store.split(split)
     if not subjects:
-        raise NeuronetError(f"{store.dest} has no subjects in the split {split!r}; choose another split or build one")
+        raise NeuronetError(
+            f"{store.dest} has no subjects in the split {split!r}; choose a different split or build one"
+        )
     share: list[Subject | None] = list(subjects[process_index::process_count])
     return share + [None] * (-(-len(subjects) // process_count) - len(share))

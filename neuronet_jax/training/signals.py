@@ -1,4 +1,4 @@
-"""How a run ends early: asked to (signals of the scheduler or the keyboard), or because it no longer moves."""
+"""Early ends of a run: on request (signals of the scheduler or the keyboard), or because it has stalled."""
 
 import faulthandler
 import logging
@@ -11,13 +11,13 @@ from types import TracebackType
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_STALLED = 6
+from neuronet_jax.programs import STALLED
 
 log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a question asked after every step.
+    """A flag that SIGTERM, SIGINT and SIGUSR1 set, to be checked after every step.
 
         with StopRequest() as stop:
             for step in …:
@@ -25,8 +25,8 @@ class StopRequest:
                 if stop.requested(step):
                     break  # save, then exit 0
 
-    After that, Ctrl-C ends the process at once. In a run of several processes one signal to one of them is enough: all
-    get the same answer at the same step, by JAX's preemption service, which owns SIGTERM there.
+    After that, Ctrl-C ends the process at once. In a run of several processes, one signal to one of them is enough:
+    JAX's preemption service, which handles SIGTERM there, gives all of them the same answer at the same step.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def requested(self, step: int) -> bool:
-        """Whether to save and stop after `step`. Every process must ask at every step."""
+        """Tells whether to save and stop after `step`. Every process must ask at every step."""
         if self._distributed:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
@@ -60,11 +60,12 @@ class StopRequest:
 
 
 class Watchdog:
-    """Ends the process with EXIT_STALLED when the run has not moved for long.
+    """A thread that ends the process with STALLED when the run makes no progress.
 
-    After `timeout_s` without `progress` it warns and writes the stacks of all threads to stderr; after twice that it
-    writes them again and exits, so that a scheduler can restart the job: a hung reader, a lost peer in a collective.
-    It counts its own ticks, not the clock: a process that was itself suspended has not stalled.
+    After `timeout_s` without `progress`, it warns and writes the stacks of all threads to stderr. After twice that time
+    it writes them again and exits, so that a scheduler can restart the job. Causes are, for example, a hung reader or a
+    lost peer in a collective. It counts its own ticks instead of reading the clock: a process that was suspended has
+    not stalled.
     """
 
     def __init__(self, timeout_s: float):
@@ -74,7 +75,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def progress(self) -> None:
-        """Says that the run has moved. Call it after every step, evaluated subject and save."""
+        """Records progress. Call it after every step, evaluated subject and save."""
         self._moves += 1
 
     def __enter__(self) -> "Watchdog":
@@ -95,10 +96,10 @@ class Watchdog:
             still_s += tick_s
             if still_s >= self._timeout_s and not warned:
                 warned = True
-                log.warning("no progress for %.3g s; the run ends if it does not move in as long again", still_s)
+                log.warning("no progress for %.3g s; the run ends after as long again without progress", still_s)
                 faulthandler.dump_traceback(all_threads=True)
             if still_s >= 2 * self._timeout_s:
-                log.error("no progress for %.3g s: ending the process with status %d", still_s, EXIT_STALLED)
+                log.error("no progress for %.3g s: ending the process with status %d", still_s, STALLED)
                 faulthandler.dump_traceback(all_threads=True)
                 sys.stdout.flush()
-                os._exit(EXIT_STALLED)  # a stalled main thread cannot raise
+                os._exit(STALLED)  # a stalled main thread cannot raise

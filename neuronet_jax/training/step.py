@@ -15,18 +15,20 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from neuronet_jax.config import Config, OptimizerConfig
+from neuronet_jax.models.head import sums_like
+from neuronet_jax.models.head_tallies import Together
 from neuronet_jax.models.network import Network, build
 from neuronet_jax.training import augment, losses
-from neuronet_jax.training.mesh import batch_sharding, replicated
+from neuronet_jax.training.mesh import batch_sharding, platform_of, replicated
 
-Batch = dict[str, jax.Array]
+DeviceBatch = dict[str, jax.Array]  # the arrays of `put_batch`: image, labels, present, slot
 Metrics = dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training carries from step to step, as pytrees of arrays."""
+    """The state that training carries from step to step, as pytrees of arrays."""
 
     step: jax.Array  # updates tried so far, int32
     skipped: jax.Array  # updates refused in a row because loss or gradient was not finite, int32
@@ -37,7 +39,7 @@ class TrainState:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Adam with what the config adds: warm-up and cosine decay, decoupled weight decay, clipping by the global norm."""
+    """Returns Adam with the config's additions: warm-up, cosine decay, decoupled weight decay, clipping by the norm."""
     rate: Any = config.learning_rate
     if config.schedule == "cosine":
         warmup = min(config.warmup_steps, steps // 2)
@@ -62,9 +64,9 @@ def _is_kernel(leaf: jax.Array) -> bool:
 
 
 def init_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef[Network], TrainState]:
-    """The network's structure and a fresh state on the mesh."""
+    """Returns the network's structure and a fresh state on the mesh, whose platform decides the dtype "auto"."""
     optimizer = make_optimizer(config.optimizer, config.steps)
-    graphdef, params, moments = _split(build(config.model, config.protocols, config.seed))
+    graphdef, params, moments = _split(build(config.model.on(platform_of(mesh)), config.protocols, config.seed))
 
     def init(params: Any, moments: Any) -> TrainState:
         average = jax.tree.map(jnp.copy, (params, moments)) if config.optimizer.ema_decay else None
@@ -78,15 +80,15 @@ def init_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef[Network], Train
 
 def make_train_step(
     config: Config, graphdef: nnx.GraphDef[Network], mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled update. The state is donated: use the one that comes back."""
+) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]:
+    """Compiles the update. The state is donated: use the one that comes back."""
     optimizer = make_optimizer(config.optimizer, config.steps)
     key = jax.random.key(config.seed)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         batch = augment.augment(batch, jax.random.fold_in(key, state.step), config.augment, config.protocols)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array]]]:
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
             network = nnx.merge(graphdef, params, state.moments, copy=True)
             loss, parts = network_loss(network, batch, config, train=True)
             return loss, (_split(network)[2], parts)
@@ -109,29 +111,29 @@ def make_train_step(
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, kept)
         new = dataclasses.replace(new, step=state.step + 1)
         metrics = {"loss": loss, "gradient_norm": norm, "skipped": new.skipped}
-        for name, values in parts.items():
-            metrics |= {f"{name}/{protocol}": values[p] for p, protocol in enumerate(config.protocols)}
-        return new, metrics
+        return new, metrics | parts
 
     whole = replicated(mesh)
     return jax.jit(step, donate_argnums=0, in_shardings=(whole, batch_sharding(mesh)), out_shardings=whole)
 
 
-def network_loss(network: Network, batch: Batch, config: Config, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a batch and its parts per protocol, in float32."""
-    image, labels, present = batch["image"], batch["labels"], batch["present"]
-    voxels = image[0].size
-    if config.loss.dice > 0:
-        sums = network.loss_sums(image, labels, train)
-        return losses.combine(sums, present, voxels, network.classes, config.loss)
-    of_sample, of_protocol = losses.entropy_weights(present, voxels)  # known beforehand, which saves a pass
-    weights = config.loss.cross_entropy * of_protocol[None] * of_sample
-    loss, sums = network.weighted_entropy(image, labels, weights, train)
-    return loss, {"cross_entropy": (of_sample * sums).sum(axis=0)}
+def network_loss(network: Network, batch: DeviceBatch, config: Config, train: bool) -> tuple[jax.Array, Metrics]:
+    """Computes the loss of a batch in float32, and its parts by name, such as `dice/malp_em`."""
+    image, labels = batch["image"], batch["labels"]
+    crops = losses.Crops(batch["present"], image[0].size, network.protocols)
+    terms = losses.terms(config.loss, network.protocols)
+    tally = Together(tuple(term.tally for term in terms))
+    if not all(term.is_linear for term in terms):
+        return losses.total(terms, network.scan(tally, image, labels, train), crops)
+    # The weight of each sum is its gradient, known beforehand: that saves a pass over the voxels.
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums_like(tally, len(image), network.classes))
+    weights = jax.grad(lambda sums: losses.total(terms, sums, crops)[0])(zeros)
+    loss, sums = network.scan_weighted(tally, weights, image, labels, train)
+    return loss, losses.total(terms, sums, crops)[1]
 
 
 def evaluation_network(graphdef: nnx.GraphDef[Network], state: TrainState) -> Network:
-    """The network with the averaged weights, or the current ones where none are kept."""
+    """Returns the network with the averaged weights, or with the current ones where none are kept."""
     params, moments = (state.params, state.moments) if state.average is None else state.average
     return nnx.merge(graphdef, params, moments, copy=True)
 
@@ -142,7 +144,7 @@ def _split(network: Network) -> tuple[nnx.GraphDef[Network], Any, Any]:
 
 
 def _average(state: TrainState, values: Any, decay: float) -> Any:
-    """Exponential moving average whose memory grows with the run, so that the random start is soon forgotten."""
+    """Moves the exponential average. Its memory grows with the run, so that the random start is soon forgotten."""
     if state.average is None:
         return None
     n = state.step.astype(jnp.float32)

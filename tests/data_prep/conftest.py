@@ -1,4 +1,4 @@
-"""A small cohort on disk: heads of 4 mm voxels whose structures lie where MALP-EM's do, with all five label maps."""
+"""A small cohort on disk: heads of 4 mm voxels with structures placed as in MALP-EM, and all five label maps."""
 
 import contextlib
 import csv
@@ -25,7 +25,7 @@ COLUMNS = ("id", "t1", *PROTOCOLS, "split")
 
 
 def structures() -> np.ndarray:
-    """uint8 [x y z]: MALP-EM classes, the nearest centroid within an ellipsoid."""
+    """Returns MALP-EM classes, uint8 [x y z]: the nearest centroid within an ellipsoid."""
     voxels = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), axis=-1)  # [x y z 3]
     points_mm = voxels @ AFFINE[:3, :3].T + AFFINE[:3, 3]
     known = np.flatnonzero(np.isfinite(MALP_EM_CENTROIDS_MM).all(axis=1))
@@ -44,7 +44,7 @@ TISSUE = MALP_EM_TO_TISSUE[MALP_EM]
 
 
 def ids(protocol: str) -> np.ndarray:
-    """The label map of a protocol as its tool writes it."""
+    """Returns the label map of a protocol as its tool writes it."""
     if protocol == "malp_em":
         return MALP_EM
     if protocol == "malp_em_tissue":
@@ -59,7 +59,7 @@ def ids(protocol: str) -> np.ndarray:
 
 
 def head(seed: int) -> np.ndarray:
-    """int16 [x y z]: brightness by tissue, noise by seed."""
+    """Returns an image, int16 [x y z]: brightness by tissue, noise by seed."""
     noise = np.random.default_rng(seed).normal(0, 15, SHAPE)
     return (np.array([0, 200, 500, 450, 700, 250])[TISSUE] + 40 + noise).clip(0).astype(np.int16)
 
@@ -107,7 +107,7 @@ def make_cohort(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def brain() -> SimpleNamespace:
-    """The pieces above, for tests that damage them."""
+    """Returns the pieces above, for tests that damage them."""
     return SimpleNamespace(affine=AFFINE, shape=SHAPE, malp_em=MALP_EM, ids=ids, head=head, write=write, read=read)
 
 
@@ -124,23 +124,23 @@ def build(tmp_path):
 
 
 def _tree(store: Path) -> dict[str, bytes]:
-    """Every file of a store."""
+    """Reads every file of a store."""
     return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
 def tree():
-    """Every file of a store by its name below it."""
+    """Returns a function that reads every file of a store, by name."""
     return _tree
 
 
 class Killed(BaseException):
-    """Not an Exception: nothing may catch it, as nothing catches SIGKILL."""
+    """Stands for SIGKILL. Not an Exception, because nothing may catch it."""
 
 
 @contextlib.contextmanager
 def _killed_at(monkeypatch, operation: int):
-    """Ends the process, as it were, before the given change of the store; yields whether it came to that."""
+    """Simulates the end of the process before the given change of the store; yields whether that change was reached."""
     count, reached = 0, []
 
     def patched(original):
@@ -163,5 +163,5 @@ def _killed_at(monkeypatch, operation: int):
 
 @pytest.fixture
 def killed_at(monkeypatch):
-    """Context manager; see `_killed_at`."""
+    """Returns the context manager `_killed_at`."""
     return functools.partial(_killed_at, monkeypatch)

@@ -10,6 +10,7 @@ import pytest
 from data_prep import shard, subject, verify
 from data_prep.build import build as build_store
 from data_prep.build import default_grid, main, summary
+from neuronet_jax.codes import explain
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.store.reader import Store
@@ -25,13 +26,13 @@ def only_reject(report) -> str:
 
 
 def only_warnings(store: Store) -> tuple[str, ...]:
-    """Those of the second subject; the others have none."""
+    """Returns the warnings of the second subject; the others must have none."""
     assert all(not row.warnings for row in store.subjects if row.id != "1002")
     (row,) = (row for row in store.subjects if row.id == "1002")
     return row.warnings
 
 
-def test_what_is_stored(make_cohort, build, brain):
+def test_the_store_holds_the_conformed_subjects(make_cohort, build, brain):
     report, store = build(make_cohort(splits=("train", "validation", "test")))
     assert report.subjects == {"train": 1, "validation": 1, "test": 1}
     assert report.rejects == ()
@@ -145,9 +146,9 @@ def test_A20_an_empty_map_is_rejected(make_cohort, build, brain):
 
 
 def test_A21_missing_maps_keep_the_subject_or_reject_it(make_cohort, build):
-    """Kept by default: four tools of five are still four lessons, and `present` says which heads must not learn here.
+    """By default the subject is kept: the other maps still train, and `present` excludes the missing one.
 
-    In UK Biobank, FIRST alone fails for some per cent of the scans, often in the atrophied heads that matter most.
+    In UK Biobank, FIRST alone fails for some per cent of the scans, often in atrophied brains that matter most.
     """
     manifest = make_cohort()
     manifest.write_text(manifest.read_text().replace("1/fsl_first.nii.gz", ""))
@@ -166,7 +167,7 @@ def test_A21_no_map_at_all_is_rejected(make_cohort, build):
     assert only_reject(build(manifest)[0]) == "E_MISSING_MAP"
 
 
-def test_A22_other_geometry_is_rejected_or_resampled(make_cohort, build, brain):
+def test_A22_a_different_geometry_is_rejected_or_resampled(make_cohort, build, brain):
     manifest = make_cohort(protocols=("malp_em",))
     path = manifest.parent / "1" / "malp_em.nii.gz"
     moved = brain.affine.copy()
@@ -229,7 +230,7 @@ def test_A26_one_spike_does_not_ruin_the_whitening(make_cohort, build, brain):
 
 
 def test_A27_a_small_grid_is_cropped_on_the_labels(make_cohort, build, brain):
-    """The labelled box is off the middle: the crop follows it, is recorded, and loses nothing that is labelled."""
+    """The labelled box is off centre: the crop follows it, is recorded, and loses no label."""
     manifest = make_cohort(protocols=("fsl_first",))
     labelled = brain.ids("fsl_first") > 0
     low, high = (
@@ -250,8 +251,7 @@ def test_A27_a_small_grid_is_cropped_on_the_labels(make_cohort, build, brain):
 
 
 def test_A28_the_same_image_under_two_ids(make_cohort, build, tmp_path):
-    """The first slot keeps it. Compressed otherwise, it is still the same image; other labels do not make it another
-    one."""
+    """The first slot keeps it. With different compression or different labels it is still the same image."""
     manifest = make_cohort(("1001", "1002", "1003"))
     first, second = (manifest.parent / str(slot) / "T1.nii.gz" for slot in (0, 1))
     second.write_bytes(gzip.compress(gzip.decompress(first.read_bytes()), 9))
@@ -269,13 +269,16 @@ def test_A30_the_split_is_part_of_the_store(make_cohort, build):
     manifest = make_cohort(splits=("train", "test", "test"))
     _, other = build(manifest, "two")
     assert store.info.split_hash != other.info.split_hash
-    with pytest.raises(NeuronetError, match=r"E_EXISTS.*other input"):
+    with pytest.raises(NeuronetError, match=r"E_EXISTS.*different input"):
         build(manifest, "one")
 
 
 def test_A31_withdrawn_participants_are_left_out_without_a_trace(make_cohort, build, tmp_path, tree):
-    """Not an error: an archive holds the files of the withdrawn until somebody deletes them, and every rebuild must
-    honour the list all the same. The list's hash is in the store, so that training can refuse an outdated one."""
+    """This is no error: an archive keeps withdrawn files until somebody deletes them, and every rebuild must honour the
+    list.
+
+    The list's hash is in the store, so that training can refuse an outdated one.
+    """
     exclude = tmp_path / "withdrawn.csv"
     exclude.write_text("1002\n9999\n")
     manifest = make_cohort()
@@ -284,7 +287,7 @@ def test_A31_withdrawn_participants_are_left_out_without_a_trace(make_cohort, bu
     assert [row.id for row in store.subjects] == ["1001", "1003"]
     assert not any(b"1002" in content for content in tree(tmp_path / "store").values())
     with pytest.raises(NeuronetError, match="E_EXISTS"):
-        build(manifest)  # the same place without the list
+        build(manifest)  # the same store without the list
 
 
 def test_A39_one_failed_read_is_tried_again(make_cohort, build, monkeypatch):
@@ -329,13 +332,13 @@ def test_an_unforeseen_error_stops_one_subject_only(make_cohort, build, monkeypa
 
 def test_A40_bad_ids_stop_the_command(make_cohort, tmp_path, capsys):
     manifest = make_cohort(("1001", "../../1002"))
-    assert main([f"--manifest={manifest}", f"--store={tmp_path / 'store'}"]) == 2
+    assert main([f"--manifest={manifest}", f"--store={tmp_path / 'store'}"]) == 1
     assert "E_ID: the id in row 3" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "store").exists()
 
 
 def test_A41_no_id_and_no_path_outside_the_tables(make_cohort, tmp_path, capfd, tree):
-    """Ids belong to subjects.tsv and rejects.tsv alone; paths nowhere. Real worker processes, whose logs count too."""
+    """Ids belong in subjects.tsv and rejects.tsv only, paths nowhere. Workers are real processes with real logs."""
     names = ("7771001", "7771002", "7771003")
     manifest = make_cohort(names, protocols=("fsl_fast",))
     (manifest.parent / "1" / "T1.nii.gz").write_bytes(b"damaged")
@@ -359,12 +362,14 @@ def test_exit_statuses(make_cohort, tmp_path, capsys):
     arguments = [f"--manifest={manifest}", f"--store={tmp_path / 'store'}", "--voxel_size_mm=4", "--workers=0"]
     assert main(arguments) == 0
     assert "3 subjects (train 3)" in capsys.readouterr().out
-    assert main([*arguments, "--missing=reject"]) == 2  # a finished store of other settings
+    assert main([*arguments, "--missing=reject"]) == 1  # a finished store with different settings
     assert "E_EXISTS" in capsys.readouterr().err
     (manifest.parent / "1" / "T1.nii.gz").write_bytes(b"")
     arguments[1] = f"--store={tmp_path / 'other'}"
     assert main(arguments) == 3
+    assert f"E_FORMAT: {explain('E_FORMAT')}" in capsys.readouterr().err
     assert main([*arguments, "--max-reject-fraction=0.34"]) == 0
+    assert f"E_FORMAT: {explain('E_FORMAT')}" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*arguments, "--grid=1,2"])
 
@@ -378,7 +383,7 @@ def test_summary_names_codes_not_subjects(make_cohort, build):
 
 
 def test_real_cohort(real_data, tmp_path):
-    """Three real brains at 2 mm: nothing to reject, and nothing to warn of but structures too small for 2 mm."""
+    """Three real brains at 2 mm: no rejects, and no warnings except for structures too small for 2 mm."""
     lines = (real_data / "cohort" / "cohort.csv").read_text().splitlines()[:4]
     folder = real_data / "cohort"
     rows = [",".join(str(folder / cell) if "/" in cell else cell for cell in line.split(",")) for line in lines]

@@ -1,7 +1,7 @@
 """Named configs, their overrides on the command line, and their frozen text.
 
-After a wanted change of a config, write the goldens anew with `PYTHONPATH=. python tests/experiments/test_configs.py`
-from the root of the repository, and read the difference before committing it.
+After an intended change of a config, write the goldens again with `PYTHONPATH=. python
+tests/experiments/test_configs.py` from the root of the repository, and read the difference before committing it.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def test_named_config_is_unchanged(reference):
     assert load(reference).to_json() == _golden(reference).read_text().rstrip("\n")
 
 
-def test_the_published_variants_are_there():
+def test_the_published_variants_exist():
     assert set(NAMES) == {"all_targets", "tissue", *PROTOCOLS}
     assert load("all_targets").protocols == tuple(PROTOCOLS)
     assert all(load(name).protocols == (name,) for name in PROTOCOLS)
@@ -71,7 +71,7 @@ def test_overrides_of_every_type(tmp_path):
     assert load("tissue", ["--config.data.crop=64"]).data.crop == (64, 64, 64)
 
 
-def test_a_file_of_ones_own(tmp_path):
+def test_a_file_of_the_users_own(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "from experiments.configs.common import config\n"
@@ -129,8 +129,8 @@ def test_G1_unknown_name_is_an_error_that_helps(reference, said):
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json", ".pkl"])
-def test_G2_no_other_language_is_read(tmp_path, suffix):
-    """There is no YAML in the project, so no tag or anchor can act: a config is Python of the user's own, or a name."""
+def test_G2_configs_are_python_only(tmp_path, suffix):
+    """The project reads no YAML, so no tag or anchor can act: a config is the user's own Python file, or a name."""
     file = tmp_path / f"config{suffix}"
     file.write_text("!!python/object/apply:os.system ['touch hacked']")
     with pytest.raises(NeuronetError, match=r"path to a \.py file"):
@@ -149,7 +149,7 @@ def test_G3_unset_variable_and_missing_path(tmp_path, monkeypatch):
 
 
 def test_G3_settings_are_checked_before_devices():
-    """A config loads, and fails, without JAX: no device can have been allocated."""
+    """A config loads, and fails, without JAX, so no device can have been allocated."""
     program = (
         "import sys; from experiments.flags import load; load('all_targets:demo'); "
         "sys.exit('jax was imported' if 'jax' in sys.modules else 0)"

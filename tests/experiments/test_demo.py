@@ -1,4 +1,4 @@
-"""The demo's sequence; what its steps do is tested with them."""
+"""The sequence of the demo; its steps have their own tests."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from neuronet_jax import cli
 
 @pytest.fixture
 def cohort(tmp_path, monkeypatch):
-    """A store with its manifest beside it, as `ensure_demo_store` leaves them."""
+    """Returns a store with its manifest beside it, as `ensure_demo_store` leaves them."""
     (tmp_path / "cohort").mkdir()
     rows = ["id,t1,split", "a,a/T1.nii.gz,train", "b,b/T1.nii.gz,test", "c,c/T1.nii.gz,test"]
     (tmp_path / "cohort" / "manifest.csv").write_text("\n".join(rows) + "\n")
@@ -37,7 +37,7 @@ def test_held_out_head_is_the_first_test_subject(cohort):
     assert demo.held_out_head(cohort / "store") == cohort / "cohort" / "b" / "T1.nii.gz"
 
 
-def test_every_step_takes_what_the_one_before_left(cohort, steps):
+def test_every_step_takes_the_results_of_the_one_before(cohort, steps):
     assert demo.main(["--out=here", "--config.steps=3"]) == 0
     ran = dict(steps["ran"])
     assert list(ran) == ["train", "segment", "evaluate", "report"]

@@ -18,6 +18,7 @@ from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.readout import Readout
 from neuronet_jax.runs.calibration import QUALITY, load_calibration
 from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.provenance import Origin
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Record, Subject, sample_foreground
 from neuronet_jax.store.writer import StoreWriter
@@ -28,7 +29,7 @@ AFFINE = tuple(tuple(row) for row in np.diag([2.0, 2, 2, 1]).tolist())
 
 
 class Threshold(nnx.Module):
-    """A network whose labels are known: class 1 where the raw image exceeds its mean, for two protocols."""
+    """A network with known labels: class 1 where the raw image exceeds its mean, for two protocols."""
 
     def labels(self, image: jax.Array) -> jax.Array:
         bright = (image[..., 0] > 0).astype(jnp.uint8)
@@ -76,7 +77,7 @@ def store(tmp_path) -> Store:
 @pytest.fixture
 def model(store) -> Model:
     config = replace(load("tissue:demo"), protocols=NAMES[:2])
-    return Model(Threshold(), config, 2.0, {"config": "tissue:demo", "step": 7, "split_hash": store.info.split_hash})
+    return Model(Threshold(), config, 2.0, Origin("tissue:demo", 7, store.info.split_hash))
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -125,7 +126,7 @@ def test_pictures_show_the_first_subjects(model, store, tmp_path):
     assert pictures == ["head1.png", "head1_fsl_fast.png", "head1_fsl_first.png", "head2.png", "head2_fsl_fast.png"]
 
 
-def test_surfaces_add_two_columns_and_count_what_was_missed(model, store, tmp_path, monkeypatch, capsys):
+def test_surfaces_add_two_columns_and_count_missed_structures(model, store, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "restore", lambda run: model)
     monkeypatch.setenv("COLUMNS", "160")
     out = tmp_path / "out"
@@ -134,29 +135,29 @@ def test_surfaces_add_two_columns_and_count_what_was_missed(model, store, tmp_pa
     assert tuple(rows[0]) == (*evaluate.COLUMNS, *evaluate.SURFACE_COLUMNS)
     mine = {row["name"]: row for row in rows if (row["protocol"], row["subject"]) == ("fsl_first", "person0")}
     one, two, three = (mine[structure.name] for structure in PROTOCOLS["fsl_first"].structures[1:4])
-    assert float(one["hd95_mm"]) == 10.0  # the prediction goes on for five voxels of 2 mm beyond the reference
+    assert float(one["hd95_mm"]) == 10.0  # the prediction extends five voxels of 2 mm beyond the reference
     assert 0.5 < float(one["nsd"]) < 1
     assert (two["hd95_mm"], two["nsd"]) == ("inf", "0.000000")  # never predicted
     assert (three["hd95_mm"], three["nsd"]) == ("nan", "nan")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["surfaces"]["fsl_fast"] == {"hd95_mm": 0.0, "nsd": 1.0, "missed": 0, "subjects": 3}
     assert summary["surfaces"]["fsl_first"]["missed"] == 2 and summary["nsd_tolerance_mm"] == 2.0
-    assert summary["surfaces"]["fsl_first"]["hd95_mm"] is None  # half of them infinite: so is the median
+    assert summary["surfaces"]["fsl_first"]["hd95_mm"] is None  # half of them are infinite, and so is the median
     assert "missed structures" in capsys.readouterr().out
     assert report.main([f"--run={tmp_path}", f"--eval={out}", f"--out={tmp_path / 'report.html'}"]) == 0
     assert "surface Dice at 2.0 mm" in (tmp_path / "report.html").read_text()
 
 
-def test_calibrate_writes_what_the_validation_heads_say(model, store, tmp_path, monkeypatch, capsys):
+def test_calibrate_writes_the_fit_to_the_validation_subjects(model, store, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "restore", lambda run: model)
     command = [f"--run={tmp_path}", f"--store={store.dest}", "--calibrate"]
     assert evaluate.main(command) == 1 and "no subject in its validation split" in capsys.readouterr().err
     monkeypatch.setattr(Store, "split", lambda store, name: [store.subjects[0], store.subjects[2]])
     assert evaluate.main(command) == 0
-    assert "calibrated on 2 validation heads, too few for a threshold" in capsys.readouterr().out
+    assert "calibrated on 2 validation subjects, too few for a threshold" in capsys.readouterr().out
     found = load_calibration(str(tmp_path), 7)
     assert found is not None and found.heads == 2 and set(found.lines) == {"fsl_fast", "fsl_first"}
-    # the only head with this reference: half of what is predicted is right, and a line fits that but for the prior
+    # the only subject with this reference: half of the prediction is right, and a line fits that except for the prior
     line = found.lines["fsl_first"]
     (sample,) = [scoring._sample(model, store, store.subjects[n]) for n in (0,)]
     expected, true = sample["fsl_first"]
@@ -172,13 +173,13 @@ def test_refusals_say_what_to_change(model, store, tmp_path):
     with pytest.raises(NeuronetError, match="the run was trained on 1"):
         evaluate.evaluate(replace(model, voxel_size_mm=1.0), store, "test", tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(NeuronetError, match="choose another --out"):
+    with pytest.raises(NeuronetError, match="choose a different --out"):
         evaluate.evaluate(model, store, "test", tmp_path / "file")
 
 
-def test_another_split_is_said(model, store, tmp_path, caplog):
-    evaluate.evaluate(replace(model, provenance={}), store, "train", tmp_path / "out")
-    assert "not those of the run" in caplog.text
+def test_a_different_split_gives_a_warning(model, store, tmp_path, caplog):
+    evaluate.evaluate(replace(model, origin=Origin()), store, "train", tmp_path / "out")
+    assert "differ from the run's" in caplog.text
 
 
 def test_main_prints_the_table(model, store, tmp_path, monkeypatch, capsys):
@@ -190,7 +191,7 @@ def test_main_prints_the_table(model, store, tmp_path, monkeypatch, capsys):
     assert evaluate.main(["--run=x", f"--store={tmp_path}", f"--out={tmp_path / 'out'}"]) == 1
 
 
-def test_report_holds_everything_it_shows(model, store, tmp_path):
+def test_the_report_is_self_contained(model, store, tmp_path):
     evaluate.evaluate(model, store, "test", tmp_path / "out")
     assert report.main([f"--run={tmp_path}", f"--eval={tmp_path / 'out'}", f"--out={tmp_path / 'report.html'}"]) == 0
     html = (tmp_path / "report.html").read_text()
@@ -200,7 +201,7 @@ def test_report_holds_everything_it_shows(model, store, tmp_path):
     assert report.main([f"--run={tmp_path}", f"--eval={tmp_path / 'no'}", f"--out={tmp_path / 'r.html'}"]) == 1
 
 
-def test_G05_the_report_escapes_what_files_say(model, store, tmp_path):
+def test_G05_the_report_escapes_the_content_of_files(model, store, tmp_path):
     evaluate.evaluate(model, store, "test", tmp_path / "out")
     attack = "<script>alert(1)</script>"
     table = tmp_path / "out" / "dice.tsv"

@@ -1,4 +1,4 @@
-"""What whole heads are measured against: the same network and the same labels as `segment`."""
+"""The baseline for whole heads: the same network and the same labels as `segment`."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ FILTERS = (4, 6, 8, 10)
 
 
 def _network() -> Network:
-    """Parameters and moments drawn so that every term matters."""
+    """Returns a network with parameters and moments drawn so that every term matters."""
     config = replace(load("all_targets").model, filters=FILTERS, compute_dtype="float32")
     network = build(config, tuple(PROTOCOLS), seed=1)
     structure, state = nnx.split(network, graph=False)
@@ -80,7 +80,7 @@ def test_saved_weights_fill_a_network():
 
 @pytest.mark.parametrize(("side", "spacing_mm"), [(64, 2.0), (61, 2.1)])
 def test_the_pipeline_finds_the_labels_that_segment_finds(tmp_path, side, spacing_mm):
-    """On a volume of one tile, which both pad by nothing: 61 voxels of 2.1 mm are 64 of 2 mm."""
+    """The volume is one tile that needs no padding: 61 voxels of 2.1 mm are 64 of 2 mm."""
     network = _network()
     rng = np.random.default_rng(0)
     head = np.clip(100 + 30 * rng.normal(size=(side,) * 3), 0, None).astype(np.int16)

@@ -35,7 +35,7 @@ def test_has_the_published_number_of_parameters():
     assert [sum(p.numel() for p in d.parameters()) for d in network.decoders] == [1_000, 4_192, 1_000, 53_515, 1_512]
 
 
-def test_variables_survive_the_way_out_and_back_in(network, numbers):
+def test_variables_round_trip(network, numbers):
     out = reference.variables(network)
     for name, value in out.items():
         np.testing.assert_array_equal(value, numbers["eval"][f"var/{name}"])

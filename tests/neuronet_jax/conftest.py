@@ -11,7 +11,8 @@ import pytest
 from experiments.flags import load
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.runs.checkpoint import Checkpoints
-from neuronet_jax.store.schema import StoreInfo
+from neuronet_jax.runs.directory import RunDirectory
+from neuronet_jax.runs.provenance import TrainingData
 from neuronet_jax.training import mesh, step
 
 RUN_PROTOCOLS = ("fsl_fast", "fsl_first")
@@ -36,8 +37,7 @@ def _run(folder: Path, protocols: tuple[str, ...]) -> Path:
     _, state = step.init_state(config, mesh.make_mesh(config, jax.devices()[:1]))
     with Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(1, state, {}, config)
-    info = StoreInfo(1, protocols, (32, 32, 32), 2.0, 1, 1, 32, {}, split_hash="abc")
-    (folder / "store.json").write_bytes(info.to_json())
+    RunDirectory(folder).describe(config, TrainingData(protocols, 2.0, (32, 32, 32), split_hash="abc"))
     return folder
 
 

@@ -20,19 +20,21 @@ from flax import nnx
 import neuronet_jax
 from experiments.flags import load
 from neuronet_jax.cli import _parser, main
+from neuronet_jax.codes import explain
 from neuronet_jax.errors import RejectError
-from neuronet_jax.inference import segment as inference
 from neuronet_jax.inference.segmentation import Options
-from neuronet_jax.results import cohort
-from neuronet_jax.runs.model import Model
-
-ROOT = Path(__file__).resolve().parents[2]
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.readout import Readout
+from neuronet_jax.results import cohort
+from neuronet_jax.runs import restore as restoring
+from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.provenance import Origin
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Threshold(nnx.Module):
-    """A network whose labels are known: 1 where a voxel lies above the mean, for two protocols."""
+    """A network with known labels: 1 for voxels above the mean, for two protocols."""
 
     def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
         classes = [PROTOCOLS[name].num_classes for name in ("fsl_fast", "fsl_first")]
@@ -44,14 +46,14 @@ class Threshold(nnx.Module):
 @pytest.fixture
 def run(monkeypatch, tmp_path) -> str:
     config = replace(load("tissue:demo"), protocols=("fsl_fast", "fsl_first"))
-    model = Model(Threshold(), config, 2.0, {"config": "test"})
-    monkeypatch.setattr(inference, "restore", lambda run: model)
+    model = Model(Threshold(), config, 2.0, Origin("test"))
+    monkeypatch.setattr(restoring, "restore", lambda run: model)
     return f"--run={tmp_path}"
 
 
 @pytest.fixture
 def heads(tmp_path) -> Path:
-    """Three heads of 2 mm: a is good, b is truncated, c is constant; and d without orientation."""
+    """Returns a folder with 2 mm scans: a is good, b truncated, c constant, and d without orientation."""
     rng = np.random.default_rng(0)
     for name in "abc":
         data = np.zeros((60, 70, 64), np.int16)
@@ -72,7 +74,7 @@ def _summary(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def test_F03_a_batch_goes_on_past_bad_files(run, heads, tmp_path, capsys):
+def test_F03_a_cohort_continues_past_bad_files(run, heads, tmp_path, capsys):
     out = tmp_path / "out"
     inputs = [str(heads / f"{name}.nii.gz") for name in ("b", "a", "c", "missing")]
     assert main(["segment", *inputs, run, f"--out={out}"]) == 3
@@ -83,7 +85,9 @@ def test_F03_a_batch_goes_on_past_bad_files(run, heads, tmp_path, capsys):
         ("c.nii.gz", "rejected", "E_CONSTANT"),
         ("missing.nii.gz", "rejected", "E_IO"),
     ]
-    assert "1 of 4 heads segmented" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 of 4 scans segmented" in printed
+    assert all(explain(code) in printed for code in ("E_TRUNCATED", "E_CONSTANT", "E_IO"))
     written = sorted(path.name for path in (out / "sub-a" / "anat").iterdir())
     assert written == [
         "sub-a_agreement.tsv",
@@ -116,13 +120,13 @@ def test_F09_the_same_command_again_touches_nothing(run, heads, tmp_path, capsys
     command = ["segment", str(heads / "a.nii.gz"), str(heads / "b.nii.gz"), run, f"--out={out}"]
     assert main(command) == 3
     before, summary = _state(out), _summary(out)
-    for again in (command, [*command, "--overwrite"]):  # what would come out the same is kept
-        assert main(again) == 3  # b is tried again: it might have been repaired
+    for again in (command, [*command, "--overwrite"]):  # results that would not change are kept
+        assert main(again) == 3  # b is tried again: it may have been repaired
         assert _state(out) == before and _summary(out) == summary
-        assert f"1 of 2 heads segmented in {out}, 1 of them before" in capsys.readouterr().out
+        assert f"1 of 2 scans segmented in {out}, 1 of them earlier" in capsys.readouterr().out
 
 
-def test_F09_results_of_another_input_are_kept_unless_told(run, heads, tmp_path, capsys):
+def test_F09_results_of_a_different_input_are_replaced_only_on_request(run, heads, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["segment", str(heads / "a.nii.gz"), run, f"--out={out}"]
     assert main(command) == 0
@@ -130,7 +134,7 @@ def test_F09_results_of_another_input_are_kept_unless_told(run, heads, tmp_path,
     (heads / "a.nii.gz").write_bytes((heads / "d.nii.gz").read_bytes())
     command.append("--assume_ras")
     assert main(command) == 1
-    assert "sub-a: its results are of another input file\ngive --overwrite" in capsys.readouterr().err
+    assert "sub-a: its results come from a different input file\nadd --overwrite" in capsys.readouterr().err
     assert _state(out) == before
     assert main([*command, "--overwrite"]) == 0
     assert _state(out) != before and main(command) == 0
@@ -145,10 +149,10 @@ def test_pages_and_the_table_of_the_cohort(run, heads, tmp_path):
     assert [row["scan"] for row in rows] == ["sub-a", "sub-e"] and len(rows[0]) == 1 + 3 + 15
     assert rows[0]["fsl_fast.CSF"] == rows[1]["fsl_fast.CSF"] != "0"
     page = (out / "report.html").read_text()
-    assert "2 of 3 heads segmented" in page and "E_TRUNCATED" in page
+    assert "2 of 3 scans segmented" in page and "E_TRUNCATED" in page
     assert "uncalibrated" in page and 'href="sub-a/anat/sub-a_report.html"' in page
     head = (out / "sub-a" / "anat" / "sub-a_report.html").read_text()
-    assert "2 heads, this one included" in head and "uncalibrated" in head
+    assert "2 scans, including this one" in head and "uncalibrated" in head
     (done, _, _) = _summary(out)
     assert float(done["predicted_dice"]) <= 1 and done["calibrated"] == "no"
     plain = tmp_path / "plain"
@@ -166,7 +170,7 @@ def test_a_choice_of_protocols(run, heads, tmp_path, capsys):
 
 def test_options_reach_the_network(run, heads, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(inference, "restore", lambda *runs, one=inference.restore: asked.append(runs) or one(""))
+    monkeypatch.setattr(restoring, "restore", lambda *runs, one=restoring.restore: asked.append(runs) or one(""))
 
     def segment_volume(model, volume, protocols, options):
         asked.append((protocols, options))
@@ -188,7 +192,7 @@ def test_options_reach_the_network(run, heads, tmp_path, monkeypatch):
     ]
 
 
-def test_A09_a_file_without_orientation_needs_a_word(run, heads, tmp_path):
+def test_A09_a_file_without_orientation_needs_an_option(run, heads, tmp_path):
     command = ["segment", str(heads / "d.nii.gz"), run, f"--out={tmp_path / 'out'}"]
     assert main(command) == 3
     assert _summary(tmp_path / "out")[0]["code"] == "E_NO_XFORM"
@@ -210,7 +214,7 @@ def test_wrong_arguments_exit_2(arguments):
 
 
 def _commands() -> dict[str, argparse.ArgumentParser]:
-    """Every help page by the arguments that show it."""
+    """Returns every help page by the arguments that show it."""
     parser = _parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return {"": parser, **commands.choices}
@@ -253,7 +257,7 @@ def test_examples_of_the_help_are_commands(name, capsys):
         line = line.replace("$SLURM_ARRAY_TASK_ID", "8").partition("   ")[0]
         if "COMMAND" in line:
             continue
-        args = _parser().parse_args(shlex.split(line)[1:])  # exits with 2 where one is wrong
+        args = _parser().parse_args(shlex.split(line)[1:])  # exits with 2 if one is wrong
         assert args.command.__name__ == f"_{shlex.split(line)[1].replace('-', '_')}"
         if name == "segment":
             Options(posteriors=args.posteriors)  # names that exist

@@ -1,4 +1,4 @@
-"""The frozen settings: what they refuse, and their way through JSON."""
+"""The frozen settings: their checks, and their round trip through JSON."""
 
 import dataclasses
 import json
@@ -57,7 +57,9 @@ def test_whole_numbers_are_numbers(config):
         ({"protocols": []}, "one protocol or more"),
         ({"protocols": ["malp_em", "malp_em"]}, "each once"),
         ({"loss__dice": float("nan")}, "config.loss.dice must be finite"),
-        ({"loss": {"cross_entropy": 0, "dice": 0}}, "positive in one of its weights"),
+        ({"loss__cross_entropy": 0, "loss__dice": 0}, "positive in cross_entropy or dice"),
+        ({"loss__cross_entropy": 0, "loss__dice": 1, "loss__class_balance": 1}, "0 without loss.cross_entropy"),
+        ({"protocols": ["malp_em"], "loss__consistency": 1}, "both malp_em and malp_em_tissue"),
         ({"seed": -1}, "config.seed must be finite and not negative"),
         ({"mesh__space": 0}, "at least 1"),
         ({"model__filters": []}, "positive channels"),
@@ -72,7 +74,7 @@ def test_G1_bad_field_is_named(config, change, said):
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "null"])
-def test_saved_config_that_is_no_config(text):
+def test_a_saved_file_that_is_not_a_config(text):
     with pytest.raises(NeuronetError, match="saved config"):
         Config.from_json(text)
 
@@ -97,29 +99,33 @@ class LaterConfig(Config):
 
 @pytest.fixture
 def later(monkeypatch):
-    """A later version with two more settings."""
-    monkeypatch.setattr(config_module, "SCHEMA", 2)
-    monkeypatch.setattr(config_module, "ADDED", {2: {"loss.focal": 0.0, "shuffle": True}})
+    """Returns a later version with two more settings."""
+    monkeypatch.setattr(config_module, "SCHEMA", config_module.SCHEMA + 1)
+    added = {config_module.SCHEMA: {"loss.focal": 0.0, "shuffle": True}}
+    monkeypatch.setattr(config_module, "ADDED", config_module.ADDED | added)
 
 
 @pytest.mark.parametrize("file", ["config.json", "checkpoints/1/run/metadata", "../release_v1/release.json"])
 def test_a_config_of_an_older_version_opens_with_the_defaults_of_new_fields(later, file):
     saved = json.loads((GOLDEN / file).read_text())
     opened = LaterConfig.from_fields(saved.get("config", saved))
-    assert (opened.loss, opened.shuffle) == (LaterLoss(cross_entropy=1.0, dice=1.0, focal=0.0), True)
+    loss = LaterLoss(cross_entropy=1.0, dice=1.0, class_balance=0.0, consistency=0.0, focal=0.0)
+    assert (opened.loss, opened.shuffle) == (loss, True)
     again = LaterConfig.from_json(dataclasses.replace(opened, shuffle=False).to_json())
     assert again.shuffle is False  # a file of the later version has its own value
 
 
-def test_a_field_that_nobody_entered_in_ADDED_is_missing(later, monkeypatch):
-    monkeypatch.setattr(config_module, "ADDED", {2: {"loss.focal": 0.0}})
+def test_a_field_without_an_entry_in_ADDED_is_missing(later, monkeypatch):
+    monkeypatch.setattr(config_module, "ADDED", config_module.ADDED | {config_module.SCHEMA: {"loss.focal": 0.0}})
     with pytest.raises(NeuronetError, match="config lacks the field 'shuffle'"):
         LaterConfig.from_json((GOLDEN / "config.json").read_text())
 
 
-@pytest.mark.parametrize("schema", [2, "1", None])
+@pytest.mark.parametrize("schema", [config_module.SCHEMA + 1, "1", None])
 def test_a_config_of_a_newer_version_is_refused(config, schema):
-    with pytest.raises(NeuronetError, match=rf"schema {schema!r}, this version reads up to 1: update neuronet-jax"):
+    with pytest.raises(
+        NeuronetError, match=rf"schema {schema!r}, this version reads up to {config_module.SCHEMA}: update neuronet-jax"
+    ):
         Config.from_json(_json(config, schema=schema))
 
 

@@ -27,6 +27,7 @@ from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
 from neuronet_jax.runs.calibration import Calibration, Line, Threshold, load_calibration, save_calibration
 from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.provenance import Origin
 
 SHAPE = (64, 96, 32)
 
@@ -35,7 +36,7 @@ def _model(family: str) -> Model:
     config = load("all_targets:demo")
     settings = replace(config.model, family=family, filters=(4, 6, 8, 10))
     config = replace(config, model=settings, data=replace(config.data, store="/home/someone/store"))
-    return Model(build(settings, config.protocols, seed=3), config, 2.0, {"config": "test", "step": 7})
+    return Model(build(settings.on("cpu"), config.protocols, seed=3), config, 2.0, Origin("test", 7))
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,7 @@ def test_a_release_is_restored_like_a_run(folder, model, head, labels, tmp_path)
         np.testing.assert_array_equal(segment(restored, head)[name], expected, err_msg=name)
     neuronet_jax.release(restored, tmp_path / "again")
     assert (tmp_path / "again" / "weights.safetensors").read_bytes() == (folder / "weights.safetensors").read_bytes()
-    with pytest.raises(NeuronetError, match="holds a release already"):
+    with pytest.raises(NeuronetError, match="already holds a release"):
         neuronet_jax.release(restored, tmp_path / "again")
 
 
@@ -250,7 +251,7 @@ def _weights(folder: Path, change) -> None:
         (lambda f: _described(f, config=None), "needs the field 'config', of type dict"),
         (lambda f: _described(f, config={"name": "x"}), "config lacks the field"),
         (lambda f: _replace(f / "release.json", b"!python"), "is not JSON"),
-        (lambda f: _replace(f / "weights.safetensors", struct.pack("<Q", 2**31) + b"{}"), "is no safetensors file"),
+        (lambda f: _replace(f / "weights.safetensors", struct.pack("<Q", 2**31) + b"{}"), "is not a safetensors file"),
         (lambda f: _replace(f / "weights.safetensors", bytes(2**23)), "has 8388608 bytes, its network takes"),
         (
             lambda f: _weights(f, lambda w: w.pop("encoder/stem/kernel")),

@@ -13,11 +13,11 @@ from threadpoolctl import threadpool_limits
 
 from data_prep.demo import cohort as demo
 from data_prep.demo.atlas import load_atlas
-from data_prep.demo.phantom import Lattice, _smallest_jacobian, draw_head
+from data_prep.demo.phantom import Lattice, _smallest_jacobian, draw_phantom
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, MALP_EM_VOLUMES_MM3, PROTOCOLS
 
-SPACING_MM = 4.0  # coarse, for speed; every law below holds at any
+SPACING_MM = 4.0  # coarse, for speed; the laws below hold at any spacing
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def rows(cohort: Path) -> list[dict[str, str]]:
 
 
 def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels in RAS+ order, and their affine."""
+    """Returns voxels in RAS+ order, and their affine."""
     image = nib.as_closest_canonical(nib.Nifti1Image.from_filename(path))
     return np.asarray(image.dataobj), image.affine
 
@@ -50,7 +50,7 @@ def test_the_manifest_is_what_build_reads(cohort, rows):
 
 def test_the_same_seed_gives_the_same_bytes(cohort, tmp_path):
     folder = cohort.parent / "demo002"
-    with threadpool_limits(1):  # workers get one thread each, this process has them all
+    with threadpool_limits(1):  # workers get one thread each, but this process has all
         demo.write_subject(tmp_path / "same", 1, 0, SPACING_MM)
     demo.write_subject(tmp_path / "seed", 1, 1, SPACING_MM)
     demo.write_subject(tmp_path / "number", 2, 0, SPACING_MM)
@@ -71,7 +71,7 @@ def test_every_label_is_legal_and_the_tissue_map_is_the_merge(cohort, rows):
         np.testing.assert_array_equal(MALP_EM_TO_TISSUE[classes["malp_em"]], classes["malp_em_tissue"])
 
 
-def test_images_and_maps_share_a_grid_and_say_what_they_are(cohort, rows):
+def test_images_and_maps_share_a_grid_and_state_their_origin(cohort, rows):
     orientations = set()
     for row in rows:
         images = [nib.Nifti1Image.from_filename(cohort.parent / row[name]) for name in ("t1", *PROTOCOLS)]
@@ -118,7 +118,7 @@ def test_the_input_is_a_head_not_a_brain(cohort, rows):
         head = image > 0.25 * np.median(image[brain])
         assert 900 < brain.sum() * voxel_ml < 2200
         assert (head & ~brain).sum() > 0.5 * brain.sum()  # scalp, face, neck
-        # outwards from the upper half of the brain: dark skull, bright scalp, air
+        # outwards from the upper half of the brain come dark skull, bright scalp, then air
         spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
         outside_mm = np.asarray(ndimage.distance_transform_edt(~brain, sampling=spacing_mm))
         outside_mm[:, :, : int(np.argwhere(brain)[:, 2].mean())] = 0
@@ -136,7 +136,7 @@ def test_tissue_brightens_from_csf_to_grey_to_white(cohort, rows):
         assert grey < 0.9 * white
 
 
-def test_the_tools_disagree_steadily(cohort, rows):
+def test_the_tools_disagree_systematically(cohort, rows):
     for row in rows:
         fast, spm = (load(cohort.parent / row[name])[0] for name in ("fsl_fast", "spm_tissue"))
         dice = [2 * ((fast == c) & (spm == c)).sum() / ((fast == c).sum() + (spm == c).sum()) for c in (1, 2, 3)]
@@ -152,7 +152,7 @@ def test_bad_requests_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fold_is_seen():
+def test_a_fold_is_detected():
     knots = [np.arange(5.0) for _ in range(3)]
     grid = np.stack(np.meshgrid(*knots, indexing="ij"), axis=-1)
     assert _smallest_jacobian(2 * grid, knots) == pytest.approx(8)
@@ -161,15 +161,15 @@ def test_a_fold_is_seen():
     assert _smallest_jacobian(folded, knots) < 0
 
 
-def test_a_head_takes_seconds():
+def test_a_phantom_takes_seconds():
     atlas = load_atlas(SPACING_MM)
     lattice = Lattice((48, 56, 48), np.full(3, SPACING_MM), np.array([-94.0, -125.0, -95.0]))
     start = time.process_time()
-    draw_head(np.random.default_rng(0), atlas, lattice)
-    assert time.process_time() - start < 5  # of one core; about 0.5 here, and 3 at 2 mm
+    draw_phantom(np.random.default_rng(0), atlas, lattice)
+    assert time.process_time() - start < 5  # on one core; about 0.5 here, and 3 at 2 mm
 
 
-def test_the_store_is_built_once_and_never_by_halves(tmp_path, monkeypatch):
+def test_the_store_is_built_once_and_never_partially(tmp_path, monkeypatch):
     calls = []
 
     def cohort_of_nothing(folder: Path, **options: object) -> Path:

@@ -59,7 +59,7 @@ def test_A28_the_same_subject_twice(tmp_path):
 
 
 def test_A29_one_subject_in_two_splits(tmp_path):
-    """Two visits of one participant share the id: the split key is the subject."""
+    """Two visits of one participant share the id: splits are made by subject."""
     with pytest.raises(NeuronetError, match="E_LEAK: rows 2 and 3"):
         read_manifest(manifest(tmp_path, "1,visit2,,,,,,train", "1,visit3,,,,,,test"))
 

@@ -1,7 +1,7 @@
-"""TensorFlow's checkpoint files, and the runs that become of them.
+"""TensorFlow's checkpoint files, and the runs imported from them.
 
-What is written here by hand, after LevelDB's and TensorFlow's formats, reads back; a published network's variables
-become a run whose labels are that network's own.
+Files written here by hand, following LevelDB's and TensorFlow's formats, read back. A published network's variables
+become a run whose labels are those of the published network.
 """
 
 import struct
@@ -22,6 +22,8 @@ from neuronet_jax.dltk import tensorbundle
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
+from neuronet_jax.runs.directory import RunDirectory
+from neuronet_jax.runs.provenance import TrainingData
 
 DTYPES = {"float32": 1, "float64": 2, "int32": 3, "uint8": 4, "int64": 9}
 VARIABLES = {
@@ -51,7 +53,7 @@ def masked(content: bytes) -> int:
 
 
 def block(items: Iterable[tuple[bytes, bytes]], kind: int = 0) -> bytes:
-    """Entries with shared prefixes, restarting at every 16th, then the restart points, compression and checksum."""
+    """Returns entries with shared prefixes, restarting at every 16th, then restart points, compression and checksum."""
     content, restarts, last = b"", [], b""
     for i, (key, value) in enumerate(items):
         shared = 0
@@ -75,7 +77,7 @@ def write_bundle(
     kind: int = 0,
     extra: bytes = b"",
 ) -> None:
-    """Writes what TensorFlow's BundleWriter would; `extra` are more fields for the last variable."""
+    """Writes files like TensorFlow's BundleWriter; `extra` adds fields to the last variable."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     data = [b""] * shards
     entries = [(b"", field(1, shards) + field(3, field(1, 1)) if header is None else header)]
@@ -129,7 +131,7 @@ def test_crc32c(content, crc):
 
 
 @pytest.mark.parametrize(("shards", "per_block"), [(1, 100), (1, 1), (3, 20)])
-def test_what_was_written_is_read(prefix, shards, per_block):
+def test_written_variables_read_back(prefix, shards, per_block):
     write_bundle(prefix, VARIABLES, shards, per_block)
     assert same(tensorbundle.read(prefix), VARIABLES)
 
@@ -143,7 +145,7 @@ def test_the_reference_implementations_own_file(golden):
 
 
 def test_no_damage_to_the_index_goes_unseen(prefix):
-    """Each byte flipped, each truncation: an error, or (in the footer's padding, the meta index) the same result."""
+    """Flips each byte and truncates at each: the result is an error or (footer padding, meta index) unchanged."""
     few = {name: VARIABLES[name] for name in ("conv3d/kernel", "global_step", "tail_1/last")}
     write_bundle(prefix, few, per_block=2)
     path = prefix.with_name("variables.index")
@@ -157,7 +159,7 @@ def test_no_damage_to_the_index_goes_unseen(prefix):
             except NeuronetError as error:
                 messages.append(str(error))
     assert all("fetch them again" in message for message in messages)
-    assert len(messages) > 2 * len(whole) - 80  # the footer has 40 bytes that are not all used
+    assert len(messages) > 2 * len(whole) - 80  # the footer has 40 bytes, not all in use
 
 
 @pytest.mark.parametrize("name", ["conv3d/kernel", "tail_19/last"])
@@ -167,7 +169,7 @@ def test_damaged_data_names_the_variable(prefix, name):
     whole = path.read_bytes()
     at = whole.index(VARIABLES[name].tobytes())
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-    with pytest.raises(NeuronetError, match=f"{name} does not have its checksum; the files are damaged"):
+    with pytest.raises(NeuronetError, match=f"{name} does not match its checksum; the files are damaged"):
         tensorbundle.read(prefix)
     path.write_bytes(whole[: at + 1])
     with pytest.raises(NeuronetError, match="beyond its end; the files are damaged or incomplete: fetch them again"):
@@ -190,14 +192,14 @@ def test_missing_files_are_named(prefix):
         ({"header": field(1, 1) + field(2, 1)}, "big-endian"),
         ({"header": field(1, 2**40)}, "1099511627776 data files"),
         ({"extra": field(2, 1)}, "'v' has a number in place of a message"),
-        ({"extra": field(5, b"12")}, "field 5 of a description is no number"),
+        ({"extra": field(5, b"12")}, "field 5 of a description is not a number"),
         ({"extra": field(7, b"")}, "v is partitioned into slices"),
         ({"extra": field(5, 2**62)}, "v of shape .3,. is said to take 4611686018427387904 bytes"),
         ({"extra": field(4, 2**62)}, "v lies at byte .* beyond its end"),
         ({"extra": field(2, field(2, field(1, 2**62)))}, "v of shape .4611686018427387904,. is said to take 12 bytes"),
     ],
 )
-def test_what_is_not_read_is_refused(prefix, changes, message):
+def test_unsupported_features_are_refused(prefix, changes, message):
     write_bundle(prefix, {"v": np.zeros(3, np.float32)}, **changes)
     with pytest.raises(NeuronetError, match=message):
         tensorbundle.read(prefix)
@@ -210,7 +212,7 @@ def test_other_dtypes_are_refused(prefix):
 
 
 def published(protocols: tuple[str, ...], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random variables of a published network, under the names and in the shapes of its own implementation."""
+    """Returns random variables of a published network, with the names and shapes of its own implementation."""
     network = build(ModelConfig("reference", (16, 32, 64, 128), "float32"), protocols, seed)
     names: dict[Any, str] = {**dltk.variable_paths(network)}
     rng = np.random.default_rng(seed)
@@ -244,9 +246,11 @@ def test_an_imported_network_is_a_run(spm, tmp_path, capsys):
     assert "published network spm_tissue" in capsys.readouterr().out
     model = restore(tmp_path / "run")
     assert model.config.protocols == ("spm_tissue",) and model.voxel_size_mm == 1.0
-    assert model.provenance["step"] == 99_000
-    assert len(model.provenance["imported"]["sha256"]["variables.data-00000-of-00001"]) == 64
-    assert str(tmp_path) not in str(model.provenance) and "spm_tissue" in model.provenance["note"]
+    assert model.origin.step == 99_000 and model.origin.imported is not None
+    assert len(model.origin.imported.sha256["variables.data-00000-of-00001"]) == 64
+    assert str(tmp_path) not in str(model.origin) and "spm_tissue" in model.origin.note
+    with pytest.raises(NeuronetError, match="imported network, which cannot be trained further"):
+        RunDirectory(tmp_path / "run").claim(model.config, TrainingData(("spm_tissue",), 1.0), resume=True)
 
     network = build(model.config.model, ("spm_tissue",), seed=5)
     dltk.load_variables(network, {name: spm[name] for name in dltk.variable_paths(network).values()})
@@ -256,7 +260,7 @@ def test_an_imported_network_is_a_run(spm, tmp_path, capsys):
     np.testing.assert_array_equal(labels, segment(replace(model, network=network), image)["spm_tissue"])
 
     assert _import(tmp_path, spm, "--config=spm_tissue") == 1  # the run is in use
-    assert "holds a run already; give another --out" in capsys.readouterr().err
+    assert "already holds a run; give a different --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -272,7 +276,7 @@ def test_an_imported_network_is_a_run(spm, tmp_path, capsys):
         ({"another": np.zeros(2, np.float32)}, ["--config=fsl_fast"], "no place for 1 variables, 'another'"),
     ],
 )
-def test_what_is_no_published_network_is_refused(spm, tmp_path, capsys, changes, arguments, message):
+def test_other_networks_are_refused(spm, tmp_path, capsys, changes, arguments, message):
     changed = {name: value for name, value in {**spm, **changes}.items() if value is not None}
     assert _import(tmp_path, changed, *arguments) == 1
     assert message in capsys.readouterr().err
@@ -280,8 +284,8 @@ def test_what_is_no_published_network_is_refused(spm, tmp_path, capsys, changes,
 
 
 def test_the_seven_published_networks_are_told_apart():
-    assert len(dltk.VARIANTS) == 7
-    for name, protocols in dltk.VARIANTS.items():
+    assert len(dltk.TASKS) == 7
+    for name, protocols in dltk.TASKS.items():
         counts = [PROTOCOLS[protocol].num_classes for protocol in protocols]
         tails = {f"tail_{i}/last/conv3d/kernel": np.zeros((1, 1, 1, k, k)) for i, k in enumerate(counts)}
         assert dltk.variant(tails, name) == name

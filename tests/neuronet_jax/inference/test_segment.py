@@ -19,9 +19,10 @@ from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
 from neuronet_jax.models.readout import Readout
 from neuronet_jax.runs.checkpoint import Checkpoints
+from neuronet_jax.runs.directory import RunDirectory
 from neuronet_jax.runs.model import Model
+from neuronet_jax.runs.provenance import Provenance, TrainingData
 from neuronet_jax.runs.restore import restore
-from neuronet_jax.store.schema import StoreInfo
 from neuronet_jax.training import mesh, step
 
 FILTERS = (2, 4)
@@ -41,7 +42,7 @@ def model() -> Model:
 
 
 def _head(shape: tuple[int, int, int] = (45, 52, 49), seed: int = 0) -> np.ndarray:
-    """An asymmetric blob of blobs in noise, non-negative, as int16."""
+    """Returns an asymmetric cluster of blobs in noise, non-negative, as int16."""
     rng = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
     image = 600.0 * (np.sum(grid**2, axis=0) < 0.8)
@@ -106,7 +107,7 @@ def test_F01_any_orientation_gives_the_same_labels_on_its_own_grid(model, head, 
 
 
 class Shells(nnx.Module):
-    """A network whose labels are known: how many thresholds, midway between `_ball`'s materials, a voxel exceeds."""
+    """A network with known labels: the number of thresholds below a voxel, midway between `_ball`'s materials."""
 
     def __init__(self):
         self.thresholds = nnx.Param(jnp.array([0.5, 2.6]))
@@ -136,7 +137,9 @@ def _shells() -> Model:
 
 
 def _ball(spacing_mm: tuple[float, float, float], tilt: float) -> nib.Nifti1Image:
-    """Two smooth concentric balls of radius 36 and 20 mm in a field of 100 mm, turned by `tilt` radians about z."""
+    """Returns two smooth concentric balls of radius 36 and 20 mm in a field of 100 mm, turned by `tilt` radians about
+    z.
+    """
     shape = tuple(round(100 / s) for s in spacing_mm)
     turn = np.array([[np.cos(tilt), -np.sin(tilt), 0], [np.sin(tilt), np.cos(tilt), 0], [0, 0, 1]])
     affine = np.eye(4)
@@ -281,7 +284,7 @@ def test_F03_a_bad_array_is_rejected(image, code):
 
 
 @pytest.mark.parametrize("kind", ["noise", "inverted", "stripped", "spike", "negative"])
-def test_F04_what_is_no_T1_head_still_ends(model, head, kind):
+def test_F04_inputs_other_than_T1_heads_still_give_labels(model, head, kind):
     rng = np.random.default_rng(0)
     image = {
         "noise": rng.normal(500, 100, head.shape),
@@ -305,15 +308,15 @@ def test_restore_gives_the_best_checkpoint_with_averaged_weights(tmp_path, avera
         changed = {"average": weights} if averaged else {"params": weights[0], "moments": weights[1]}
         checkpoints.save(number, replace(state, **changed), {}, config, score)
     checkpoints.close()
-    info = StoreInfo(1, PROTOCOL_NAMES, (32, 32, 32), 2.0, 1, 1, 32, {"note": "made for a test"}, split_hash="abc")
-    (tmp_path / "store.json").write_bytes(info.to_json())
+    data = TrainingData(PROTOCOL_NAMES, 2.0, split_hash="abc", note="made for a test")
+    RunDirectory(tmp_path).describe(config, data)
 
     model = restore(tmp_path)
-    assert (model.voxel_size_mm, model.provenance["step"]) == (2.0, 2)
-    assert model.provenance["note"] == "made for a test" and model.provenance["split_hash"] == "abc"
-    assert restore(tmp_path).provenance == model.provenance and len(model.provenance["weights_sha256"]) == 64
+    assert (model.voxel_size_mm, model.origin.step) == (2.0, 2)
+    assert model.origin.note == "made for a test" and model.origin.split_hash == "abc"
+    assert restore(tmp_path).origin == model.origin and len(model.origin.weights_sha256) == 64
     both = restore(tmp_path, tmp_path)
-    assert both.provenance == {"ensemble": [model.provenance] * 2, "note": "made for a test"} and len(both.members) == 2
+    assert both.provenance == Provenance((model.origin, model.origin)) and len(both.members) == 2
     expected = nnx.state(nnx.merge(graphdef, state.params, state.moments))
     for restored, fresh in zip(jax.tree.leaves(nnx.state(model.network)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(restored, fresh + 2, rtol=1e-6)

@@ -13,6 +13,7 @@ from neuronet_jax import dltk
 from neuronet_jax.config import ModelConfig
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.models.head_tallies import CrossEntropy
 from neuronet_jax.models.network import Network, build
 from neuronet_jax.models.readout import scores, spans
 
@@ -75,7 +76,7 @@ def test_a_training_step_equals_the_published(
     def loss_fn(params):
         network = nnx.merge(graphdef, params, moments, copy=True)
         weights = jnp.full((1, len(ALL)), 1 / (len(ALL) * image[0].size))
-        loss, _ = network.weighted_entropy(image, labels.astype(jnp.uint8), weights, train=True)
+        loss, _ = network.scan_weighted(CrossEntropy(), weights, image, labels.astype(jnp.uint8), train=True)
         return loss, nnx.state(network, nnx.BatchStat, graph=False)
 
     (loss, moved), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)

@@ -162,8 +162,8 @@ def test_F07_one_device_equals_eight(tiny_run, noisy_heads, whole, tmp_path):
             assert np.mean(one == eight) >= 0.9999
         elif not name.endswith(("volumes.tsv", "agreement.tsv", "quality.tsv", ".html", ".nii.gz")):
             assert tree[name] == whole[name]
-    assert "8 of 8 heads segmented" in output and "the network was busy" in output
-    assert re.search(r"^W_CUT \(\d heads\): The brain ends at the border of the image", output, re.MULTILINE)
+    assert "8 of 8 scans segmented" in output and "the network was busy" in output
+    assert re.search(r"^W_CUT \(\d scans\): The brain ends at the border of the image", output, re.MULTILINE)
     lines = errors.splitlines()  # stderr is not a terminal here
     assert "[8/8] sub-head7 (head7.nii.gz): done, with W_CONTRAST, W_CUT" in lines
     assert any(re.fullmatch(r"\[7/8\] .*; about [\d.]+ s left", line) for line in lines)
@@ -235,7 +235,7 @@ def test_ctrl_c_ends_with_a_summary(tiny_run, noisy_heads, tmp_path, monkeypatch
 
     monkeypatch.setattr(cohort, "_report", interrupted)
     assert main(_command(tiny_run, noisy_heads, tmp_path)) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
     assert len(_summary(tmp_path / "summary.tsv")) == 2
 
 

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from neuronet_jax.codes import CODES
 from neuronet_jax.evaluation import agreement, quality
 from neuronet_jax.images import nifti
 from neuronet_jax.inference.segmentation import Confidence, Segmentation
@@ -16,6 +17,7 @@ from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.results import bids, reports, tables
 from neuronet_jax.results.pictures import Slices, votes_colors
 from neuronet_jax.results.write import write_cohort, write_results
+from neuronet_jax.runs.provenance import Origin, Provenance
 
 ATTACK = "<script>alert(1)</script>"
 AFFINE = np.diag([2.0, 2.0, 2.5, 1.0])
@@ -38,13 +40,13 @@ def _result() -> Segmentation:
     return Segmentation(maps, sure, {})
 
 
-def _write(out: Path, stem: str, provenance: dict, affine: np.ndarray = AFFINE) -> tables.Row:
+def _write(out: Path, stem: str, provenance: Provenance, affine: np.ndarray = AFFINE) -> tables.Row:
     target = bids.Target(Path(f"{stem}{ATTACK}.nii.gz".replace("/", "")), out, stem)
     return write_results(target, _volume(affine), _result(), False, provenance)
 
 
 def test_G05_names_and_provenance_never_become_markup(tmp_path):
-    provenance = {"config": ATTACK, "note": f"demonstration {ATTACK}"}
+    provenance = Provenance((Origin(ATTACK, note=f"demonstration {ATTACK}"),))
     row = _write(tmp_path, "sub-01", provenance)
     rejected = tables.Row(ATTACK, f"sub-{ATTACK}", "rejected", "E_CRC", ATTACK)
     write_cohort(tmp_path, [row, rejected], provenance)
@@ -53,14 +55,14 @@ def test_G05_names_and_provenance_never_become_markup(tmp_path):
     for page in (cohort, head):
         assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     compared = agreement.compare(_result().maps, AFFINE)
-    strange = reports.ScanPage(ATTACK, _volume(), _result().maps, compared, quality.assess({}), (ATTACK,), {})
+    strange = reports.ScanPage(ATTACK, _volume(), _result().maps, compared, quality.assess({}), (ATTACK,), Provenance())
     assert "<script" not in reports.render_scan(strange)
     assert "sub-01&lt;script&gt;" in cohort  # the input's name, as the user gave it
 
 
 def test_pages_are_self_contained(tmp_path):
-    rows = [_write(tmp_path, f"sub-0{number}", {"note": "demonstration"}) for number in (1, 2)]
-    write_cohort(tmp_path, rows, {"note": "demonstration"})
+    rows = [_write(tmp_path, f"sub-0{number}", Provenance((Origin(note="demonstration"),))) for number in (1, 2)]
+    write_cohort(tmp_path, rows, Provenance((Origin(note="demonstration"),)))
     for path in tmp_path.rglob("*report.html"):
         page = path.read_text()
         assert not re.findall(r"https?:|@import|<link|url\(", page)
@@ -70,17 +72,24 @@ def test_pages_are_self_contained(tmp_path):
             assert (path.parent / link).is_file()
     head = (tmp_path / "sub-01" / "anat" / "sub-01_report.html").read_text()
     assert head.count('src="data:') == 1 + 3 + 1 + 1  # image, maps, votes, and the small one
-    for text in ("Agreement on tissue", "uncalibrated", "W_BRAIN_VOLUME", "BrainStem", "FSL FIRST (fsl_first)"):
+    for text in (
+        "Agreement on tissue",
+        "uncalibrated",
+        "W_BRAIN_VOLUME",
+        CODES["W_BRAIN_VOLUME"].remedy,
+        "BrainStem",
+        "FSL FIRST (fsl_first)",
+    ):
         assert text in head
 
 
 def test_a_scan_can_be_compared_with_the_others_repeatedly(tmp_path):
     rows = [
-        _write(tmp_path, f"sub-0{n}", {}, np.diag([2.0, 2.0, 2.5 * n**0.1, 1.0])) for n in (1, 2, 3)
+        _write(tmp_path, f"sub-0{n}", Provenance(), np.diag([2.0, 2.0, 2.5 * n**0.1, 1.0])) for n in (1, 2, 3)
     ]  # each head larger than the one before
     pages = []
     for _ in range(2):
-        write_cohort(tmp_path, rows, {})
+        write_cohort(tmp_path, rows, Provenance())
         pages.append((tmp_path / "sub-02" / "anat" / "sub-02_report.html").read_text())
     assert pages[0] == pages[1] and pages[0].count("Comparison with the other scans in this folder") == 1
     assert "3 scans, including this one" in pages[0]

@@ -16,9 +16,10 @@ from neuronet_jax.results.bids import Target
 from neuronet_jax.results.resume import Records, identify
 from neuronet_jax.results.tables import Row
 from neuronet_jax.results.write import write_results
+from neuronet_jax.runs.provenance import Origin, Provenance
 
 NAMES = ("fsl_fast", "fsl_first")
-RECORDS = Records({"step": 1, "posteriors": ("fsl_fast:GM",)}, NAMES)
+RECORDS = Records(Provenance((Origin("a", 1),), options={"posteriors": ("fsl_fast:GM",)}), NAMES)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def row(head) -> Row:
     volume = nifti.read_image(head.source)
     RECORDS.begin(head, identify(head.source))
     maps = {name: np.zeros(volume.data.shape, np.uint8) for name in NAMES}
-    row = write_results(head, volume, Segmentation(maps, {}, {}), True, {})
+    row = write_results(head, volume, Segmentation(maps, {}, {}), True, Provenance())
     RECORDS.complete(head, row)
     return row
 
@@ -76,16 +77,16 @@ def test_F09_a_missing_input(head, row):
     assert "a different input file" in _reason(RECORDS, head)
 
 
-@pytest.mark.parametrize("changes", [{"step": 2}, {"flip": True}])
+@pytest.mark.parametrize("changes", [{"members": (Origin("a", 2),)}, {"options": {"flip": True}}])
 def test_F09_a_different_model_or_different_options(head, row, changes):
-    other = Records({**RECORDS.provenance, **changes}, NAMES)
+    other = Records(replace(RECORDS.provenance, **changes), NAMES)
     assert "from a different model, different options or a different release" in _reason(other, head)
 
 
-@pytest.mark.parametrize(("before", "now"), [(None, "b"), ("a", "b"), ("a", None)])
+@pytest.mark.parametrize(("before", "now"), [("", "b"), ("a", "b"), ("a", "")])
 def test_F09_a_different_calibration_is_named_as_the_reason(head, row, before, now):
-    def calibrated(by: str | None) -> Records:
-        return Records({**RECORDS.provenance, **({"calibration_sha256": by} if by else {})}, NAMES)
+    def calibrated(by: str) -> Records:
+        return Records(replace(RECORDS.provenance, calibration_sha256=by), NAMES)
 
     calibrated(before).begin(head, identify(head.source))
     calibrated(before).complete(head, row)

@@ -23,6 +23,7 @@ from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
 from neuronet_jax.results import bids, tables
 from neuronet_jax.results.inputs import Scan
 from neuronet_jax.results.write import prepare, write_results
+from neuronet_jax.runs.provenance import Origin, Provenance
 
 NAMES = ("fsl_fast", "malp_em", "malp_em_tissue")
 OBLIQUE = np.array([[-1.3, 0.2, 0.1, 40], [0.3, 1.1, -0.4, -60], [0.1, 0.5, 1.9, -50], [0, 0, 0, 1]])
@@ -66,8 +67,8 @@ def target(tmp_path) -> bids.Target:
 @pytest.fixture
 def written(tmp_path, target) -> tuple[nifti.Volume, dict[str, np.ndarray], tables.Row]:
     volume, maps = _volume(target.source), _maps()
-    prepare(target.out, NAMES, {"config": "demo"}, False)
-    return volume, maps, write_results(target, volume, _result(maps), False, {})
+    prepare(target.out, NAMES, Provenance((Origin("demo"),)), False)
+    return volume, maps, write_results(target, volume, _result(maps), False, Provenance())
 
 
 @pytest.mark.parametrize(
@@ -118,8 +119,8 @@ def test_F02_header_of_a_label_map(target, written):
 def test_F07_the_same_scan_gives_the_same_bytes(tmp_path, target, written):
     volume, maps, row = written
     again = bids.plan(_scans(target.source), tmp_path / "again", NAMES)[0]
-    prepare(again.out, NAMES, {"config": "demo"}, False)
-    assert write_results(again, volume, _result(maps), False, {}) == row
+    prepare(again.out, NAMES, Provenance((Origin("demo"),)), False)
+    assert write_results(again, volume, _result(maps), False, Provenance()) == row
     files = sorted(path.relative_to(target.out) for path in target.out.rglob("*") if path.is_file())
     assert (
         len(files) == 1 + 1 + 2 * 3 + 1 + 2 * 4 + 3
@@ -141,7 +142,7 @@ def test_F08_gzip_is_deterministic_and_a_failed_write_leaves_no_file(target, wri
     fresh = bids.Target(target.source, target.out, "sub-02")
     for place in (fresh, target):
         with pytest.raises(NeuronetError, match="No space left"):
-            write_results(place, volume, _result(maps), True, {})
+            write_results(place, volume, _result(maps), True, Provenance())
     assert path.read_bytes() == before
     assert list(fresh.folder.glob("*.nii.gz*")) == []
 
@@ -176,24 +177,24 @@ def test_F09_an_input_is_never_overwritten(target, written):
 def test_F09_a_read_only_folder_is_refused_before_the_network_runs(tmp_path):
     (tmp_path / "out").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(NeuronetError, match="cannot write"):
-        prepare(tmp_path / "out", NAMES, {}, False)
+        prepare(tmp_path / "out", NAMES, Provenance(), False)
 
 
 def test_F09_an_output_that_is_not_a_folder_is_refused_before_the_network_runs(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(NeuronetError, match="cannot write"):
-        prepare(tmp_path / "out", NAMES, {}, False)
+        prepare(tmp_path / "out", NAMES, Provenance(), False)
 
 
 def test_F09_results_of_different_datasets_or_models_are_not_mixed(tmp_path):
-    prepare(tmp_path, NAMES, {"step": 1}, False)
-    prepare(tmp_path, NAMES, {"step": 1}, False)
+    prepare(tmp_path, NAMES, Provenance((Origin(step=1),)), False)
+    prepare(tmp_path, NAMES, Provenance((Origin(step=1),)), False)
     with pytest.raises(NeuronetError, match="a different model"):
-        prepare(tmp_path, NAMES, {"step": 2}, False)
-    prepare(tmp_path, NAMES, {"step": 2}, True)
+        prepare(tmp_path, NAMES, Provenance((Origin(step=2),)), False)
+    prepare(tmp_path, NAMES, Provenance((Origin(step=2),)), True)
     (tmp_path / "dataset_description.json").write_text('{"Name": "my raw data", "BIDSVersion": "1.8.0"}')
     with pytest.raises(NeuronetError, match="a different dataset, 'my raw data'"):
-        prepare(tmp_path, NAMES, {}, True)
+        prepare(tmp_path, NAMES, Provenance(), True)
 
 
 def test_F10_volumes_are_counts_times_the_determinant(target, written):
@@ -252,8 +253,8 @@ def test_posteriors_are_float32_on_the_grid_of_the_input(tmp_path, target):
     wanted = ("malp_em:LeftHippocampus", "malp_em:CerebellarVermalLobulesI-V")
     volume, maps = _volume(target.source), _maps()
     values = np.random.default_rng(0).random(volume.data.shape, np.float32)
-    prepare(target.out, NAMES, {}, False)
-    write_results(target, volume, Segmentation(maps, {}, dict.fromkeys(wanted, values)), False, {})
+    prepare(target.out, NAMES, Provenance(), False)
+    write_results(target, volume, Segmentation(maps, {}, dict.fromkeys(wanted, values)), False, Provenance())
     names = sorted(path.name for path in target.folder.glob("*_probseg.*"))
     stem = "sub-01_ses-2_seg-malpem_label"
     assert names == [
@@ -274,19 +275,19 @@ def test_posteriors_are_float32_on_the_grid_of_the_input(tmp_path, target):
 
 def test_sidecars_state_the_origin_of_the_map(tmp_path, target):
     volume = replace(_volume(target.source), warnings=("W_NAN", "W_OBLIQUE"))
-    members = [{"config": "tissue", "weights_sha256": "aa"}, {"config": "tissue", "weights_sha256": "bb"}]
-    provenance = {"ensemble": members, "note": "synthetic", **Options(flip=True).changed()}
+    members = tuple(Origin("tissue", weights_sha256=digest, note="synthetic") for digest in ("aa", "bb"))
+    provenance = Provenance(members, options=Options(flip=True).changed())
     prepare(target.out, NAMES, provenance, False)
     write_results(target, volume, _result(_maps()), False, provenance)
     sidecar = json.loads(target.labels("malp_em").with_name("sub-01_ses-2_seg-malpem_dseg.json").read_text())
     assert sidecar["WeightsSHA256"] == ["aa", "bb"] and sidecar["Note"] == "synthetic"
     assert sidecar["Version"] == __version__ and sidecar["LabelTableSHA256"] == PROTOCOLS["malp_em"].version
-    assert sidecar["Repairs"] == ["voxels that were NaN or infinite were set to 0"]
+    assert sidecar["Repairs"] == ["Some voxels were NaN or infinite and were set to 0."]
     description = json.loads((target.out / "dataset_description.json").read_text())["GeneratedBy"][0]["Description"]
     assert json.loads(description)["flip"] is True
     assert json.loads(description)["label_tables_sha256"]["fsl_fast"] == PROTOCOLS["fsl_fast"].version
     with pytest.raises(NeuronetError, match="a different model"):  # results of different options are not mixed either
-        prepare(target.out, NAMES, {"ensemble": members, "note": "synthetic"}, False)
+        prepare(target.out, NAMES, Provenance(members), False)
 
 
 def test_G06_the_tree_passes_the_bids_validator(target, written):

@@ -1,4 +1,4 @@
-"""The calibration file of a run: it comes back as it was written, and every damage is reported."""
+"""The calibration file of a run: it reads back as written, and every damage is reported."""
 
 import json
 

@@ -1,8 +1,8 @@
-"""Runs and releases of older versions open, and give the labels that they gave.
+"""Runs and releases of older versions open, and give the same labels as before.
 
 goldens/run_v1       two steps of training by version 0.1.0: two protocols, a network of 12 kB
         release_v1   its export, by the same version
-        labels_v1    what that version's `segment` made of `_head()` with them
+        labels_v1    the labels of `_head()` from that version's `segment` with them
 """
 
 import json
@@ -32,7 +32,7 @@ def _head() -> np.ndarray:
 def test_a_golden_run_and_release_segment_as_they_did(name):
     model = restore(GOLDENS / name)
     assert (model.config.protocols, model.voxel_size_mm) == (("fsl_fast", "fsl_first"), 2.0)
-    assert model.provenance == {
+    assert model.provenance.to_json() == {
         "config": "tissue:demo",
         "step": 1,
         "split_hash": "39f3498772ee7571128826c759cc538337d085b913f28707c4a509857cc69bba",
@@ -47,7 +47,7 @@ def test_a_golden_run_and_release_segment_as_they_did(name):
             assert (labels[protocol] == expected).mean() > 0.999, protocol
 
 
-def test_training_goes_on_from_a_golden_run(tmp_path):
+def test_training_continues_from_a_golden_run(tmp_path):
     """The whole state fits: parameters, moments, optimiser, averages and the position in the data."""
     shutil.copytree(GOLDENS / "run_v1", tmp_path / "run")
     with Checkpoints(tmp_path / "run") as checkpoints:

@@ -67,7 +67,7 @@ print([float(np.mean(labels[name] == expected[name])) for name in names])
 def test_F06_when_memory_really_runs_out_smaller_tiles_are_used():
     result = _python(LIMITED)
     assert result.returncode == 0, result.stderr
-    assert "the device ran out of memory with tiles of 160 × 160 × 160; going on with" in result.stderr
+    assert "the device ran out of memory with tiles of 160 × 160 × 160; continuing with" in result.stderr
     assert result.stdout == "[1.0, 1.0]\n"
 
 

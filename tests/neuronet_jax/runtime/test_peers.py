@@ -1,4 +1,4 @@
-"""Which processes join: by the address of a coordinator, under Slurm, on a Cloud TPU slice; elsewhere none."""
+"""Processes join by the address of a coordinator, under Slurm, and on a Cloud TPU slice; elsewhere they stay alone."""
 
 import os
 import socket

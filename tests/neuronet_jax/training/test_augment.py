@@ -1,6 +1,4 @@
-"""Laws of the augmentation: neutral strengths are the identity, mirroring is an involution, a batch equals one by
-one.
-"""
+"""Laws of the augmentation: strength 0 is the identity, mirroring is an involution, a batch equals one by one."""
 
 import dataclasses
 

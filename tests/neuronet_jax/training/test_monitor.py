@@ -1,4 +1,4 @@
-"""Metrics on disk, on TensorBoard's side and on the terminal, and what happens when they cannot be written."""
+"""Metrics on disk, in TensorBoard and on the terminal, and the behaviour when they cannot be written."""
 
 import io
 import json
@@ -17,12 +17,14 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.results.pictures import label_picture
+from neuronet_jax.runs import directory
+from neuronet_jax.runs.directory import RunDirectory
 from neuronet_jax.training import monitor
-from neuronet_jax.training.monitor import Monitor, read_metrics
+from neuronet_jax.training.monitor import Monitor
 
 
 def _events(run: Path) -> list[Event]:
-    """The events of every TensorBoard file of a run (TFRecord: length u64, crc u32, bytes, crc u32)."""
+    """Returns the events of every TensorBoard file of a run (TFRecord: length u64, crc u32, bytes, crc u32)."""
     events = []
     for file in sorted((run / "tensorboard").iterdir()):
         data, at = file.read_bytes(), 0
@@ -34,13 +36,13 @@ def _events(run: Path) -> list[Event]:
 
 
 def _steps(run: Path) -> list[int]:
-    return [line["step"] for line in read_metrics(run)]
+    return [line["step"] for line in RunDirectory(run).metrics()]
 
 
 def test_scalars_reach_both_files(tmp_path):
     with Monitor(tmp_path, total_steps=10) as watch:
         watch.scalars(3, {"loss": jnp.float32(0.5), "dice": 0.25})
-        (line,) = read_metrics(tmp_path)  # flushed at once
+        (line,) = RunDirectory(tmp_path).metrics()  # flushed at once
     assert (line["step"], line["loss"], line["dice"]) == (3, 0.5, 0.25)
     written = {
         value.tag: (event.step, value.simple_value) for event in _events(tmp_path) for value in event.summary.value
@@ -48,10 +50,10 @@ def test_scalars_reach_both_files(tmp_path):
     assert written == {"loss": (3, 0.5), "dice": (3, 0.25)}
 
 
-def test_not_finite_is_null(tmp_path):
+def test_non_finite_values_become_null(tmp_path):
     with Monitor(tmp_path, total_steps=10) as watch:
         watch.scalars(1, {"loss": float("nan"), "dice": np.float32("inf")})
-    (line,) = read_metrics(tmp_path)
+    (line,) = RunDirectory(tmp_path).metrics()
     assert line["loss"] is None
     assert line["dice"] is None
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
@@ -66,7 +68,7 @@ def test_pictures_are_png(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(value.image.encoded_image_string))), picture)
 
 
-def test_resume_drops_what_will_be_run_again(tmp_path):
+def test_resume_drops_steps_that_will_run_again(tmp_path):
     with Monitor(tmp_path, total_steps=10) as watch:
         for step in (1, 2, 3, 4):
             watch.scalars(step, {"loss": 1.0})
@@ -75,7 +77,7 @@ def test_resume_drops_what_will_be_run_again(tmp_path):
     assert _steps(tmp_path) == [1, 2, 3, 4]
     with Monitor(tmp_path, total_steps=10, resume_step=2) as watch:
         watch.scalars(3, {"loss": 2.0})
-    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert [(line["step"], line["loss"]) for line in RunDirectory(tmp_path).metrics()] == [(1, 1.0), (2, 1.0), (3, 2.0)]
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
     starts = [event.step for event in _events(tmp_path) if event.HasField("session_log")]
     assert starts == [3]  # TensorBoard hides later steps of the first run
@@ -121,7 +123,7 @@ def test_D12_failing_tensorboard_warns_once_and_metrics_go_on(tmp_path, caplog, 
             watch.pictures(step, {"a": np.zeros((2, 2, 3), np.uint8)})
     assert _steps(tmp_path) == list(range(1, 40))
     assert [record.message for record in caplog.records] == [
-        "TensorBoard cannot be written, training goes on without: [Errno 28] No space left on device"
+        "TensorBoard cannot be written; training continues without it: [Errno 28] No space left on device"
     ]
 
 
@@ -140,7 +142,7 @@ def test_D12_sinks_that_cannot_even_be_made(tmp_path, caplog):
 
 
 class _Bucket:
-    """A bucket in memory, as `Files` sees one."""
+    """A bucket in memory, with the interface that `Files` uses."""
 
     objects: typing.ClassVar[dict[str, bytes]] = {}
 
@@ -155,19 +157,19 @@ class _Bucket:
 
 
 def test_run_in_a_bucket(monkeypatch):
-    monkeypatch.setattr(monitor, "Files", _Bucket)
+    monkeypatch.setattr(directory, "Files", _Bucket)
     monkeypatch.setattr(monitor, "UPLOAD_S", 0.0)
     with Monitor("gs://bucket/run", total_steps=9) as watch:
         watch.scalars(1, {"loss": 1.0})
-        assert [line["step"] for line in read_metrics("gs://bucket/run")] == [1]
+        assert [line["step"] for line in RunDirectory("gs://bucket/run").metrics()] == [1]
         watch.scalars(2, {"loss": 1.0})
         folder = watch._folder
     assert not folder.exists()
     monkeypatch.setattr(monitor, "UPLOAD_S", 60.0)
     with Monitor("gs://bucket/run", total_steps=9, resume_step=1) as watch:
         watch.scalars(2, {"loss": 3.0})
-        assert [line["loss"] for line in read_metrics("gs://bucket/run")] == [1.0, 1.0]  # not yet a minute
-    assert [(line["step"], line["loss"]) for line in read_metrics("gs://bucket/run")] == [(1, 1.0), (2, 3.0)]
+        assert [line["loss"] for line in RunDirectory("gs://bucket/run").metrics()] == [1.0, 1.0]  # not yet a minute
+    assert [(line["step"], line["loss"]) for line in RunDirectory("gs://bucket/run").metrics()] == [(1, 1.0), (2, 3.0)]
     names = [name.removeprefix("gs://bucket/run/") for name in _Bucket.objects]
     assert names[0] == "metrics.jsonl"
     assert all(name.startswith("tensorboard/events.out.tfevents.") for name in names[1:])
@@ -175,7 +177,7 @@ def test_run_in_a_bucket(monkeypatch):
 
 
 def test_D12_bucket_that_cannot_be_written(monkeypatch, caplog):
-    monkeypatch.setattr(monitor, "Files", _Bucket)
+    monkeypatch.setattr(directory, "Files", _Bucket)
     monkeypatch.setattr(monitor, "UPLOAD_S", 0.0)
     monkeypatch.setattr(_Bucket, "write", _full_disk)
     with caplog.at_level(logging.WARNING), Monitor("gs://bucket/full", total_steps=9) as watch:

@@ -23,7 +23,14 @@ from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Record, StoreError
-from neuronet_jax.training.pipeline import Batch, Draw, Reader, TrainingIterator, training_iterator, validation_subjects
+from neuronet_jax.training.pipeline import (
+    Draw,
+    HostBatch,
+    Reader,
+    TrainingIterator,
+    training_iterator,
+    validation_subjects,
+)
 
 MakeStore = Callable[..., tuple[Store, dict[int, Record]]]
 SPLITS = ("train", "train", "", "train", "validation", "train", "train", "train", "train")  # seven to train on
@@ -40,7 +47,7 @@ def settings(batch: int = 2, seed: int = 3, **data: Any) -> Config:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., TrainingIterator]]:
-    """`training_iterator`, closed after the test."""
+    """Returns `training_iterator`, closed after the test."""
     started: list[TrainingIterator] = []
 
     def begin(*args: Any) -> TrainingIterator:
@@ -52,24 +59,24 @@ def start() -> Iterator[Callable[..., TrainingIterator]]:
         iterator.close()
 
 
-def take(iterator: TrainingIterator, count: int) -> list[Batch]:
+def take(iterator: TrainingIterator, count: int) -> list[HostBatch]:
     return [{name: np.array(value) for name, value in next(iterator).items()} for _ in range(count)]
 
 
-def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+def assert_same(ours: list[HostBatch], theirs: list[HostBatch]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def slots(batches: list[Batch]) -> list[int]:
+def slots(batches: list[HostBatch]) -> list[int]:
     return [int(slot) for batch in batches for slot in batch["slot"]]
 
 
-# --- what a batch holds ---
+# --- contents of a batch ---
 
 
-def test_a_batch_is_whitened_slices_of_what_was_written(make_store: MakeStore) -> None:
+def test_a_batch_is_whitened_slices_of_the_written_records(make_store: MakeStore) -> None:
     store, records = make_store(SPLITS, grid=(36, 40, 32))
     draws = [
         Draw(records[1].subject, False, (0.0, 0.5, 0.9999), 0.0),  # 36 − 16 + 1 = 21 positions along x
@@ -255,7 +262,7 @@ def test_C04_resume_through_grains_checkpoint_handler(make_store: MakeStore, sta
     assert_same(take(again, 2), take(iterator, 2))
 
 
-def test_C04_position_of_other_data_is_refused_by_both_values(
+def test_C04_a_position_of_different_data_is_refused_naming_both_values(
     make_store: MakeStore, start: Any, tmp_path: Path
 ) -> None:
     store, _ = make_store(SPLITS)
@@ -296,7 +303,7 @@ def test_C04_positions_of_an_older_release(make_store: MakeStore, start: Any) ->
     again = start(store, settings())
     again.set_state({**state, "position": 3, "processes": 1})
     assert_same(take(again, 2), whole[3:])
-    with pytest.raises(NeuronetError, match=r"of 2 processes in an older release.*--reset_data"):
+    with pytest.raises(NeuronetError, match=r"of 2 processes in an older release.*--reset-data"):
         again.set_state({**state, "position": 3, "processes": 2})
 
 
@@ -351,7 +358,7 @@ def test_C09_slow_storage_shows_as_waiting(make_store: MakeStore, start: Any) ->
             return super().read_crops(*args)
 
     iterator = start(Slow(store.dest, store.info, store.subjects, None), settings(prefetch=1))
-    assert iterator.wait_fraction() == 0  # nothing was asked for yet
+    assert iterator.wait_fraction() == 0  # nothing was requested yet
     take(iterator, 10)
     assert iterator.wait_fraction() > 0.8  # the consumer does nothing else
     for _ in range(5):

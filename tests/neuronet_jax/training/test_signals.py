@@ -13,7 +13,8 @@ from typing import IO
 
 import pytest
 
-from neuronet_jax.training.signals import EXIT_STALLED, StopRequest, Watchdog
+from neuronet_jax.programs import STALLED
+from neuronet_jax.training.signals import StopRequest, Watchdog
 
 ROOT = Path(__file__).parents[3]
 
@@ -32,7 +33,7 @@ with StopRequest() as stop:
 
 @contextlib.contextmanager
 def _running(*command: str, **options) -> Iterator[subprocess.Popen]:
-    """A process of this program that does not outlive its test, whatever becomes of the test."""
+    """Starts a process of this program that ends with its test, however the test ends."""
     with subprocess.Popen(
         [sys.executable, "-c", *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     ) as process:
@@ -47,7 +48,7 @@ def _until(stream: IO[str] | None, line: str) -> None:
     for said in stream:
         if said.strip().startswith(line):
             return
-    pytest.fail(f"the process ended without saying {line!r}")
+    pytest.fail(f"the process ended without printing {line!r}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -62,7 +63,7 @@ def test_D03_D04_signal_finishes_the_step_saves_and_exits_0(number):
 
 
 def test_D04_second_interrupt_is_immediate():
-    step = "[time.sleep(.01) for _ in range(6000)]"  # takes for ever
+    step = "[time.sleep(.01) for _ in range(6000)]"  # takes forever
     with _running(LOOP.format(work=step)) as process:
         _until(process.stdout, "step 1")
         process.send_signal(signal.SIGINT)
@@ -134,20 +135,20 @@ with Watchdog(timeout_s={timeout_s}) as watch:
 """
 
 
-def test_C02_D07_stall_is_warned_of_with_stacks_then_ended():
+def test_C02_D07_a_stall_gives_a_warning_with_stacks_then_ends_the_process():
     with _running(STALL.format(timeout_s=0.5, work="time.sleep(60)")) as process:
         _until(process.stdout, "moving")
         begin = time.monotonic()
         out, error = process.communicate(timeout=30)
-    assert process.returncode == EXIT_STALLED
+    assert process.returncode == STALLED
     assert 0.8 < time.monotonic() - begin < 10  # twice the timeout, and slack for a busy machine
     assert "no progress for 0.5 s; the run ends" in error
-    assert error.count('File "<string>"') == 2  # where the main thread stands, at T and at 2 T
+    assert error.count('File "<string>"') == 2  # the position of the main thread, at T and at 2 T
     assert "done" not in out
 
 
 def test_D07_suspended_process_has_not_stalled():
-    """A laptop's lid or a debugger stops the process itself: its own ticks stop too, and it goes on."""
+    """A laptop's lid or a debugger suspends the process: its own ticks stop too, and it continues."""
     with _running(STALL.format(timeout_s=0.8, work="time.sleep(.2)")) as process:
         _until(process.stdout, "moving")
         process.send_signal(signal.SIGSTOP)
@@ -158,7 +159,7 @@ def test_D07_suspended_process_has_not_stalled():
     assert "done" in out
 
 
-def test_watchdog_of_a_run_that_moves_says_nothing(caplog):
+def test_watchdog_of_a_moving_run_is_silent(caplog):
     with Watchdog(timeout_s=0.2) as watch:
         for _ in range(30):
             time.sleep(0.02)

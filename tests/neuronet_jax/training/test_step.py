@@ -1,6 +1,7 @@
 """Sharded equals unsharded, a step that must not count does not, and the optimiser is what the config says."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments.flags import load
 from neuronet_jax.config import (
     AugmentConfig,
     Config,
@@ -20,6 +22,8 @@ from neuronet_jax.config import (
 )
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.models.network import build
+from neuronet_jax.training import step
 from neuronet_jax.training.mesh import make_mesh, put_batch
 from neuronet_jax.training.step import evaluation_network, init_state, make_optimizer, make_train_step, network_loss
 
@@ -35,7 +39,7 @@ def config_of(
         data=DataConfig("", crop, 0.5, 0, 1, 1),
         augment=AugmentConfig(False, 0.0, 0.0),
         model=ModelConfig(family, (4, 6, 8), "float32"),
-        loss=LossConfig(1.0, 0.0 if family == "reference" else 1.0),  # as published, and as ours
+        loss=LossConfig(1.0, 0.0 if family == "reference" else 1.0, 0.0, 0.0),  # as published, and as ours
         optimizer=OptimizerConfig(1e-3, "constant", 0, 1e-5, 0.0, 0.0, 0.9),
         mesh=MeshConfig(space),
         batch=batch,
@@ -90,6 +94,29 @@ def test_D10_eight_devices_equal_one(family: str, space: int, y: int, monkeypatc
         np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5 * np.abs(one).max())
 
 
+def test_D10_eight_devices_equal_one_with_every_term_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax.nn, "relu6", jax.nn.silu)  # as above
+    protocols, terms = ("malp_em", "fsl_fast", "malp_em_tissue"), LossConfig(1.0, 1.0, 0.5, 1.0)
+    config = dataclasses.replace(config_of("neuronet", batch=4), protocols=protocols, loss=terms)
+    loss, gradient, _ = loss_and_gradient(config, devices=1)
+    sharded_loss, sharded_gradient, _ = loss_and_gradient(dataclasses.replace(config, mesh=MeshConfig(2)), devices=8)
+    np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
+    for one, many in zip(gradient, sharded_gradient, strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5 * np.abs(one).max())
+
+
+def test_a_shrunken_config_with_every_term_of_the_loss_runs_a_step() -> None:
+    settings = {"data.crop": 8, "model.filters": "2,4", "batch": 1, "loss.class_balance": 0.5, "loss.consistency": 1.0}
+    config = load("all_targets:demo", [f"--config.{name}={value}" for name, value in settings.items()])
+    mesh = make_mesh(config, jax.devices()[:1])
+    graphdef, state = init_state(config, mesh)
+    batch = batch_of(config) | {"present": np.asarray([[True, True, False, True, True]])}
+    _, metrics = make_train_step(config, graphdef, mesh)(state, put_batch(mesh, batch))
+    assert np.isfinite([float(value) for value in metrics.values()]).all() and int(metrics["skipped"]) == 0
+    assert {"balanced_cross_entropy/malp_em", "dice/malp_em", "consistency"} <= set(metrics)
+    assert float(metrics["gradient_norm"]) > 0
+
+
 def test_D10_labels_of_a_split_volume_equal_those_of_one_device() -> None:
     config = config_of("neuronet", batch=4, space=2)
     mesh = make_mesh(config, jax.devices())
@@ -107,6 +134,31 @@ def test_D09_what_cannot_be_split_is_refused_with_what_can() -> None:
         make_mesh(config_of(batch=6, space=2))
     with pytest.raises(NeuronetError, match="multiple of 16, got 24: take 32"):
         make_mesh(config_of(crop=(8, 24, 8), batch=8, space=4))
+
+
+def test_space_must_divide_the_devices_of_each_host_in_the_mesh() -> None:
+    hosts = [SimpleNamespace(process_index=index // 4, platform="tpu") for index in range(8)]
+    with pytest.raises(NeuronetError, match=r"divide the 4 devices of one host, got 8: take one of \[1, 2, 4\]"):
+        make_mesh(config_of(space=8), hosts)
+
+
+@pytest.mark.parametrize(("platform", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")])
+def test_the_platform_decides_the_dtype_auto(platform: str, dtype: str) -> None:
+    config = config_of().model
+    assert config.on(platform) == config  # decided already
+    assert dataclasses.replace(config, compute_dtype="auto").on(platform).compute_dtype == dtype
+
+
+def test_the_mesh_says_which_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(batch=1)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="auto"))
+    with pytest.raises(ValueError, match="decide it"):
+        build(config.model, NAMES, seed=0)
+    mesh = make_mesh(config, jax.devices()[:1])
+    assert evaluation_network(*init_state(config, mesh)).compute_dtype == jnp.float32
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(step, "platform_of", lambda mesh: "tpu")  # a mesh of TPU devices in a process that has none
+    assert evaluation_network(*init_state(config, mesh)).compute_dtype == jnp.bfloat16
 
 
 def test_D01_a_batch_that_is_not_finite_changes_nothing_but_the_count() -> None:

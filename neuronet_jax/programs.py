@@ -1,0 +1,97 @@
+"""The conventions of all programs: spelling of options, exit statuses, and error reports."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from neuronet_jax import __version__, namesakes
+from neuronet_jax.errors import NeuronetError, UsageError
+
+DONE, FAILED, USAGE, PARTIAL = 0, 1, 2, 3  # argparse itself ends with 2
+NOT_FINITE, OUT_OF_MEMORY, STALLED = 4, 5, 6  # of a training run
+INTERRUPTED = 130  # the shells' status for Ctrl-C: 128 + SIGINT
+
+STATUSES = {
+    DONE: "done",
+    FAILED: "an error; the message says what to do",
+    USAGE: "wrong options",
+    INTERRUPTED: "stopped by Ctrl-C",
+}
+SETTING = "--config."  # prefix of options that set a field of the config
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser with `--version`, whose help ends with the exit statuses.
+
+    Options are written in full. Their words are joined by `-`; `_` is accepted too. The fields of `--config.FIELD` are
+    spelled with `_`, as in the config. `statuses` adds to STATUSES or replaces some. With `settings`, `parse_args`
+    returns options `--config.FIELD` unparsed in the attribute `overrides`.
+    """
+
+    def __init__(self, *args: Any, statuses: Mapping[int, str] | None = None, settings: bool = False, **kwargs: Any):
+        common = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(*args, **common, **kwargs)
+        lines = [f"  {status:<4}{meaning}" for status, meaning in sorted((STATUSES | dict(statuses or {})).items())]
+        self.epilog = "\n".join([*([self.epilog.rstrip(), ""] if self.epilog else []), "exit status:", *lines])
+        self._settings = settings
+        self.add_argument("--version", action="version", version=f"neuronet {__version__}")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)  # only operands follow
+        given[:end] = [spelled(argument) for argument in given[:end]]
+        self._refuse_unknown(given[:end])
+        return super().parse_known_args(given, namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore
+        found, rest = self.parse_known_args(args, namespace)
+        if self._settings:
+            found.overrides = rest
+        elif rest:
+            self.error(f"unexpected arguments: {' '.join(rest)}")
+        return found
+
+    def _refuse_unknown(self, arguments: Sequence[str]) -> None:
+        """Ends the program at an unknown option, before argparse complains about missing ones."""
+        known = self._option_string_actions
+        for argument in arguments:
+            name = argument.partition("=")[0]
+            if self._subparsers is not None and not name.startswith("-"):
+                return  # the options of a command follow
+            if name in known or not name.startswith("-") or _is_number(name) or name == "-":
+                continue
+            if not (self._settings and name.startswith(SETTING)):
+                near = difflib.get_close_matches("--" + name.lstrip("-"), known, 1)
+                self.error(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def spelled(argument: str) -> str:
+    """Spells the name of an option as the help does: `--voxel_size_mm=2` becomes `--voxel-size-mm=2`."""
+    name, equals, value = argument.partition("=")
+    if name.startswith(SETTING):
+        return SETTING + name.removeprefix(SETTING).replace("-", "_") + equals + value
+    return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def run(parser: Parser, command: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None) -> int:
+    """Runs `command` with the options in `arguments` and returns the exit status. An error becomes one message."""
+    options = parser.parse_args(arguments)
+    try:
+        namesakes.require()
+        return command(options)
+    except NeuronetError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return USAGE if isinstance(error, UsageError) else FAILED
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped by Ctrl-C; run the same command again to continue", file=sys.stderr)
+        return INTERRUPTED

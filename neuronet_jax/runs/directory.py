@@ -1,0 +1,169 @@
+"""The folder of a run: the names of its files, its description, and the claim of a training to it.
+
+    WORKDIR/config.json          settings; the last file written when a run begins
+            training_data.json   the data that it is trained on (older runs: store.json, a copy of the store's)
+            checkpoints/         see `checkpoint.py`
+            metrics.jsonl        one line per report, see `training/monitor.py`
+            tensorboard/         the same for TensorBoard, and pictures
+            quality.json         calibration of predicted Dice, see `calibration.py`
+            run.lease            while the run trains: the process that owns it
+
+A release (see `release.py`) holds `release.json` instead of the first three.
+"""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from neuronet_jax.config import Config, flatten
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.files import Files
+from neuronet_jax.lease import lease
+from neuronet_jax.runs.provenance import Imported, TrainingData
+from neuronet_jax.store.schema import StoreInfo
+
+CONFIG, TRAINING_DATA, CHECKPOINTS = "config.json", "training_data.json", "checkpoints"
+METRICS, TENSORBOARD, QUALITY, RELEASE = "metrics.jsonl", "tensorboard", "quality.json", "release.json"
+LEASE = "run.lease"
+_STORE = "store.json"  # of version 0.1.0
+
+# Settings that may change within a run: its length (the schedule stretches to it), and how data are read, logged, kept.
+_FREE = (
+    *("steps", "data.store", "data.workers", "data.read_threads", "data.prefetch", "mesh."),
+    *("log_every", "keep_", "evaluate_", "checkpoint_"),
+)
+
+log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """The folder of one run or release, local or in a bucket. Making one touches nothing."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Keeps `path` valid when the process changes its folder. Raises NeuronetError for an unsupported kind of
+        place.
+        """
+        given = os.fspath(path)
+        self.path = given if "://" in given else os.path.abspath(given)
+        self.files = Files(self.path)
+
+    @property
+    def checkpoints(self) -> str:
+        return f"{self.path}/{CHECKPOINTS}"
+
+    def is_release(self) -> bool:
+        return self.files.read(RELEASE) is not None
+
+    def config(self) -> Config | None:
+        """Returns the settings of the run, or None before it begins. Raises NeuronetError if they are damaged."""
+        data = self.files.read(CONFIG)
+        return None if data is None else Config.from_json(data.decode(errors="replace"))
+
+    def training_data(self) -> TrainingData | None:
+        """Returns the data that the run is trained on, or None before it begins. Raises NeuronetError if they are
+        damaged.
+        """
+        if (data := self.files.read(TRAINING_DATA)) is not None:
+            return TrainingData.from_json(data)
+        if (data := self.files.read(_STORE)) is not None:
+            return _older_training_data(StoreInfo.from_json(data))
+        return None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Returns the lines of metrics.jsonl in order, each with `step` and `time`."""
+        lines = []
+        for line in (self.files.read(METRICS) or b"").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:  # a crash or a full disk cut it short
+                continue
+        return lines
+
+    @contextlib.contextmanager
+    def hold(self, config: Config, data: TrainingData, resume: bool = False) -> Iterator[Callable[[], None]]:
+        """Holds the run for the duration of the block and claims it, before anything else in its folder is opened.
+
+        Every process of the run calls it; the first one holds the lease for all. Gives a function that raises
+        NeuronetError if a different process has taken the run over since. Raises NeuronetError as `claim` does and,
+        naming host and time, if a live process trains this run.
+        """
+        with contextlib.ExitStack() as stack:
+            held, refusal = None, None
+            if jax.process_index() == 0:
+                try:
+                    held = stack.enter_context(lease(self.files, LEASE))
+                except NeuronetError as error:
+                    refusal = error
+            if refusal is None and not multihost_utils.broadcast_one_to_all(np.bool(held is not None)):
+                refusal = NeuronetError(f"the first process of this run could not get {self.path}, and says why")
+            elif refusal is not None:
+                multihost_utils.broadcast_one_to_all(np.bool(False))
+            if refusal is not None:
+                raise refusal
+            self.claim(config, data, resume)
+            yield held.check if held else lambda: None
+
+    def claim(self, config: Config, data: TrainingData, resume: bool = False) -> None:
+        """Makes this the folder of a run with these settings, or checks that the run in it is the one to continue.
+
+        Every process of a run calls it while the run is held. Raises NeuronetError if the folder holds a run and
+        `resume` is not asked for, if that run has different settings or different data, and if it is an imported
+        network.
+        """
+        earlier, earlier_data = self.config(), self.training_data()
+        # after reading and before writing: the processes wait for each other here
+        digest = np.frombuffer(config.to_json().encode(), np.uint8)
+        multihost_utils.assert_equal(digest, "the processes of this run were given different configs")
+        if earlier_data is not None and earlier_data.imported:
+            raise NeuronetError(
+                f"{self.path} holds an imported network, which cannot be trained further: give a different --workdir"
+            )
+        if earlier is not None:
+            if not resume:
+                raise NeuronetError(
+                    f"{self.path} holds a run already: continue it with --resume, or give a different --workdir"
+                )
+            if changed := changes(earlier, config):
+                raise NeuronetError(f"{self.path} was trained with a different config: {'; '.join(changed)}")
+            if earlier_data is not None and (changed := earlier_data.differences(data)):
+                raise NeuronetError(
+                    f"{self.path} was trained on different data: {'; '.join(changed)}. Continue it with its own store, "
+                    "or begin a new run with a different --workdir"
+                )
+            return
+        if resume:
+            log.warning("--resume: %s holds no run yet, starting at step 0", self.path)
+        if jax.process_index() == 0:
+            self.describe(config, data)
+
+    def describe(self, config: Config, data: TrainingData) -> None:
+        """Writes the description of a run: its data, then its settings."""
+        self.files.write(TRAINING_DATA, data.to_json())
+        self.files.write(CONFIG, config.to_json().encode())
+
+
+def changes(before: Config, after: Config) -> list[str]:
+    """Describes the settings that differ, except those that may change within a run."""
+    old, new = flatten(asdict(before)), flatten(asdict(after))
+    return [f"{k} was {old[k]!r}, is {new[k]!r}" for k in old if old[k] != new[k] and not k.startswith(_FREE)]
+
+
+def _older_training_data(info: StoreInfo) -> TrainingData:
+    """Returns the training data of an older run, which keeps a copy of its store's description.
+
+    An imported run has a made-up copy, of a store with 0 slots.
+    """
+    data = TrainingData.of_store(info)
+    if "imported" not in info.provenance:
+        return data
+    return TrainingData(
+        data.protocols, data.voxel_size_mm, note=data.note, imported=Imported.from_json(info.provenance["imported"])
+    )
