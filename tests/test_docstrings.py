@@ -21,20 +21,12 @@ Voxels Warnings Weights Words
 """
 # No docstring starts with one of these: a clause or half a sentence would stand in place of a verb or noun.
 CLAUSES = "As How If Of What When Where Whether Which Who Whose Why"
-# Files whose docstrings still await their revision. Remove an entry when it is done.
-PENDING = (
-    "neuronet_jax/inference/blocks.py",
-    "neuronet_jax/inference/onto_grid.py",
-    "neuronet_jax/inference/volume.py",
-)
 
 
 def _docstrings(package: str) -> Iterator[tuple[ast.AST, str, str]]:
     """Yields each documented module, class and function, its place and the first word of its docstring."""
     for path in sorted((ROOT / package).rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
-        if name.startswith(PENDING):
-            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
                 yield node, f"{name}:{getattr(node, 'lineno', 1)}", text.split(maxsplit=1)[0].rstrip(".,:;")

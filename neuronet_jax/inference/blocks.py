@@ -1,10 +1,10 @@
-"""Blocks of a head: the scores in a small cube follow from windows of the image and of the coarse features.
+"""Blocks of a volume: the scores in a small cube follow from windows of the image and of the coarse features.
 
-What a head needs everywhere are the features of the coarser scales, an eighth of its voxels and less. All else, the
-finest features and the scores of all classes, exists for one block at a time, and only where it is needed.
+Only the features of the coarser scales, an eighth of the voxels and less, exist for the whole volume. The finest
+features and the scores of all classes exist for one block at a time, and only where a structure can be.
 
-Averages over mirrored or shifted heads and over several networks need nothing more: each member of the average says
-where in its own volume a block lies. The finest features of the members stand side by side, with a row of the readout
+The same code serves test-time augmentation and ensembles: each member of the average knows where in its own volume a
+block lies. The finest features of the members stand side by side, with a row of the readout
 for each, and their coarser scores are summed.
 """
 
@@ -34,7 +34,7 @@ CHUNK = 64  # blocks that a program is given at a time, on each device
 
 
 class Kind(NamedTuple):
-    """What a member's program depends on."""
+    """The part of a member that is part of the program's key."""
 
     structure: Any  # of the network
     mirrored: bool  # its volume is the head mirrored along x
@@ -51,7 +51,7 @@ class Member(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """A block's scores are `fine·matrix + bias + upsampled half`."""
+    """The parts of a block's scores, `fine·matrix + bias + upsampled half`."""
 
     fine: Float[Array, "x c y z"]  # FINE voxels along each side
     half: Float[Array, "x k y z"]  # HALF voxels along each side, float32: the first lies one before the block
@@ -95,9 +95,9 @@ def lead(
 ) -> Float[Array, "p"]:
     """Returns how far the score of any structure can lie above the background's in a block, for each protocol.
 
-    An upper bound for every voxel and everything that is interpolated between voxels. Interpolated scores are means of
-    the scores at half resolution (or of zeros beyond the border), so those lie between the least and the largest of
-    them; the finest features' share follows from bounds of each feature.
+    This is an upper bound for every voxel and for every interpolation between voxels. Upsampled and interpolated scores
+    are weighted means of those at half resolution (and of zeros beyond the border), which bound them. The share of the
+    finest features follows from bounds of each feature.
     """
     halves, rest = [], []
     for kind, member in zip(kinds, members, strict=True):
@@ -160,7 +160,7 @@ class _Coarse(NamedTuple):
 
 
 def _start(kind: Kind, member: Member, corner: Int[Array, "3"]) -> Int[Array, "3"]:
-    """Where FINE voxels from `corner` on start in the member's volume, if need be from the far end."""
+    """Returns the first of the FINE voxels from `corner` on, in the member's own, perhaps mirrored, volume."""
     if kind.mirrored:
         side = member.image.shape[1] - 2 * IMAGE_HALO
         corner = jnp.concatenate([side - FINE - corner[:1], corner[1:]])
@@ -168,7 +168,7 @@ def _start(kind: Kind, member: Member, corner: Int[Array, "3"]) -> Int[Array, "3
 
 
 def _windows(coarse: Sequence[Array], start: Int[Array, "3"]) -> list[_Coarse]:
-    """Of each coarser scale, what FINE voxels from `start` on are interpolated from, and what that is, in turn."""
+    """Returns the window of each coarser scale that the FINE voxels from `start` on are interpolated from."""
     windows, first, width = [], start // 2 - 1, HALF
     for scale, features in enumerate(coarse):
         if scale:  # first voxel's left neighbour to last voxel's right one
@@ -184,7 +184,7 @@ def _window(volume: Array, first: Int[Array, "3"], width: int) -> Array:
 
 
 def _inside(first: Int[Array, "3"], width: int, volume: Array, halo: int) -> Float[Array, "x y z"]:
-    """1 on the voxels of a window that lie in the volume, 0 beyond it."""
+    """Returns 1 on the voxels of a window that lie in the volume, 0 beyond it."""
     x, y, z = (
         ((first[axis] + jnp.arange(width) >= 0) & (first[axis] + jnp.arange(width) < volume.shape[axis + 1] - 2 * halo))
         for axis in range(3)
@@ -193,7 +193,7 @@ def _inside(first: Int[Array, "3"], width: int, volume: Array, halo: int) -> Flo
 
 
 def _half_scores(network: Any, readout: Readout, windows: Sequence[_Coarse]) -> Float[Array, "x y z k"]:
-    """The coarser scales' scores, HALF voxels along each side; zero beyond the volume, as upsampling sees it."""
+    """Returns the scores of the coarser scales, HALF voxels along each side; zero beyond the volume."""
     features = network.readable([window.features for window in windows])
     total = None
     for scale in reversed(range(len(windows))):
@@ -208,9 +208,9 @@ def _half_scores(network: Any, readout: Readout, windows: Sequence[_Coarse]) -> 
 
 
 def _upsampled(x: Float[Array, "x y z k"], begin: Int[Array, "3"], width: int) -> Float[Array, "u v w k"]:
-    """`width` voxels along each side of the upsampled x, from `begin` on.
+    """Returns `width` voxels along each side of the upsampled x, from `begin` on.
 
-    As products, which XLA cannot fuse into every use of the scores and so compute again for each.
+    Products are used because XLA cannot fuse them into every use of the scores and so compute them again for each.
     """
     upsampling = jnp.asarray(conv.upsampling_matrix(len(x)))
     along_x, along_y, along_z = (jax.lax.dynamic_slice_in_dim(upsampling, begin[axis], width) for axis in range(3))

@@ -1,9 +1,9 @@
-"""Class scores read on any grid whose axes are parallel to the network's: labels, posteriors, sums of confidence.
+"""Reads a block's scores on any grid whose axes are parallel to the network's: labels, posteriors, sums of confidence.
 
 Interpolation and the readout are both linear, so they commute: the finest features (few channels) and the scores of
-the coarser scales (an eighth of the voxels) are interpolated, and the last mixing of channels comes after. A block is
-read plane by plane along x; scores of all classes exist for one plane of the new grid at a time. The weights of all
-interpolation are arguments: one program serves every scan of a scanner.
+the coarser scales (an eighth of the voxels) are interpolated first, and their channels are mixed last. The scores of
+all classes exist for one plane of the new grid at a time, along x. The weights of interpolation are arguments, so one
+program serves every scan of a scanner.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,9 @@ _PRECISE = jax.lax.Precision.HIGH  # the default would round positions and score
 
 
 class Axis(NamedTuple):
-    """Rows of the new grid along one axis, in blocks, as arrays, so that grids share programs. `t` rows, of which those
-    beyond a block's own are zero.
+    """Rows of the new grid along one axis, in blocks, as arrays, so that grids share programs.
+
+    Each block has `t` rows; those beyond its own are zero.
     """
 
     fine: np.ndarray  # float32 [b t FINE]: weights of the block's voxels
@@ -46,7 +47,7 @@ class Axes(NamedTuple):
     planes: np.ndarray  # int32 []: rows along x that some block has
 
     def of(self, block: Int[Array, "3"]) -> "Axes":
-        """Those of one block, without `b`."""
+        """Returns the rows of one block, without `b`."""
         x, y, z = (
             jax.tree.map(lambda rows, i=i: jax.lax.dynamic_index_in_dim(jnp.asarray(rows), block[i], 0, False), axis)
             for i, axis in enumerate(self[:3])
@@ -55,7 +56,7 @@ class Axes(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What is read of the scores. Part of the program's key."""
+    """The requested outputs, part of the program's key."""
 
     classes: tuple[int, ...]  # of each protocol, side by side
     tissue_of: int | None = None  # the protocol (malp_em) whose merge to tissues is read as one more, at the end
@@ -64,17 +65,17 @@ class Reading(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Of the sums."""
+        """Number of columns of the sums."""
         tissues = 0 if self.tissue_of is None else len(TISSUES)
         return sum(self.classes) + tissues if self.confidence else 0
 
 
 class Found(NamedTuple):
-    """What was read in one block; rows beyond its own mean nothing."""
+    """The outputs of one block; rows beyond its own are undefined."""
 
     labels: UInt8[Array, "u p v w"]
     posteriors: Float[Array, "u s v w"]
-    sums: Float[Array, "4 k"]  # as in Confidence; the tissues' after all classes
+    sums: Float[Array, "4 k"]  # as in Confidence; tissues follow all classes
 
 
 def rows(positions: np.ndarray, blocks: Sequence[np.ndarray]) -> Axis:
@@ -123,7 +124,7 @@ def read(volume: Fields, grid: Axes, reading: Reading) -> Found:
 
 
 class _Softmax(NamedTuple):
-    """Of one plane, all protocols side by side: a class's probability is its power over its protocol's total."""
+    """Softmax of one plane, protocols side by side: a class's probability is its power over its protocol's total."""
 
     powers: Float[Array, "k v w"]  # exp(score − highest score of the protocol)
     total: Float[Array, "p v w"]
@@ -132,7 +133,7 @@ class _Softmax(NamedTuple):
 
 
 def _scores(volume: Fields, fine: Array, half: Array, grid: Axes) -> Float[Array, "k v w"]:
-    """Of one plane, whose fine [c y z] and half [k y z] are interpolated along x already."""
+    """Returns the scores of one plane, whose fine [c y z] and half [k y z] are already interpolated along x."""
 
     def interpolated(plane: Array, y: Any, z: Any) -> Array:
         rows = jnp.einsum("vy,cyz->cvz", y, plane, precision=_PRECISE)
@@ -143,8 +144,9 @@ def _scores(volume: Fields, fine: Array, half: Array, grid: Axes) -> Float[Array
 
 
 def _largest(scores: Float[Array, "k v w"]) -> tuple[Array, Array, Array]:
-    """The highest score, how far the best structure's lies above the background's, and the class of the highest score,
-    the lower class on a tie. As a chain of comparisons: XLA's argmax is five times slower on CPU.
+    """Returns the highest score, the best structure's lead over the background, and the class of the highest score.
+
+    On a tie, the lower class is taken. It is a chain of comparisons because XLA's argmax is five times slower on CPU.
     """
     best, chosen = scores[1], jnp.ones(scores.shape[1:], jnp.uint8)
     for k in range(2, len(scores)):
@@ -156,8 +158,9 @@ def _largest(scores: Float[Array, "k v w"]) -> tuple[Array, Array, Array]:
 
 
 def _softmax(scores: Array, best: Array, reading: Reading) -> _Softmax:
-    """Sums over a protocol's classes, and the way back, are products with the matrix of who belongs to whom: the
-    fastest way on CPU, and XLA cannot copy the chain of comparisons behind `best` into each of its uses.
+    """Returns the softmax within each protocol, by products with the class-to-protocol matrix.
+
+    They are fastest on CPU, and keep XLA from copying the chain of comparisons behind `best` into each of its uses.
     """
     member = membership(reading.classes)
     logits = scores - jnp.einsum("kp,pvw->kvw", member, best, precision=_PRECISE)
@@ -182,14 +185,14 @@ def _posteriors(softmax: _Softmax, reading: Reading) -> Float[Array, "s v w"]:
 def _sums(
     softmax: _Softmax, chosen: UInt8[Array, "p v w"], weight: Float[Array, "p v w"], reading: Reading
 ) -> Float[Array, "4 k"]:
-    """The plane's share of the confidence."""
+    """Returns the plane's share of the confidence."""
     member = membership(reading.classes)
     index = np.concatenate([np.arange(k, dtype=np.float32) for k in reading.classes])
     label = jnp.einsum("kp,pvw->kvw", member, chosen.astype(jnp.float32), precision=_PRECISE)
-    own = (label == index[:, None, None]).astype(jnp.float32)  # of 1 where the class is chosen
+    own = (label == index[:, None, None]).astype(jnp.float32)  # 1 where the class is chosen
 
     def of_own(classes: Array, values: Array) -> Array:
-        """Sums of each class's share of its own protocol's values."""
+        """Sums each class's share of its own protocol's values."""
         return jnp.sum(member * jnp.einsum("kvw,pvw->kp", classes, values, precision=_PRECISE), axis=1)
 
     voxels = of_own(own, weight)
@@ -207,7 +210,7 @@ def _sums(
 
 
 def _linear(positions: np.ndarray) -> Float[np.ndarray, "n FINE"]:
-    """Linear interpolation as a matrix, at positions from 0 to BLOCK in voxels of the block."""
+    """Returns the matrix of linear interpolation at positions from 0 to BLOCK, in voxels of the block."""
     low = np.floor(positions).astype(int)
     matrix = np.zeros((len(positions), FINE))
     index = np.arange(len(positions))

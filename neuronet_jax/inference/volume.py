@@ -1,8 +1,9 @@
-"""From a whitened volume on the network's grid to labels, confidence and posteriors on the grid that is asked for.
+"""The inference engine: from a whitened volume on the network's grid to labels, confidence and posteriors on any grid.
 
-Three steps. Every member of the average (networks of an ensemble, the mirrored head, shifted crops) gives its coarse
-features of the whole volume. From those it is known in which blocks no voxel can be anything but background. The other
-blocks are read: on the wanted grid for the labels, on the volume's own for the confidence.
+There are three steps. Every member of the average (networks of an ensemble, the mirrored head, shifted crops) computes
+its coarse features of the whole volume. From these follow the blocks in which no voxel can be different from
+background. The scores of the other blocks are read: on the requested grid for the labels, on the volume's own grid for
+the confidence.
 """
 
 import math
@@ -37,7 +38,7 @@ SLACK = 0.25
 
 @dataclass(frozen=True)
 class Result:
-    """What was read, classes and structures in the order asked for."""
+    """Labels, posteriors and sums, classes and structures in the requested order."""
 
     classes: np.ndarray  # uint8 [p x y z]
     posteriors: np.ndarray  # float32 [s x y z]
@@ -53,10 +54,10 @@ def read_volume(
     options: Options,
     positions: Sequence[np.ndarray] | None = None,
 ) -> Result:
-    """Reads a whitened volume; `background` is what lies beyond it.
+    """Labels a whitened volume; `background` is the value beyond it.
 
-    `positions` [u], [v], [w] are the wanted grid's, in voxels of the volume; zeros beyond its field of view. Without
-    them it is the volume's own grid. The sums are over the volume's own voxels in any case.
+    `positions` [u], [v], [w] are those of the requested grid, in voxels of the volume; labels are zero beyond the field
+    of view. Without them, the grid is the volume's own. The sums are always over the volume's own voxels.
     """
     strides = [member.config.model.stride for member in model.members]
     shifts = _shifts(options.crops, min(strides))
@@ -104,7 +105,7 @@ def _members(
     flip: bool,
     shifts: Sequence[int],
 ) -> Iterator[tuple[Kind, Member]]:
-    """Every member of the average in one tile."""
+    """Yields every member of the average in one tile."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     for member in model.members:
         known = member.config.protocols
@@ -129,7 +130,7 @@ def _members(
 def _coarse(
     mesh: Mesh, structure: Any, arrays: Any, image: Float[Array, "x y z"], columns: Int[Array, "k"]
 ) -> tuple[Array, list[Array], Readout]:
-    """A member's image, coarse features and readout, on every device."""
+    """Returns a member's image, coarse features and readout, on every device."""
     network = nnx.merge(structure, arrays)
     readout = network.readout()
     chosen = Readout([m[:, columns] for m in readout.matrices], [b[columns] for b in readout.biases])
@@ -179,7 +180,7 @@ def _read_tile(
     positions: Sequence[np.ndarray] | None,
     result: Result,
 ) -> None:
-    """Fills in what the tile is believed on."""
+    """Fills in the part of the result that the tile is valid for."""
     own = [np.arange(v.start, v.stop, dtype=float) for v in volume]
     own_rows = [_rows_of(p, part, axis) for axis, p in enumerate(own)]
     wanted, wanted_rows = own, own_rows
@@ -208,7 +209,7 @@ def _read_tile(
 
 
 def _rows_of(positions: np.ndarray, part: Tile, axis: int) -> list[np.ndarray]:
-    """The rows of each block of the tile: those whose position, in voxels of the volume, is there and believed."""
+    """Returns the rows in each block of the tile whose position, in voxels of the volume, the tile is valid for."""
     kept, start, stop = part.kept[axis], part.inside[axis].start, part.inside[axis].stop
     believed = (positions >= kept.start) & (positions < kept.stop)
     block = np.floor((positions - start) / BLOCK).astype(int)
@@ -216,13 +217,13 @@ def _rows_of(positions: np.ndarray, part: Tile, axis: int) -> list[np.ndarray]:
 
 
 def _with_rows(blocks: np.ndarray, rows_of: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Whether a block has rows along all axes."""
+    """Returns True for blocks that have rows along all axes."""
     filled = [np.array([len(index) > 0 for index in along]) for along in rows_of]
     return np.logical_and.reduce([filled[axis][blocks[:, axis]] for axis in range(3)])
 
 
 def _highest_leads(mesh: Mesh, kinds: Any, members: Any, reading: Reading, blocks: np.ndarray) -> np.ndarray:
-    """The largest bound of `lead` over the protocols, for each block."""
+    """Returns the largest bound of `lead` over the protocols, for each block."""
     found = np.zeros(len(blocks), np.float32)
     done = 0
     for hands, counts, places in _dealt(mesh, blocks):
@@ -244,7 +245,7 @@ def _read_blocks(
     result: Result,
     labels: bool = True,
 ) -> None:
-    """Adds to the result what is read of blocks."""
+    """Reads blocks and adds their outputs to the result."""
     blocks = blocks[_with_rows(blocks, rows_of)]
     if not len(blocks):
         return
@@ -266,9 +267,9 @@ def _read_blocks(
 
 
 def _shifts(crops: int, stride: int) -> list[int]:
-    """How far each crop moves the head along every axis: even, so that half resolution follows, evenly over a stride.
+    """Returns how far each crop moves the volume along every axis: even, so that half resolution follows.
 
-    Raises NeuronetError where the network has not as many different positions.
+    Raises NeuronetError if the network does not have as many different positions.
     """
     most = max(1, stride // 2)
     if not 1 <= crops <= most:
