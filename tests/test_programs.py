@@ -35,7 +35,7 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of one program: a finished process for each kind of call."""
+    """Answers of one program: a finished process for each kind of call."""
 
     program: str
     processes: dict[str, subprocess.CompletedProcess]

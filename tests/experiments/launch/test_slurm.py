@@ -16,7 +16,7 @@ import pytest
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.store.reader import Store
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(560)]
 
 HEADS = 6
 SHAPE = (40, 48, 40)  # voxels of 4 mm
@@ -81,7 +81,7 @@ JOIN = """\
 import jax
 from neuronet_jax import runtime
 runtime.join_cluster()
-print(jax.process_count(), jax.config.jax_cuda_visible_devices)
+print(jax.process_count(), jax.config._read("jax_cuda_visible_devices"))
 """
 
 
@@ -138,8 +138,8 @@ def trained(slurm, store, tmp_path_factory) -> tuple[Path, str, int]:
     folder = tmp_path_factory.mktemp("trained")
     config, run, log = folder / "tiny.py", folder / "run", folder / "job.log"
     config.write_text(CONFIG.format(store=store[0], steps=ENDLESS))
-    # Two minutes, and the warning one minute before: Slurm may send it up to a minute early, once the job has begun.
-    time_and_place = ("--nodes=2", "--cpus-per-task=1", "--time=2", "--signal=B:USR1@60", f"--output={log}")
+    # Three minutes, and the warning one minute before; Slurm may send it half a minute early.
+    time_and_place = ("--nodes=2", "--cpus-per-task=1", "--time=3", "--signal=B:USR1@60", f"--output={log}")
     job = slurm.submit(*time_and_place, "experiments/launch/slurm.sh", f"--config={config}", f"--workdir={run}")
 
     end = time.monotonic() + 240
@@ -148,21 +148,21 @@ def trained(slurm, store, tmp_path_factory) -> tuple[Path, str, int]:
         text = log.read_text() if log.exists() else ""
         assert time.monotonic() < end and slurm.job(job)["JobState"] != "FAILED", text + slurm.log()
         time.sleep(0.5)
-        # On a machine with other work, the first warning may come before the training has begun.
         saved = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
         stopped = max(saved, default=None)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=15")  # one warning is enough
     # A run may be made longer or shorter when it goes on; without this the test would never end.
     config.write_text(CONFIG.format(store=store[0], steps=stopped + 20))
-    assert slurm.wait(job, 180, log) == "COMPLETED", log.read_text()
+    assert slurm.wait(job, 240, log) == "COMPLETED", log.read_text()
     return run, log.read_text(), stopped
 
 
 def test_training_saves_when_warned_is_requeued_and_resumes(trained):
     run, log, stopped = trained
-    assert log.count("USR1: saving after this step") >= 2  # srun hands the signal to both processes
-    assert re.findall(r"stopped as asked after step (\d+)", log)[:2] == [str(stopped)] * 2
+    assert log.count("USR1: saving after this step") == 2  # srun hands the signal to both processes
+    assert re.findall(r"stopped as asked after step (\d+)", log) == [str(stopped)] * 2
     starts = re.findall(r"training tiny from step (\d+) to (\d+) on 2 devices", log)
-    assert starts.count(("0", str(ENDLESS))) == starts.count((str(stopped), str(stopped + 20))) == 2
+    assert sorted(starts) == sorted([("0", str(ENDLESS)), (str(stopped), str(stopped + 20))] * 2)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, stopped + 21))  # none lost, none twice
     with Checkpoints(run, read_only=True) as checkpoints:
@@ -180,9 +180,8 @@ def test_an_array_segments_a_cohort_and_one_command_makes_its_tables(slurm, raw:
     parts = [_rows(out / f"summary_shard-{part}-of-2.tsv") for part in (1, 2)]
     assert [len(part) for part in parts] == [2, 2]
     assert not (out / "volumes.tsv").exists()  # a shard does not know the others
-    assert (
-        "4 of 4 heads segmented" in (said := slurm.run(*command.split(), timeout_s=120)) and "4 of them before" in said
-    )
+    said = slurm.run(*command.split(), timeout_s=120)
+    assert re.search(r"^4 of 4 scans .*, 4 of them earlier$", said, re.MULTILINE), said
     assert sorted(map(tuple, parts[0] + parts[1])) == sorted(map(tuple, _rows(out / "summary.tsv")))
     assert len(_rows(out / "volumes.tsv")) == 4
 
