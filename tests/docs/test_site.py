@@ -1,5 +1,6 @@
 """The site is built as `make docs` builds it, whole and without a network."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -58,6 +59,14 @@ def test_the_api_page_describes_the_public_names(site):
     text = (site / "api.html").read_text(encoding="utf-8")
     for name in set(neuronet_jax.__all__) - {"PROTOCOLS"}:
         assert re.search(rf'id="neuronet_jax\.([a-z_.]+\.)?{name}"', text), name
+
+
+def test_the_api_page_lists_the_options():
+    from neuronet_jax import Options
+
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", text, re.MULTILINE)
+    assert listed == [(field.name, str(field.default)) for field in dataclasses.fields(Options)]
 
 
 def test_the_front_page_is_short():

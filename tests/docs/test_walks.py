@@ -38,12 +38,13 @@ def test_every_file_of_a_walk_exists_and_is_named_once(title):
 
 
 @pytest.mark.filterwarnings("default")  # what a tiny network deserves
-def test_a_walk_goes_where_the_program_goes(workplace):
-    named = walk("The way of a crop")
-    assert [name for name in workplace.trained if name in named] == named
-    validation = {name for name in workplace.trained if name.startswith("neuronet_jax/inference/")}
-    elsewhere = serving() | validation | set(walk("The way of an image"))
-    assert set(workplace.trained) - set(named) - elsewhere == set()
+@pytest.mark.parametrize("title", WALKS)
+def test_a_walk_goes_where_the_program_goes(title, workplace):
+    entered = getattr(workplace, WALKS[title])
+    named = walk(title)
+    assert [name for name in entered if name in named] == named
+    elsewhere = serving() | (set(walk("The way of an image")) if title == "The way of a crop" else set())
+    assert set(entered) - set(named) - elsewhere == set()
 
 
 def test_the_layers_are_those_of_the_contract():
