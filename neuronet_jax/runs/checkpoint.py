@@ -10,6 +10,7 @@ finished if and only if its directory is named by a step and holds a manifest.
 """
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ from orbax.checkpoint import multihost
 
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.runs.checksums import MANIFEST, damage, write_manifest
+from neuronet_jax.runs.checksums import MANIFEST, children, damage, write_manifest
 from neuronet_jax.runs.directory import RunDirectory
 
 _POSITION = "position.json"
@@ -55,6 +56,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: str | os.PathLike, keep: int = 3, read_only: bool = False):
         """Raises NeuronetError if the directory is missing (`read_only`) or cannot be written."""
+        _check_place(RunDirectory(run_dir).path)
         self._folder = epath.Path(RunDirectory(run_dir).checkpoints)
         self._keep = keep
         self._read_only = read_only
@@ -68,7 +70,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of the finished checkpoints, oldest first."""
-        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit() and _finished(path))
+        return sorted(int(path.name) for path in children(self._folder) if path.name.isdigit() and _finished(path))
 
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
@@ -234,7 +236,7 @@ class Checkpoints:
 
     def _position(self, step: int) -> Any:
         folder = self._folder / str(step) / "position"
-        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+        names = [path.name for path in children(folder)]
         older = sorted(name for name in names if name.startswith("process_0_of_"))  # one per process before 0.2
         if _POSITION not in names and not older:
             raise NeuronetError(f"checkpoint {step} holds no data position; give --reset-data to restart the data")
@@ -253,7 +255,7 @@ class Checkpoints:
     def _tidy(self) -> None:
         """Reports directories that look like checkpoints but are not finished; a writer moves them out of the way."""
         if multihost.process_index() == 0:
-            for path in list(self._folder.iterdir()):
+            for path in children(self._folder):
                 if path.name.endswith(".deleting") and not self._read_only:
                     path.rmtree()
                 elif path.name.isdigit() and not _finished(path):
@@ -291,6 +293,16 @@ class Checkpoints:
         for temporary in ocp.utils.tmp_checkpoints(self._folder):
             if temporary.get_final().name == str(self._saving):
                 write_manifest(temporary.get())
+
+
+def _check_place(path: str) -> None:
+    """Raises NeuronetError for a bucket that checkpoints cannot be written to here."""
+    if path.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
+        raise NeuronetError(f"checkpoints in {path} need gcsfs: pip install 'neuronet-jax[gcs]'")
+    if "://" in path and not path.startswith("gs://"):
+        raise NeuronetError(
+            f"checkpoints are kept on a file system or at gs://, got {path}: give a different --workdir"
+        )
 
 
 def _finished(folder: epath.Path) -> bool:

@@ -30,11 +30,19 @@ def damage(folder: epath.Path) -> str:
     return ""
 
 
+def children(folder: epath.Path) -> list[epath.Path]:
+    """Returns what lies in `folder`; nothing if it does not exist, as in a bucket before the first file."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 def covered(folder: epath.Path) -> list[str]:
     """Returns the files below `folder` that its manifest covers, as sorted relative paths."""
 
     def walk(path: epath.Path, prefix: str) -> Iterator[str]:
-        for child in path.iterdir():
+        for child in children(path):
             if child.is_dir():
                 yield from walk(child, f"{prefix}{child.name}/")
             else:

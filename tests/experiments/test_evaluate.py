@@ -4,18 +4,14 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from experiments import evaluate, report
 from experiments.flags import load
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.evaluation import quality, scoring
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.models.readout import Readout
 from neuronet_jax.runs.calibration import QUALITY, load_calibration
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.provenance import Origin
@@ -26,20 +22,6 @@ from neuronet_jax.store.writer import StoreWriter
 GRID = (36, 40, 33)
 NAMES = ("fsl_fast", "fsl_first", "spm_tissue")  # of the store; the model predicts the first two
 AFFINE = tuple(tuple(row) for row in np.diag([2.0, 2, 2, 1]).tolist())
-
-
-class Threshold(nnx.Module):
-    """A network with known labels: class 1 where the raw image exceeds its mean, for two protocols."""
-
-    def labels(self, image: jax.Array) -> jax.Array:
-        bright = (image[..., 0] > 0).astype(jnp.uint8)
-        return jnp.stack([bright, bright], axis=1)
-
-    def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
-        classes = [PROTOCOLS[name].num_classes for name in NAMES[:2]]
-        readout = jnp.concatenate([jnp.where(jnp.arange(k) == 1, 1.0, 0.0) for k in classes])[None]  # c k
-        bias = jnp.concatenate([jnp.where(jnp.arange(k) > 1, -1e3, 0.0) for k in classes])
-        return [image, image[:, ::2, ::2, ::2]], Readout([readout, 0 * readout], [bias, 0 * bias])
 
 
 def _record(slot: int, split: str, present: tuple[bool, ...]) -> Record:
@@ -75,9 +57,9 @@ def store(tmp_path) -> Store:
 
 
 @pytest.fixture
-def model(store) -> Model:
+def model(store, threshold_network) -> Model:
     config = replace(load("tissue:demo"), protocols=NAMES[:2])
-    return Model(Threshold(), config, 2.0, Origin("tissue:demo", 7, store.info.split_hash))
+    return Model(threshold_network, config, 2.0, Origin("tissue:demo", 7, store.info.split_hash))
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -10,12 +10,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
-from flax import nnx
 
 import neuronet_jax
 from experiments.flags import load
@@ -23,8 +20,6 @@ from neuronet_jax.cli import _parser, main
 from neuronet_jax.codes import explain
 from neuronet_jax.errors import RejectError
 from neuronet_jax.inference.segmentation import Options
-from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.models.readout import Readout
 from neuronet_jax.results import cohort
 from neuronet_jax.runs import restore as restoring
 from neuronet_jax.runs.model import Model
@@ -33,20 +28,10 @@ from neuronet_jax.runs.provenance import Origin
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Threshold(nnx.Module):
-    """A network with known labels: 1 for voxels above the mean, for two protocols."""
-
-    def features(self, image: jax.Array) -> tuple[list[jax.Array], Readout]:
-        classes = [PROTOCOLS[name].num_classes for name in ("fsl_fast", "fsl_first")]
-        readout = jnp.concatenate([jnp.where(jnp.arange(k) == 1, 1.0, 0.0) for k in classes])[None]  # c k
-        bias = jnp.concatenate([jnp.where(jnp.arange(k) > 1, -1e3, 0.0) for k in classes])
-        return [image, image[:, ::2, ::2, ::2]], Readout([readout, 0 * readout], [bias, 0 * bias])
-
-
 @pytest.fixture
-def run(monkeypatch, tmp_path) -> str:
+def run(monkeypatch, tmp_path, threshold_network) -> str:
     config = replace(load("tissue:demo"), protocols=("fsl_fast", "fsl_first"))
-    model = Model(Threshold(), config, 2.0, Origin("test"))
+    model = Model(threshold_network, config, 2.0, Origin("test"))
     monkeypatch.setattr(restoring, "restore", lambda run: model)
     return f"--run={tmp_path}"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib.util
 import json
 import logging
 import os
@@ -646,6 +647,14 @@ def test_two_processes_save_and_restore_together(tmp_path, open_run):
     restored = one.restore(target)
     np.testing.assert_array_equal(restored.state["w"], np.arange(8.0) * 2)
     assert restored.data_position == {"next_index": 20}
+
+
+def test_checkpoints_in_a_bucket_need_what_reads_it(monkeypatch):
+    with pytest.raises(NeuronetError, match="are kept on a file system or at gs://, got s3://bucket/run"):
+        Checkpoints("s3://bucket/run")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NeuronetError, match=r"need gcsfs: pip install 'neuronet-jax\[gcs\]'"):
+        Checkpoints("gs://bucket/run")
 
 
 if __name__ == "__main__":  # PYTHONPATH=. python tests/neuronet_jax/runs/test_checkpoint.py, once per schema
