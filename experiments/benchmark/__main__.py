@@ -87,7 +87,7 @@ def compare(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for what in set(whats) & set(HEADS):
-            template_head(folder / f"{what}.nii", HEADS[what])
+            template_head(folder / f"{what}.nii", *HEADS[what])
         if arguments.run:
             save_weights(arguments.run, folder / "weights.npz")
         jobs = {what: contenders(arguments, what, folder) for what in whats}

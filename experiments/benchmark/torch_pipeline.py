@@ -19,9 +19,7 @@ from neuronet_jax.images import intensity, space
 from neuronet_jax.labels import PROTOCOLS
 
 MULTIPLE = 8  # voxels of the network's coarsest scale: sides of the volume and starts of tiles are multiples of it
-# Voxels at the faces of a tile that its neighbour labels: half of the overlap of MONAI's sliding window, by default a
-# quarter of 128.
-MARGIN = 16
+MARGIN = 16  # voxels at least that tiles share on either side: the quarter of 128 of MONAI's sliding window
 
 
 def segment(
@@ -73,7 +71,8 @@ def _tiles(shape: Sequence[int], side: int) -> Iterator[tuple[tuple[int, ...], t
     """Returns the starts of the tiles, and the voxels of the volume that each of them labels."""
     axes = []
     for n in shape:
-        starts = sorted({*range(0, n - side, side - 2 * MARGIN), n - side})
+        count = max(1, -(-(n - 2 * MARGIN) // (side - 2 * MARGIN)))
+        starts = [round(start / MULTIPLE) * MULTIPLE for start in np.linspace(0, n - side, count)]
         ends = [(a + side + b) // 2 for a, b in itertools.pairwise(starts)]  # the middle of the overlap
         axes.append(list(zip(starts, map(slice, [0, *ends], [*ends, n]), strict=True)))
     for corner in itertools.product(*axes):

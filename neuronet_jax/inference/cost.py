@@ -9,13 +9,13 @@ from neuronet_jax.runs.model import Model
 from neuronet_jax.runtime import cores, memory_bytes
 
 MEMORY_SHARE = 0.6  # of the device's memory that one volume may take
-# Peak memory per voxel, five protocols in float32: 7.6 GiB were measured on CPU for a head of 192 × 224 × 224, with its
-# confidence and its interpolation.
-VOXEL_BYTES = 850
-# Processor seconds per million voxels, with five protocols and the channels of the shipped configs: on the network's
-# own grid for the features, and for labels and confidence from them; on a different grid for interpolated scores. For
-# four heads on an x86 server, with different shares of brain, these are wrong by up to 40 %.
-FEATURES_CPU_S, READING_CPU_S, INTERPOLATION_CPU_S = 3.0, 3.0, 1.2
+# Peak memory per voxel of a volume padded to a bucket, five protocols in float32: 2.7 GiB beside the process itself
+# were measured on two CPU devices for 224 × 256 × 192 voxels.
+VOXEL_BYTES = 280
+# Processor seconds per million voxels, with five protocols and the channels of the shipped configs, measured on an x86
+# server that had other work: for the features, and for reading labels and confidence where no block can be left out, on
+# the network's own grid and again on a different grid.
+FEATURES_CPU_S, READING_CPU_S, INTERPOLATION_CPU_S = 2.2, 2.8, 2.5
 # Wall-clock time per processor second: much of the network runs on one core, and other cores may be busy.
 ON_THE_CLOCK = (0.5, 1.2)
 

@@ -31,7 +31,7 @@ from neuronet_jax.runtime import mesh_over_cores
 
 BUCKET = BLOCK  # sides are padded to multiples of it: heads come in few shapes, so programs are compiled rarely
 # Memory per extra member of an average, as a fraction of VOXEL_BYTES: its image and its coarse features.
-MEMBER_SHARE = 0.15
+MEMBER_SHARE = 0.2
 # Scores by which a bound must hold: rounding in bfloat16, which has 8 bits, of scores of some ten.
 SLACK = 0.25
 

@@ -290,7 +290,7 @@ def test_options_that_make_no_sense_are_refused(model):
     for options, message in cases:
         with pytest.raises(NeuronetError, match=message):
             Options(**options)
-    with pytest.raises(NeuronetError, match="malp_em is not among the protocols fsl_first"):
+    with pytest.raises(NeuronetError, match="needs malp_em, which is not among the protocols fsl_first"):
         segment(model, _noise(), ["fsl_first"], Options(posteriors=("malp_em:LeftHippocampus",)))
 
 

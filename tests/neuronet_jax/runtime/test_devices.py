@@ -21,9 +21,11 @@ from neuronet_jax.runs.model import Model
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def _python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONWARNINGS": "default", "XLA_FLAGS": "", **environment}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -40,7 +42,7 @@ def test_F06_without_the_requested_accelerator_the_cpu_serves(platform):
 
 
 LIMITED = """
-import resource
+import resource, sys
 from dataclasses import replace
 import numpy as np
 from experiments.flags import load
@@ -55,8 +57,7 @@ model = Model(build(config.model, names, seed=3), config, 2.0)
 head = np.random.default_rng(0).normal(100, 10, (160, 160, 160)).astype(np.float32)
 expected = segment(replace(model, max_voxels=head.size // 2), head)  # and compiles the programs of tiles
 status = dict(line.split(":") for line in open("/proc/self/status"))
-# the whole volume needs 630 MiB at once, the next smaller tiles 250
-limit = (int(status["VmSize"].split()[0]) << 10) + (550 << 20)
+limit = (int(status["VmSize"].split()[0]) << 10) + (int(sys.argv[1]) << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 labels = segment(model, head)
 print([float(np.mean(labels[name] == expected[name])) for name in names])
@@ -65,10 +66,14 @@ print([float(np.mean(labels[name] == expected[name])) for name in names])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_F06_when_memory_really_runs_out_smaller_tiles_are_used():
-    result = _python(LIMITED)
-    assert result.returncode == 0, result.stderr
-    assert "the device ran out of memory with tiles of 160 × 160 × 160; continuing with" in result.stderr
-    assert result.stdout == "[1.0, 1.0]\n"
+    """The whole volume needs 100 to 180 MiB at once, by how the process's memory is cut up; tiles need less than 95."""
+    for limit_mib in (130, 110, 95):
+        result = _python(LIMITED, str(limit_mib))
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == "[1.0, 1.0]\n"
+        if "the device ran out of memory with tiles of 160 × 160 × 160; continuing with" in result.stderr:
+            return
+    raise AssertionError(f"the memory never ran out: {result.stderr}")
 
 
 def test_F06_other_errors_of_the_device_are_raised():
