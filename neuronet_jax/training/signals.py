@@ -53,8 +53,8 @@ class StopRequest:
 
     def _ask(self, number: int, frame: object) -> None:
         self._asked = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # first: whoever reads the message may interrupt at once
         os.write(2, f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C ends at once\n".encode())
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._distributed:
             os.kill(os.getpid(), signal.SIGTERM)
 
