@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tensorstore as ts
+from etils import epath
 
 from neuronet_jax.errors import NeuronetError
 
@@ -117,6 +118,14 @@ class Files:
 
 def _io_error(verb: str, dest: str, name: str, error: Exception) -> NeuronetError:
     return NeuronetError(f"E_IO: cannot {verb} {name!r} in {dest}: {error}")
+
+
+def children(folder: epath.Path) -> list[epath.Path]:
+    """Returns what lies in `folder`; nothing if it does not exist, as in a bucket before the first file."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def user_cache() -> Path:

@@ -29,7 +29,8 @@ from orbax.checkpoint import multihost
 
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.runs.checksums import MANIFEST, children, damage, write_manifest
+from neuronet_jax.files import children
+from neuronet_jax.runs.checksums import MANIFEST, damage, write_manifest
 from neuronet_jax.runs.directory import RunDirectory
 
 _POSITION = "position.json"

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from neuronet_jax.files import children
+
 MANIFEST = "manifest.sha256"
 _COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax touches these after the manifest, in the commit
 
@@ -28,14 +30,6 @@ def damage(folder: epath.Path) -> str:
     except (OSError, ValueError) as error:
         return f"it cannot be read ({error})"
     return ""
-
-
-def children(folder: epath.Path) -> list[epath.Path]:
-    """Returns what lies in `folder`; nothing if it does not exist, as in a bucket before the first file."""
-    try:
-        return list(folder.iterdir())
-    except FileNotFoundError:
-        return []
 
 
 def covered(folder: epath.Path) -> list[str]:
