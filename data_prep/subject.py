@@ -44,8 +44,8 @@ def prepare(source: Source, slot: int, settings: Settings) -> Record:
 
     volume = nifti.read_image(source.t1, settings.limits)
     warnings += volume.warnings
-    image, affine = space.conform(volume.data, volume.affine, settings.voxel_size_mm, is_label=False)
-    image, notes = intensity.clip_spikes(image)
+    conformed = space.conform(volume, settings.voxel_size_mm, is_label=False)
+    image, notes = intensity.clip_spikes(conformed.data)
     warnings += notes
     statistics = intensity.statistics(image)  # before padding, as in inference
 
@@ -53,9 +53,9 @@ def prepare(source: Source, slot: int, settings: Settings) -> Record:
     for name in settings.protocols:
         if name in source.labels:
             classes, notes = _read_classes(source, PROTOCOLS[name], volume, settings)
-            maps[name], _ = space.conform(classes, volume.affine, settings.voxel_size_mm, is_label=True)
+            maps[name] = space.conform(volume.holding(classes), settings.voxel_size_mm, is_label=True).data
             warnings += notes
-    warnings += _check_maps(maps, affine)
+    warnings += _check_maps(maps, conformed.affine)
 
     labelled = np.zeros(image.shape, bool)
     for classes in maps.values():
@@ -79,7 +79,7 @@ def prepare(source: Source, slot: int, settings: Settings) -> Record:
         std=statistics.std,
         source_shape=volume.data.shape,
         source_affine=_tuples(volume.affine),
-        affine=_tuples(space.shifted(affine, origin)),
+        affine=_tuples(space.shifted(conformed.affine, origin)),
         conformed_shape=image.shape,
         origin=origin,
         warnings=tuple(sorted(set(warnings))),
@@ -102,7 +102,7 @@ def image_hash(subject: Subject) -> str:
 
 
 def _read_classes(
-    source: Source, protocol: Protocol, image: nifti.Volume, settings: Settings
+    source: Source, protocol: Protocol, image: space.Volume, settings: Settings
 ) -> tuple[np.ndarray, Sequence[str]]:
     """Returns the label map as class indices on the image's grid, and its warnings."""
     try:
@@ -117,7 +117,7 @@ def _read_classes(
                     f"its grid {volume.data.shape} differs from the image's {image.data.shape} (by {gap_mm:.3g} mm); "
                     "--resample-labels takes the nearest voxels",
                 )
-            classes = space.to_grid(classes, volume.affine, space.Grid(image.data.shape, image.affine))
+            classes = space.to_grid(volume.holding(classes), image.grid)
             warnings.append("W_RESAMPLED")
         if not classes.any():
             raise RejectError("E_LABEL_EMPTY", "the map is all background; did the tool fail?")
@@ -126,7 +126,7 @@ def _read_classes(
     return classes, warnings
 
 
-def _gap_mm(a: nifti.Volume, b: nifti.Volume) -> float:
+def _gap_mm(a: space.Volume, b: space.Volume) -> float:
     """Returns the largest distance between corresponding corners of two grids, infinite if the shapes differ."""
     if a.data.shape != b.data.shape:
         return float("inf")

@@ -31,16 +31,15 @@ def segment(
     [1 x y z 1].
     """
     file: Any = nib.load(path)
-    data = np.asarray(file.dataobj, np.float32)
-    target = space.Grid(data.shape, file.affine)
-    conformed, grid = space.conform(data, file.affine, voxel_size_mm, is_label=False)
-    clipped, _ = intensity.clip_spikes(conformed)
+    scan = space.Volume(np.asarray(file.dataobj, np.float32), file.affine)
+    conformed = space.conform(scan, voxel_size_mm, is_label=False)
+    clipped, _ = intensity.clip_spikes(conformed.data)
     statistics = intensity.statistics(clipped)
     image = intensity.whiten(clipped, statistics.mean, statistics.std)
     whole = [max(side, -(-n // MULTIPLE) * MULTIPLE) for n in image.shape]
     padding = [(0, w - n) for w, n in zip(whole, image.shape, strict=True)]
     image_padded = np.pad(image, padding, constant_values=-statistics.mean / statistics.std)
-    walk = space.walked(grid, target)
+    walk = space.walked(conformed.affine, scan.grid)
     assert walk is not None
     order, positions = walk
     if all(np.abs(p - np.rint(p)).max() < 1e-3 for p in positions):

@@ -15,14 +15,13 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 
-# --resume starts a fresh run where the workdir holds none yet.
-srun --kill-on-bad-exit=1 python -m experiments.train "$@" --resume &
-training=$!
-
 # Five minutes before the end this shell alone gets USR1 and hands it on: training saves, exits 0, and the job goes back into
 # the queue. So it does where the signal ended a training that had not begun: 138 is 128 + USR1.
 stopped=no
-trap 'stopped=yes; kill -USR1 "$training"' USR1
+trap 'stopped=yes; [ -z "${!-}" ] || kill -USR1 "$!"' USR1
+# --resume starts a fresh run where the workdir holds none yet.
+srun --kill-on-bad-exit=1 python -m experiments.train "$@" --resume &
+training=$!
 status=0
 wait "$training" || status=$?
 if [ "$stopped" = yes ]; then # the first wait ended with the signal, not with the training

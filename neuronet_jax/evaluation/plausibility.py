@@ -13,8 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from neuronet_jax.evaluation.agreement import Agreement
-from neuronet_jax.images.nifti import Volume
-from neuronet_jax.images.space import spacing_mm, voxel_mm3
+from neuronet_jax.images.space import Volume, spacing_mm, voxel_mm3
 from neuronet_jax.labels import tissue_classes
 
 BRAIN_MM3 = (

@@ -3,15 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from neuronet_jax.evaluation.metrics import DiceTable, dice_per_class
 from neuronet_jax.evaluation.quality import Sample, calibrate, expected_dice
 from neuronet_jax.evaluation.surfaces import SurfaceTable, surfaces_per_class
 from neuronet_jax.images.intensity import whiten
-from neuronet_jax.images.nifti import Volume
-from neuronet_jax.images.space import place
+from neuronet_jax.images.space import Volume, place, shifted
 from neuronet_jax.inference.segment import predict, segment_volume
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.runs.calibration import Calibration
@@ -65,9 +63,8 @@ def _sample(model: Model, store: Store, subject: Subject) -> Sample:
     def conformed(stored: np.ndarray) -> np.ndarray:
         return place(stored, subject.conformed_shape, outside)
 
-    affine = np.array(subject.affine, np.float64)
-    affine[:3, 3] += affine[:3, :3] @ outside
-    volume = Volume(conformed(store.read_image(subject.slot)), affine, nib.Nifti1Header(), ())
+    affine = shifted(np.array(subject.affine), outside)
+    volume = Volume(conformed(store.read_image(subject.slot)), affine)
     result = segment_volume(model, volume)
     found = {}
     for name, reference in _references(result.confidence, store, subject):

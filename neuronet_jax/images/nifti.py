@@ -24,7 +24,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.files import Files
-from neuronet_jax.images.space import spacing_mm
+from neuronet_jax.images.space import Volume, spacing_mm
 
 _SILENT = logging.getLogger("neuronet_jax.nifti.silent")  # nibabel logs its repairs; only its errors matter here
 _SILENT.addHandler(logging.NullHandler())
@@ -47,24 +47,6 @@ class Limits:
     nan_fraction: float = 1e-3  # a few NaN voxels are noise; more means that a tool failed
     transform: Literal["sform", "qform", "reject"] = "sform"  # which one to use if the two differ
     assume_ras: bool = False  # accept a file without an orientation; left and right are then a guess
-
-
-@dataclasses.dataclass(frozen=True)
-class Volume:
-    """A checked image or label map on its own grid.
-
-    `data` is [x y z] in file order (float32 for images, integers for labels). `affine` maps voxels to RAS+ mm. `header`
-    supplies the qform, sform and codes of results written on the same grid. `warnings` holds the stable W_… codes.
-    """
-
-    data: np.ndarray
-    affine: np.ndarray
-    header: Any
-    warnings: tuple[str, ...]
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        return tuple(float(s) for s in spacing_mm(self.affine))  # type: ignore[return-value]
 
 
 DEFAULT_LIMITS = Limits()

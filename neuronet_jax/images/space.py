@@ -8,6 +8,7 @@ bit.
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -31,6 +32,36 @@ class Grid:
         return spacing_mm(self.affine)
 
 
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """Voxels [x y z], float32 of an image or integers of a label map, and their place: `affine` float64 [4 4] maps
+    voxels to RAS+ mm.
+
+    A volume read from a file also has its header, which supplies the qform, sform and codes of results on the same
+    grid, and the W_… codes of its `warnings`.
+    """
+
+    data: np.ndarray
+    affine: np.ndarray
+    header: Any = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def grid(self) -> Grid:
+        x, y, z = self.data.shape
+        return Grid((x, y, z), self.affine)
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along each axis."""
+        x, y, z = (float(side) for side in spacing_mm(self.affine))
+        return x, y, z
+
+    def holding(self, data: np.ndarray) -> "Volume":
+        """Returns other voxels in the same place."""
+        return Volume(data, self.affine)
+
+
 def spacing_mm(affine: np.ndarray) -> np.ndarray:
     """Returns the voxel size along each axis, float64 [3]."""
     return np.linalg.norm(affine[:3, :3], axis=0)
@@ -41,16 +72,13 @@ def voxel_mm3(affine: np.ndarray) -> float:
     return abs(float(np.linalg.det(affine[:3, :3])))
 
 
-def conform(
-    data: np.ndarray, affine: np.ndarray, voxel_size_mm: float, is_label: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the volume [x y z] in RAS+ order with voxels of `voxel_size_mm`, C-contiguous, and its affine.
+def conform(volume: Volume, voxel_size_mm: float, is_label: bool) -> Volume:
+    """Returns the volume in RAS+ order with voxels of `voxel_size_mm`, C-contiguous.
 
     Images (float32) are interpolated linearly after a Gaussian that removes detail too fine for a coarser grid. Labels
     take the nearest voxel. Images and labels of one grid land on one grid. `to_grid` is the way back.
     """
-    data, affine = reorient(data, affine)
-    return resample(data, affine, voxel_size_mm, is_label)
+    return resample(reorient(volume), voxel_size_mm, is_label)
 
 
 def orientation(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -66,28 +94,22 @@ def orientation(affine: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, in
     return (i, j, k), (x, y, z)
 
 
-def reorient(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Permutes and flips the axes so that they point closest to right, anterior, superior. Exact; returns a view of
-    `data`.
-    """
-    order, signs = orientation(affine)
-    shape = [data.shape[axis] for axis in order]
+def reorient(volume: Volume) -> Volume:
+    """Permutes and flips the axes so that they point closest to right, anterior, superior. Exact, and a view."""
+    order, signs = orientation(volume.affine)
+    shape = [volume.data.shape[axis] for axis in order]
     to_input = np.zeros((4, 4))  # output voxel → input voxel
     to_input[3, 3] = 1
     for body, (axis, sign) in enumerate(zip(order, signs, strict=True)):
         to_input[axis, body] = sign
         to_input[axis, 3] = shape[body] - 1 if sign < 0 else 0
     flips = tuple(slice(None, None, sign) for sign in signs)
-    return data.transpose(order)[flips], affine @ to_input
+    return Volume(volume.data.transpose(order)[flips], volume.affine @ to_input)
 
 
-def resample(
-    data: np.ndarray, affine: np.ndarray, voxel_size_mm: float, is_label: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Resamples to cubic voxels of `voxel_size_mm`, axis by axis. Returns a C-contiguous volume and its affine. See
-    `conform`.
-    """
-    affine = np.array(affine, np.float64)
+def resample(volume: Volume, voxel_size_mm: float, is_label: bool) -> Volume:
+    """Resamples to cubic voxels of `voxel_size_mm`, axis by axis; C-contiguous. See `conform`."""
+    data, affine = volume.data, np.array(volume.affine, np.float64)
     memory = np.argsort([-abs(stride) for stride in data.strides], kind="stable")  # axes, slowest first
     for axis in (2, 1, 0):  # a fixed order, so that the file's orientation does not change the last bit
         spacing = float(spacing_mm(affine)[axis])
@@ -103,7 +125,7 @@ def resample(
             data = _along(weights, as_stored, list(memory).index(axis)).transpose(np.argsort(memory))
         affine[:3, 3] += affine[:3, axis] * first
         affine[:3, axis] *= step
-    return np.ascontiguousarray(data), affine
+    return Volume(np.ascontiguousarray(data), affine)
 
 
 def _along(weights: scipy.sparse.csr_array, volume: np.ndarray, axis: int) -> np.ndarray:
@@ -114,14 +136,15 @@ def _along(weights: scipy.sparse.csr_array, volume: np.ndarray, axis: int) -> np
     return np.stack(planes)
 
 
-def to_grid(labels: np.ndarray, affine: np.ndarray, target: Grid) -> np.ndarray:
-    """Returns `labels` [x y z] at `affine` on the grid `target`: the nearest voxel, and 0 from one voxel outside on.
+def to_grid(volume: Volume, target: Grid) -> np.ndarray:
+    """Returns the labels [x y z] on the grid `target`: the nearest voxel, and 0 from one voxel outside on.
 
     Exact if only flips, permutations, padding and cropping lie between the two grids.
     """
-    walk = walked(affine, target)
+    labels = volume.data
+    walk = walked(volume.affine, target)
     if walk is None:
-        return _to_rotated_grid(labels, np.linalg.inv(affine) @ target.affine, target.shape)
+        return _to_rotated_grid(labels, np.linalg.inv(volume.affine) @ target.affine, target.shape)
     order, along = walk
     gathered, inside = [], []
     for positions, side in zip(along, labels.shape, strict=True):

@@ -59,54 +59,48 @@ def segment(
     """
     if isinstance(image, (str, os.PathLike, SpatialImage)):
         volume = nifti.check_image(image) if isinstance(image, SpatialImage) else nifti.read_image(Path(image))
-        maps = _segment(model, volume.data, volume.affine, protocols, options, confidence=False).maps
+        maps = _segment(model, volume, protocols, options, confidence=False).maps
         return {name: nifti.labels_image(labels, volume) for name, labels in maps.items()}
     array = np.asarray(image)
     if array.ndim != 3:
         raise RejectError("E_NDIM", f"one three-dimensional image [x y z] is needed, got the shape {array.shape}")
     if array.dtype.kind not in "iuf":
         raise RejectError("E_DTYPE", f"voxels must be plain integers or floats, got {array.dtype}")
-    own_grid = np.diag([model.voxel_size_mm] * 3 + [1.0])
-    return _segment(model, array, own_grid, protocols, options, confidence=False).maps
+    volume = space.Volume(array, np.diag([model.voxel_size_mm] * 3 + [1.0]))
+    return _segment(model, volume, protocols, options, confidence=False).maps
 
 
 def segment_volume(
-    model: Model, volume: nifti.Volume, protocols: Sequence[str] | None = None, options: Options = DEFAULT
+    model: Model, volume: space.Volume, protocols: Sequence[str] | None = None, options: Options = DEFAULT
 ) -> Segmentation:
     """Segments a checked volume. Returns labels, confidence and posteriors, with the maps on the volume's own grid."""
-    return _segment(model, volume.data, volume.affine, protocols, options, confidence=not options.fast)
+    return _segment(model, volume, protocols, options, confidence=not options.fast)
 
 
 def _segment(
-    model: Model,
-    data: np.ndarray,
-    affine: np.ndarray,
-    protocols: Sequence[str] | None,
-    options: Options,
-    confidence: bool,
+    model: Model, volume: space.Volume, protocols: Sequence[str] | None, options: Options, confidence: bool
 ) -> Segmentation:
     plan = _plan(model, protocols, options, confidence)
-    target = space.Grid(data.shape, affine)  # type: ignore[arg-type]
-    conformed, grid = space.conform(data, affine, model.voxel_size_mm, is_label=False)
-    order, positions = space.walked(grid, target) or ((0, 1, 2), [])
+    conformed = space.conform(volume, model.voxel_size_mm, is_label=False)
+    order, positions = space.walked(conformed.affine, volume.grid) or ((0, 1, 2), [])
     whole = all(np.abs(p - np.rint(p)).max() < WHOLE_VOXELS for p in positions)  # nothing to interpolate
-    whitened, background = _whiten(conformed)
+    whitened, background = _whiten(conformed.data)
     if options.fast:
-        box = _head_box(conformed, model.voxel_size_mm)
-        classes = np.zeros((len(plan.read), *conformed.shape), np.uint8)
+        box = _head_box(conformed.data, model.voxel_size_mm)
+        classes = np.zeros((len(plan.read), *whitened.shape), np.uint8)
         found = predict(model, np.ascontiguousarray(whitened[box]), background)
         classes[(slice(None), *box)] = found[[model.config.protocols.index(name) for name in plan.read]]
-        result = Result(classes, np.zeros((0, *conformed.shape), np.float32), np.zeros((4, 0)))
+        result = Result(classes, np.zeros((0, *whitened.shape), np.float32), np.zeros((4, 0)))
         whole = True
     else:
         away = None if whole else positions
         result = read_volume(model, whitened, background, plan.read, plan.reading, options, away)
 
-    def home(volume: np.ndarray) -> np.ndarray:
-        """Moves a volume to the target grid, with its order of axes."""
+    def home(found: np.ndarray) -> np.ndarray:
+        """Moves labels or probabilities to the given volume's grid, with its order of axes."""
         if whole:
-            return space.to_grid(volume, grid, target)
-        return np.ascontiguousarray(volume.transpose(np.argsort(order)))
+            return space.to_grid(conformed.holding(found), volume.grid)
+        return np.ascontiguousarray(found.transpose(np.argsort(order)))
 
     classes = {name: home(found) for name, found in zip(plan.read, result.classes, strict=True)}
     if plan.reading.tissue_of is not None:

@@ -10,8 +10,7 @@ from jaxtyping import Num, UInt8
 from matplotlib.figure import Figure
 
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.images.nifti import Volume
-from neuronet_jax.images.space import reorient, spacing_mm
+from neuronet_jax.images.space import Volume, reorient
 from neuronet_jax.labels import PROTOCOLS, Protocol
 
 _DPI = 100
@@ -29,15 +28,15 @@ class Slices:
 
     def __init__(self, volume: Volume, labelled: np.ndarray):
         """Cuts slices at the middle of `labelled` (bool [x y z], file order), or of the image if that is empty."""
-        self._affine = volume.affine
-        image, affine = reorient(volume.data, volume.affine)
-        inside, _ = reorient(labelled, volume.affine)
-        self._sides_mm = spacing_mm(affine)
+        self._file = volume
+        image = reorient(volume)
+        inside = reorient(volume.holding(labelled)).data
+        self._sides_mm = image.spacing_mm
         self._middle = [
             int(np.average(np.arange(side), weights=mass)) if (mass := _along(inside, axis)).any() else side // 2
             for axis, side in enumerate(inside.shape)
         ]
-        self._grey = [_grey(self._cut(image, axis)) for axis in (2, 1, 0)]
+        self._grey = [_grey(self._cut(image.data, axis)) for axis in (2, 1, 0)]
 
     def png(self, labels: np.ndarray | None = None, colors: np.ndarray | None = None, count: int = 3) -> bytes:
         """Returns a PNG of the first `count` slices side by side, under `labels` [x y z] in `colors` [label 3].
@@ -48,7 +47,7 @@ class Slices:
         for axis, grey in list(zip((2, 1, 0), self._grey, strict=True))[:count]:
             panel = grey * 255
             if labels is not None and colors is not None:
-                found = self._cut(reorient(labels, self._affine)[0], axis)
+                found = self._cut(reorient(self._file.holding(labels)).data, axis)
                 panel = np.where((found > 0)[..., None], (1 - _OPACITY) * panel + _OPACITY * colors[found], panel)
             panels.append(panel)
         height = max(panel.shape[0] for panel in panels)

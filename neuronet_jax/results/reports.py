@@ -20,8 +20,7 @@ from neuronet_jax import __version__
 from neuronet_jax.codes import explain
 from neuronet_jax.evaluation.agreement import Agreement
 from neuronet_jax.evaluation.quality import Quality
-from neuronet_jax.images.nifti import Volume
-from neuronet_jax.images.space import voxel_mm3
+from neuronet_jax.images.space import Volume, voxel_mm3
 from neuronet_jax.labels import PROTOCOLS, REGIONS
 from neuronet_jax.results.bids import Target
 from neuronet_jax.results.pictures import Slices, colors_of, votes_colors

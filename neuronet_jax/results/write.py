@@ -12,6 +12,7 @@ from neuronet_jax.codes import CODES
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.evaluation import agreement, plausibility, quality
 from neuronet_jax.images import nifti
+from neuronet_jax.images.space import Volume
 from neuronet_jax.inference.segmentation import Segmentation
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.results import reports
@@ -74,7 +75,7 @@ def prepare(out: Path, protocols: Sequence[str], provenance: Provenance, overwri
 
 def write_results(
     target: Target,
-    volume: nifti.Volume,
+    volume: Volume,
     result: Segmentation,
     overwrite: bool,
     provenance: Provenance,
@@ -160,7 +161,7 @@ def write_cohort(
 
 
 def _write_sidecar(
-    path: Path, what: str, protocol: str, volume: nifti.Volume, warnings: Sequence[str], provenance: Provenance
+    path: Path, what: str, protocol: str, volume: Volume, warnings: Sequence[str], provenance: Provenance
 ) -> None:
     members = provenance.members
     content = {

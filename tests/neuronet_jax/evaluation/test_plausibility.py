@@ -124,5 +124,5 @@ def test_real_brains_pass_under_their_reference_labels(real_data):
     volume = nifti.read_image(folder / "T1.nii.gz")
     maps = {n: nifti.read_labels(folder / p.filename).data.astype(np.uint8) for n, p in PROTOCOLS.items()}
     assert plausibility.check(volume, maps, agreement.compare(maps, volume.affine)) == ()
-    inverted = nifti.Volume(_inverted(volume.data), volume.affine, volume.header, ())
+    inverted = volume.holding(_inverted(volume.data))
     assert plausibility.check(inverted, maps, agreement.compare(maps, volume.affine)) == ("W_CONTRAST",)

@@ -12,7 +12,7 @@ from nibabel.funcs import as_closest_canonical
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.images import space
-from neuronet_jax.images.space import Grid
+from neuronet_jax.images.space import Grid, Volume
 
 RNG = np.random.default_rng(0)
 SHAPE = (7, 10, 13)
@@ -25,13 +25,13 @@ ORIENTATIONS = [
 ]
 
 
-def oriented(data: np.ndarray, affine: np.ndarray, codes: str) -> tuple[np.ndarray, np.ndarray]:
+def oriented(data: np.ndarray, affine: np.ndarray, codes: str) -> Volume:
     """Returns the same brain as a different scanner stores it, by nibabel."""
     turn = nib.orientations.ornt_transform(
         nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(codes)
     )
     turned = nib.orientations.apply_orientation(data, turn)
-    return turned, affine @ nib.orientations.inv_ornt_aff(turn, data.shape)
+    return Volume(turned, affine @ nib.orientations.inv_ornt_aff(turn, data.shape))
 
 
 def rotation(axis: int, degrees: float) -> np.ndarray:
@@ -46,13 +46,12 @@ def rotation(axis: int, degrees: float) -> np.ndarray:
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_all_48_orientations_become_one_and_return_exactly(codes):
-    turned, affine = oriented(LABELS, RAS, codes)
-    conformed, conformed_affine = space.conform(turned, affine, 2.0, is_label=True)
-    np.testing.assert_array_equal(conformed, LABELS)
-    np.testing.assert_array_equal(conformed_affine, RAS)
-    assert conformed.flags.c_contiguous
-    restored = space.to_grid(conformed, conformed_affine, Grid(turned.shape, affine))
-    np.testing.assert_array_equal(restored, turned)
+    turned = oriented(LABELS, RAS, codes)
+    conformed = space.conform(turned, 2.0, is_label=True)
+    np.testing.assert_array_equal(conformed.data, LABELS)
+    np.testing.assert_array_equal(conformed.affine, RAS)
+    assert conformed.data.flags.c_contiguous
+    np.testing.assert_array_equal(space.to_grid(conformed, turned.grid), turned.data)
 
 
 def test_there_are_48_orientations():
@@ -63,19 +62,19 @@ def test_there_are_48_orientations():
 def test_A13_any_orientation_gives_the_same_resampled_image(codes):
     """The grids still coincide when resampling is added to the flips."""
     affine = RAS @ np.diag([0.35, 0.5, 0.6, 1.0])
-    expected, expected_affine = space.conform(IMAGE, affine, 1.1, is_label=False)
-    result, result_affine = space.conform(*oriented(IMAGE, affine, codes), 1.1, is_label=False)
-    np.testing.assert_array_equal(result, expected)
-    np.testing.assert_allclose(result_affine, expected_affine, atol=1e-9)
+    expected = space.conform(Volume(IMAGE, affine), 1.1, is_label=False)
+    result = space.conform(oriented(IMAGE, affine, codes), 1.1, is_label=False)
+    np.testing.assert_array_equal(result.data, expected.data)
+    np.testing.assert_allclose(result.affine, expected.affine, atol=1e-9)
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS[::5])
 def test_reorientation_is_that_of_nibabel(codes):
-    turned, affine = oriented(IMAGE, rotation(0, 12) @ rotation(2, -9) @ RAS, codes)
-    result, result_affine = space.reorient(turned, affine)
-    reference = as_closest_canonical(nib.Nifti1Image(turned, affine))
-    np.testing.assert_array_equal(result, np.asarray(reference.dataobj))
-    np.testing.assert_allclose(result_affine, reference.affine, atol=1e-12)
+    turned = oriented(IMAGE, rotation(0, 12) @ rotation(2, -9) @ RAS, codes)
+    result = space.reorient(turned)
+    reference = as_closest_canonical(nib.Nifti1Image(turned.data, turned.affine))
+    np.testing.assert_array_equal(result.data, np.asarray(reference.dataobj))
+    np.testing.assert_allclose(result.affine, reference.affine, atol=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
@@ -84,36 +83,37 @@ def test_A14_reorientation_is_idempotent_and_invertible(degrees, shear):
     """Holds near 45 degrees and under shear too, where the closest axes are nearly tied."""
     affine = rotation(0, degrees[0]) @ rotation(1, degrees[1]) @ rotation(2, degrees[2]) @ np.diag([1.0, 2, 3, 1])
     affine = affine @ np.array([[1, shear, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
-    once, once_affine = space.reorient(LABELS, affine)
-    twice, twice_affine = space.reorient(once, once_affine)
-    np.testing.assert_array_equal(twice, once)
-    np.testing.assert_array_equal(twice_affine, once_affine)
-    np.testing.assert_array_equal(space.to_grid(once, once_affine, Grid(SHAPE, affine)), LABELS)
+    once = space.reorient(Volume(LABELS, affine))
+    twice = space.reorient(once)
+    np.testing.assert_array_equal(twice.data, once.data)
+    np.testing.assert_array_equal(twice.affine, once.affine)
+    np.testing.assert_array_equal(space.to_grid(once, Grid(SHAPE, affine)), LABELS)
 
 
 @pytest.mark.parametrize("degrees", [44.9, 45.0, 45.1, 135.0])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_A14_at_45_degrees(axis, degrees):
-    once, affine = space.reorient(LABELS, rotation(axis, degrees) @ RAS)
-    assert space.orientation(affine) == ((0, 1, 2), (1, 1, 1))
-    np.testing.assert_array_equal(space.to_grid(once, affine, Grid(SHAPE, rotation(axis, degrees) @ RAS)), LABELS)
+    volume = Volume(LABELS, rotation(axis, degrees) @ RAS)
+    once = space.reorient(volume)
+    assert space.orientation(once.affine) == ((0, 1, 2), (1, 1, 1))
+    np.testing.assert_array_equal(space.to_grid(once, volume.grid), LABELS)
 
 
 @pytest.mark.parametrize("voxel_size_mm", [0.7, 1.0, 1.7, 2.0])
 def test_conforming_twice_changes_nothing(voxel_size_mm):
     affine = rotation(0, 20) @ np.diag([1.0, 0.8, 1.5, 1.0])
-    once, once_affine = space.conform(IMAGE, affine, voxel_size_mm, is_label=False)
-    twice, twice_affine = space.conform(once, once_affine, voxel_size_mm, is_label=False)
-    np.testing.assert_array_equal(twice, once)
-    np.testing.assert_array_equal(twice_affine, once_affine)
-    np.testing.assert_allclose(space.spacing_mm(once_affine), voxel_size_mm)
+    once = space.conform(Volume(IMAGE, affine), voxel_size_mm, is_label=False)
+    twice = space.conform(once, voxel_size_mm, is_label=False)
+    np.testing.assert_array_equal(twice.data, once.data)
+    np.testing.assert_array_equal(twice.affine, once.affine)
+    np.testing.assert_allclose(once.spacing_mm, voxel_size_mm)
 
 
 def test_voxels_of_the_right_size_pass_bit_for_bit():
     affine = np.diag([1.0004, 0.9996, 1.0, 1.0])
-    result, result_affine = space.conform(IMAGE, affine, 1.0, is_label=False)
-    assert result.tobytes() == IMAGE.tobytes()
-    np.testing.assert_array_equal(result_affine, affine)
+    result = space.conform(Volume(IMAGE, affine), 1.0, is_label=False)
+    assert result.data.tobytes() == IMAGE.tobytes()
+    np.testing.assert_array_equal(result.affine, affine)
 
 
 @pytest.mark.parametrize(("voxel_size_mm", "border"), [(0.6, 0), (0.99, 0), (2.0, 3), (1.7, 3)])
@@ -128,30 +128,28 @@ def test_a_linear_function_is_resampled_exactly(voxel_size_mm, border):
         voxels = np.stack([*np.meshgrid(*map(np.arange, shape), indexing="ij"), np.ones(shape)], axis=-1)  # [x y z 4]
         return (voxels @ affine.T)[..., :3] @ [0.3, -0.2, 0.5]
 
-    image, image_affine = space.conform(
-        function(shape, affine).astype(np.float32), affine, voxel_size_mm, is_label=False
-    )
+    image = space.conform(Volume(function(shape, affine).astype(np.float32), affine), voxel_size_mm, is_label=False)
     inner = (slice(border, -border or None),) * 3
-    assert image[inner].size > 500
-    np.testing.assert_allclose(image[inner], function(image.shape, image_affine)[inner], atol=1e-4)
+    assert image.data[inner].size > 500
+    np.testing.assert_allclose(image.data[inner], function(image.data.shape, image.affine)[inner], atol=1e-4)
 
 
 def test_linear_resampling_is_that_of_scipy():
     """Upsampling needs no anti-alias filter, so this is plain linear interpolation at the same points."""
-    image, affine = space.conform(IMAGE, np.diag([2.0, 2, 2, 1]), 0.7, is_label=False)
+    image = space.conform(Volume(IMAGE, np.diag([2.0, 2, 2, 1])), 0.7, is_label=False)
     reference = scipy.ndimage.affine_transform(
         IMAGE.astype(np.float64),
-        np.linalg.inv(np.diag([2.0, 2, 2, 1])) @ affine,
-        output_shape=image.shape,
+        np.linalg.inv(np.diag([2.0, 2, 2, 1])) @ image.affine,
+        output_shape=image.data.shape,
         order=1,
         mode="nearest",
     )
-    np.testing.assert_allclose(image, reference, atol=1e-6)
+    np.testing.assert_allclose(image.data, reference, atol=1e-6)
 
 
 def test_anti_alias_filter_is_that_of_scipy():
     """Downsampling by 2 applies a Gaussian of FWHM √(2² − 1) voxels, then takes every second voxel."""
-    image, _ = space.conform(IMAGE, np.eye(4), 2.0, is_label=False)
+    image = space.conform(Volume(IMAGE, np.eye(4)), 2.0, is_label=False).data
     sigma = np.sqrt(3) / np.sqrt(8 * np.log(2))
     reference = scipy.ndimage.gaussian_filter(
         IMAGE.astype(np.float64), sigma, mode="nearest", radius=int(np.ceil(4 * sigma))
@@ -160,9 +158,9 @@ def test_anti_alias_filter_is_that_of_scipy():
 
 
 def test_halving_the_resolution_picks_label_voxels():
-    result, affine = space.conform(LABELS, np.eye(4), 2.0, is_label=True)
-    np.testing.assert_array_equal(result, LABELS[::2, ::2, ::2])
-    np.testing.assert_array_equal(affine, np.diag([2.0, 2, 2, 1]))
+    result = space.conform(Volume(LABELS, np.eye(4)), 2.0, is_label=True)
+    np.testing.assert_array_equal(result.data, LABELS[::2, ::2, ::2])
+    np.testing.assert_array_equal(result.affine, np.diag([2.0, 2, 2, 1]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -176,24 +174,24 @@ def test_samples_lie_within_the_voxels_and_fill_them(side, step):
 
 def test_image_and_labels_share_the_grid():
     for voxel_size_mm in (0.9, 1.3, 2.1):
-        image, image_affine = space.conform(IMAGE, RAS, voxel_size_mm, is_label=False)
-        labels, labels_affine = space.conform(LABELS, RAS, voxel_size_mm, is_label=True)
-        assert image.shape == labels.shape
-        np.testing.assert_array_equal(image_affine, labels_affine)
+        image = space.conform(Volume(IMAGE, RAS), voxel_size_mm, is_label=False)
+        labels = space.conform(Volume(LABELS, RAS), voxel_size_mm, is_label=True)
+        assert image.grid.shape == labels.grid.shape
+        np.testing.assert_array_equal(image.affine, labels.affine)
 
 
 @pytest.mark.parametrize("voxel_size_mm", [0.5, 1.0, 1.5])
 def test_upsampled_labels_return_exactly(voxel_size_mm):
     """The finer grid has a voxel nearest to every input voxel's centre, so going there and back is the identity."""
-    labels, affine = space.conform(*oriented(LABELS, RAS, "PIR"), voxel_size_mm, is_label=True)
-    np.testing.assert_array_equal(space.to_grid(labels, affine, Grid(SHAPE, RAS)), LABELS)
+    labels = space.conform(oriented(LABELS, RAS, "PIR"), voxel_size_mm, is_label=True)
+    np.testing.assert_array_equal(space.to_grid(labels, Grid(SHAPE, RAS)), LABELS)
 
 
 def test_padding_and_cropping_are_undone():
     for target in ((16, 16, 16), (4, 5, 6), (16, 5, 13)):
         origin = space.crop_origin(SHAPE, target, (1, 1, 1), (6, 9, 12))
         placed = space.place(LABELS, target, origin)
-        restored = space.to_grid(placed, space.shifted(RAS, origin), Grid(SHAPE, RAS))
+        restored = space.to_grid(Volume(placed, space.shifted(RAS, origin)), Grid(SHAPE, RAS))
         kept = tuple(slice(max(o, 0), o + t) for o, t in zip(origin, target, strict=True))
         expected = np.zeros_like(LABELS)
         expected[kept] = LABELS[kept]
@@ -222,7 +220,7 @@ def test_labels_of_a_rotated_grid_follow_the_nearest_voxel():
     target = Grid(
         (6, 6, 6), rotation(1, 30) @ np.array([[2.0, 0, 0, 0.3], [0, 2, 0, 6.1], [0, 0, 2, 3.3], [0, 0, 0, 1]])
     )
-    result = space.to_grid(LABELS, RAS, target)
+    result = space.to_grid(Volume(LABELS, RAS), target)
     to_source = np.linalg.inv(RAS) @ target.affine
     for voxel in itertools.product(range(6), repeat=3):
         source = np.rint((to_source @ [*voxel, 1])[:3]).astype(int)
@@ -234,4 +232,4 @@ def test_labels_of_a_rotated_grid_follow_the_nearest_voxel():
 
 def test_a_wrong_voxel_size_is_named():
     with pytest.raises(NeuronetError, match="positive step"):
-        space.conform(IMAGE, RAS, -1.0, is_label=False)
+        space.conform(Volume(IMAGE, RAS), -1.0, is_label=False)

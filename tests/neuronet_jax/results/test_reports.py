@@ -12,6 +12,7 @@ import pytest
 from neuronet_jax.codes import CODES
 from neuronet_jax.evaluation import agreement, quality
 from neuronet_jax.images import nifti
+from neuronet_jax.images.space import Volume
 from neuronet_jax.inference.segmentation import Confidence, Segmentation
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.results import bids, reports, tables
@@ -23,7 +24,7 @@ ATTACK = "<script>alert(1)</script>"
 AFFINE = np.diag([2.0, 2.0, 2.5, 1.0])
 
 
-def _volume(affine: np.ndarray = AFFINE) -> nifti.Volume:
+def _volume(affine: np.ndarray = AFFINE) -> Volume:
     data = np.zeros((50, 60, 48), np.float32)
     data[10:40, 10:50, 10:40] = np.random.default_rng(0).uniform(500, 900, (30, 40, 30))
     return nifti.check_image(nib.Nifti1Image(data, affine))

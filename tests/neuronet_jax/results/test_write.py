@@ -18,6 +18,7 @@ import pytest
 from neuronet_jax import __version__
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.images import nifti
+from neuronet_jax.images.space import Volume
 from neuronet_jax.inference.segmentation import Options, Segmentation
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
 from neuronet_jax.results import bids, tables
@@ -34,7 +35,7 @@ def _table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def _volume(path: Path, affine: np.ndarray = OBLIQUE, shape=(70, 80, 60)) -> nifti.Volume:
+def _volume(path: Path, affine: np.ndarray = OBLIQUE, shape=(70, 80, 60)) -> Volume:
     data = np.random.default_rng(0).integers(1, 900, shape).astype(np.int16)
     image = nib.Nifti1Image(data, affine)
     image.header["descrip"] = b"/home/someone/participant 4711"
@@ -65,7 +66,7 @@ def target(tmp_path) -> bids.Target:
 
 
 @pytest.fixture
-def written(tmp_path, target) -> tuple[nifti.Volume, dict[str, np.ndarray], tables.Row]:
+def written(tmp_path, target) -> tuple[Volume, dict[str, np.ndarray], tables.Row]:
     volume, maps = _volume(target.source), _maps()
     prepare(target.out, NAMES, Provenance((Origin("demo"),)), False)
     return volume, maps, write_results(target, volume, _result(maps), False, Provenance())
@@ -149,8 +150,8 @@ def test_F08_gzip_is_deterministic_and_a_failed_write_leaves_no_file(target, wri
 
 def test_F08_a_killed_writer_leaves_whole_files_only(tmp_path):
     code = (
-        "import numpy as np, nibabel as nib, sys; from neuronet_jax.images import nifti\n"
-        "volume = nifti.Volume(np.zeros((160, 160, 160), np.float32), np.eye(4), nib.Nifti1Header(), ())\n"
+        "import numpy as np, nibabel as nib, sys; from neuronet_jax.images import nifti, space\n"
+        "volume = space.Volume(np.zeros((160, 160, 160), np.float32), np.eye(4), nib.Nifti1Header())\n"
         "labels = np.random.default_rng(0).integers(0, 139, (160, 160, 160), np.uint8)\n"
         "for n in range(1000): nifti.write_labels(f'{sys.argv[1]}/{n}.nii.gz', labels, volume); print(n, flush=True)\n"
     )

@@ -55,8 +55,10 @@ names = ("fsl_fast", "fsl_first")
 config = replace(config, protocols=names, model=replace(config.model, filters=(8, 8), compute_dtype="float32"))
 model = Model(build(config.model, names, seed=3), config, 2.0)
 head = np.random.default_rng(0).normal(100, 10, (160, 160, 160)).astype(np.float32)
-expected = segment(replace(model, max_voxels=head.size // 2), head)  # and compiles the programs of tiles
-status = dict(line.split(":") for line in open("/proc/self/status"))
+expected = segment(model, head)  # this and the next line compile all programs: compiling takes memory too
+segment(replace(model, max_voxels=head.size // 2), head)
+with open("/proc/self/status") as file:
+    status = dict(line.split(":") for line in file)
 limit = (int(status["VmSize"].split()[0]) << 10) + (int(sys.argv[1]) << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 labels = segment(model, head)
@@ -66,14 +68,19 @@ print([float(np.mean(labels[name] == expected[name])) for name in names])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_F06_when_memory_really_runs_out_smaller_tiles_are_used():
-    """The whole volume needs 100 to 180 MiB at once, by how the process's memory is cut up; tiles need less than 95."""
-    for limit_mib in (130, 110, 95):
-        result = _python(LIMITED, str(limit_mib))
+    """The whole volume needs 240 to 280 MiB, tiles less than 180. Memory is given back at once, so that what ran before
+    does not count. A library below XLA may end the process when it is the first without memory; then a different limit
+    is tried.
+    """
+    for limit_mib in (200, 220, 180, 160):
+        result = _python(LIMITED, str(limit_mib), MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="1000000")
+        if "std::bad_alloc" in result.stderr:
+            continue
         assert result.returncode == 0, result.stderr
         assert result.stdout == "[1.0, 1.0]\n"
-        if "the device ran out of memory with tiles of 160 × 160 × 160; continuing with" in result.stderr:
-            return
-    raise AssertionError(f"the memory never ran out: {result.stderr}")
+        assert "the device ran out of memory with tiles of 160 × 160 × 160; continuing with" in result.stderr
+        return
+    raise AssertionError(f"no limit left room for tiles: {result.stderr}")
 
 
 def test_F06_other_errors_of_the_device_are_raised():
