@@ -16,6 +16,8 @@ from etils import epath
 
 from neuronet_jax.errors import NeuronetError
 
+# A bucket that does not answer is an error after half a minute; TensorStore's own limit is a quarter of an hour.
+_RETRIES = {"max_retries": 8, "initial_delay": "200ms", "max_delay": "8s"}
 _BUCKET = re.compile(r"(gs|s3)://([A-Za-z0-9][A-Za-z0-9._-]*)/?([^|?#]*)")
 
 
@@ -59,7 +61,7 @@ class Files:
 
     @functools.cached_property
     def _store(self) -> Any:
-        return ts.KvStore.open(self._spec).result()
+        return ts.KvStore.open(self._spec, context=_context()).result()
 
     def __getstate__(self) -> dict[str, Any]:  # an open key-value store stays in its process
         return {"dest": self.dest, "_spec": self._spec}
@@ -114,6 +116,11 @@ class Files:
         except Exception as error:
             raise _io_error("list", self.dest, prefix, error) from error
         return sorted(key.decode() for key in keys)
+
+
+@functools.cache
+def _context() -> Any:
+    return ts.Context({"gcs_request_retries": _RETRIES, "s3_request_retries": _RETRIES})
 
 
 def _io_error(verb: str, dest: str, name: str, error: Exception) -> NeuronetError:

@@ -141,6 +141,11 @@ def over_cores(image: np.ndarray, axis: int, stride: int) -> Any:
     return jax.device_put(image, NamedSharding(mesh, PartitionSpec(*[None] * axis, *mesh.axis_names)))
 
 
+def on_cpu() -> bool:
+    """Returns True if scans are segmented on the CPU."""
+    return jax.local_devices()[0].platform == "cpu"
+
+
 def mesh_over_cores(units: int) -> Mesh:
     """Returns the local devices that share one volume, in a mesh of one axis: on a CPU as many, of one per core, as can
     share `units` evenly; on other platforms the first device.

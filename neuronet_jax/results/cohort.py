@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import jax
 import nibabel as nib
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -144,7 +143,7 @@ def _report(row: Row, console: Console, number: str, left: str) -> None:
 
 def _workers() -> int:
     """Returns how many scans are processed at a time. Each holds its volumes in memory; the device serves one."""
-    if jax.default_backend() == "cpu":
+    if runtime.on_cpu():
         return 2  # one is read or written while the network segments the other; more would compete for the cores
     return min(6, runtime.cores())  # reading and writing take several times as long as the network
 

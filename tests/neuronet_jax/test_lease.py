@@ -20,12 +20,12 @@ NAME = "shard.lease"
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture(params=["disk", "s3", "gcs"])
 def files(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Files]:
     if request.param == "disk":
         yield Files(str(tmp_path))
     else:
-        yield Files(request.getfixturevalue("bucket") + "/leases")
+        yield Files(request.getfixturevalue("bucket" if request.param == "s3" else "gcs_bucket") + "/leases")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """slurm.sh with stand-ins of srun and scontrol; test_slurm.py runs it under a real Slurm."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,7 +33,10 @@ def run(folder: Path, warned: bool = False, **variables: str) -> tuple[int, list
         "STATUS": "",
     }
     with subprocess.Popen(
-        ["bash", str(SCRIPT), "--config=tissue", "--workdir=a folder"], cwd=folder, env=environment | variables
+        ["bash", str(SCRIPT), "--config=tissue", "--workdir=a folder"],
+        cwd=folder,
+        env=environment | variables,
+        start_new_session=True,
     ) as script:
         try:
             for _ in range(500):
@@ -43,7 +47,8 @@ def run(folder: Path, warned: bool = False, **variables: str) -> tuple[int, list
                 script.send_signal(signal.SIGUSR1)
             status = script.wait(30)
         finally:
-            script.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)  # and a training that nobody has stopped
     requeued = folder / "requeued"
     return (
         status,
