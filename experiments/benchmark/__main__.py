@@ -33,7 +33,6 @@ from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.programs import DONE, Parser, run
 
 WHATS = ("train", "inference", *HEADS)
-HEAD_TILE = 128  # voxels per side of the tiles, for contenders that process a head in tiles
 
 
 def machine() -> str:
@@ -64,7 +63,7 @@ def contenders(arguments: argparse.Namespace, what: str, folder: Path) -> list[J
         if name == "dipy" and what not in HEADS:
             continue  # it segments whole heads only
         head, weights = (str(folder / f"{what}.nii"), _weights(arguments, folder)) if what in HEADS else ("", "")
-        side = HEAD_TILE if what in HEADS else arguments.size
+        side = arguments.tile if what in HEADS else arguments.size
         jobs.append(Job(name, dtype or arguments.dtype, what, side, arguments.batch, head, weights, python))
     return jobs
 
@@ -128,6 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--against",
         default="torch-eager,torch-compile,jax-plain",
         help="contenders NAME[:DTYPE][@PYTHON], separated by commas",
+    )
+    parser.add_argument(
+        "--tile",
+        type=int,
+        default=0,
+        help="voxels along each side of the tiles in which PyTorch takes a whole head (default: 0, in one piece)",
     )
     parser.add_argument("--run", default="", help="folder of a trained run, whose weights segment the whole heads")
     parser.add_argument("--out", default="runs/benchmark")

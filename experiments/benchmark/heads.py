@@ -13,7 +13,9 @@ HEADS = {
     "head": ((1.0, 1.0, 1.0), (192, 224, 192)),
     "head-resampled": ((1.25, 0.9, 0.9), (154, 249, 214)),
 }
-AGREEMENT = 0.9999  # share of all voxels of all protocols: sums in a different order may decide a tie differently
+# Least share of all voxels of all protocols with the same label: sums in a different order may decide a tie
+# differently, and tiles that share too little see a border where the head has none.
+AGREEMENT, AGREEMENT_IN_TILES = 0.9999, 0.998
 
 
 def template_head(path: Path, spacing_mm: Sequence[float], shape: Sequence[int]) -> None:

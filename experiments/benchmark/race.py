@@ -174,10 +174,11 @@ def _compare_labels(process: Process, result: Measurement, maps: list[dict[str, 
             return
         maps.append(dict(np.load(path)))
     result.agreement = heads.agreement(maps[0], maps[-1])
-    if not result.agreement >= heads.AGREEMENT:
+    needed = heads.AGREEMENT_IN_TILES if result.job.side else heads.AGREEMENT
+    if not result.agreement >= needed:
         raise NeuronetError(
             f"{result.name} and the first contender label different heads: they agree on "
-            f"{100 * result.agreement:.3f} % of all voxels, and {100 * heads.AGREEMENT} % are needed"
+            f"{100 * result.agreement:.3f} % of all voxels, and {100 * needed:g} % are needed"
         )
 
 

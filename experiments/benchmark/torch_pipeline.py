@@ -27,8 +27,8 @@ def segment(
 ) -> Any:
     """Returns a uint8 NIfTI image of tool ids per protocol.
 
-    The network takes tiles of side³ voxels through `features` and `protocols`; `to_device` makes its input of an array
-    [1 x y z 1].
+    The network takes tiles of side³ voxels, or with side 0 the whole image, through `features` and `protocols`;
+    `to_device` makes its input of an array [1 x y z 1].
     """
     file: Any = nib.load(path)
     scan = space.Volume(np.asarray(file.dataobj, np.float32), file.affine)
@@ -37,6 +37,7 @@ def segment(
     statistics = intensity.statistics(clipped)
     image = intensity.whiten(clipped, statistics.mean, statistics.std)
     whole = [max(side, -(-n // MULTIPLE) * MULTIPLE) for n in image.shape]
+    tile = [side or n for n in whole]
     padding = [(0, w - n) for w, n in zip(whole, image.shape, strict=True)]
     image_padded = np.pad(image, padding, constant_values=-statistics.mean / statistics.std)
     walk = space.walked(conformed.affine, scan.grid)
@@ -46,8 +47,8 @@ def segment(
         positions = [np.rint(p) for p in positions]  # nothing to interpolate
     positions = [np.round(p, 6) for p in positions]  # inverted affines are not exact
     classes = np.zeros((len(PROTOCOLS), *map(len, positions)), np.uint8)
-    for starts, kept in _tiles(whole, side):
-        box = tuple(slice(a, a + side) for a in starts)
+    for starts, kept in _tiles(whole, tile):
+        box = tuple(slice(a, a + n) for a, n in zip(starts, tile, strict=True))
         # the outermost voxel continues up to one voxel beyond the image
         clamped = [np.clip(p, 0, n - 1) for p, n in zip(positions, image.shape, strict=True)]
         wanted = [
@@ -66,10 +67,10 @@ def segment(
     return maps
 
 
-def _tiles(shape: Sequence[int], side: int) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
+def _tiles(shape: Sequence[int], tile: Sequence[int]) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
     """Returns the starts of the tiles, and the voxels of the volume that each of them labels."""
     axes = []
-    for n in shape:
+    for n, side in zip(shape, tile, strict=True):
         count = max(1, -(-(n - 2 * MARGIN) // (side - 2 * MARGIN)))
         starts = [round(start / MULTIPLE) * MULTIPLE for start in np.linspace(0, n - side, count)]
         ends = [(a + side + b) // 2 for a, b in itertools.pairwise(starts)]  # the middle of the overlap
