@@ -30,6 +30,7 @@ from neuronet_jax.lease import lease
 from neuronet_jax.runs.provenance import Imported, TrainingData
 from neuronet_jax.store.schema import StoreInfo
 
+_MOST_BYTES = 2**24  # of one of a run's descriptions, which take some kB: a larger one is damaged, and stays unread
 CONFIG, TRAINING_DATA, CHECKPOINTS = "config.json", "training_data.json", "checkpoints"
 METRICS, TENSORBOARD, QUALITY, RELEASE = "metrics.jsonl", "tensorboard", "quality.json", "release.json"
 LEASE = "run.lease"
@@ -60,20 +61,20 @@ class RunDirectory:
         return f"{self.path}/{CHECKPOINTS}"
 
     def is_release(self) -> bool:
-        return self.files.read(RELEASE) is not None
+        return self.files.read(RELEASE, _MOST_BYTES) is not None
 
     def config(self) -> Config | None:
         """Returns the settings of the run, or None before it begins. Raises NeuronetError if they are damaged."""
-        data = self.files.read(CONFIG)
+        data = self.files.read(CONFIG, _MOST_BYTES)
         return None if data is None else Config.from_json(data.decode(errors="replace"))
 
     def training_data(self) -> TrainingData | None:
         """Returns the data that the run is trained on, or None before it begins. Raises NeuronetError if they are
         damaged.
         """
-        if (data := self.files.read(TRAINING_DATA)) is not None:
+        if (data := self.files.read(TRAINING_DATA, _MOST_BYTES)) is not None:
             return TrainingData.from_json(data)
-        if (data := self.files.read(_STORE)) is not None:
+        if (data := self.files.read(_STORE, _MOST_BYTES)) is not None:
             return _older_training_data(StoreInfo.from_json(data))
         return None
 
@@ -82,9 +83,11 @@ class RunDirectory:
         lines = []
         for line in (self.files.read(METRICS) or b"").splitlines():
             try:
-                lines.append(json.loads(line))
-            except ValueError:  # a crash or a full disk cut it short
+                content = json.loads(line)
+            except (ValueError, RecursionError):  # a crash or a full disk cut it short
                 continue
+            if isinstance(content, dict) and type(content.get("step")) is int:
+                lines.append(content)
         return lines
 
     @contextlib.contextmanager
@@ -161,7 +164,7 @@ def _older_training_data(info: StoreInfo) -> TrainingData:
 
     An imported run has a made-up copy, of a store with 0 slots.
     """
-    data = TrainingData.of_store(info)
+    data = TrainingData.of_store(info).checked()
     if "imported" not in info.provenance:
         return data
     return TrainingData(

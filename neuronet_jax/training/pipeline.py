@@ -190,6 +190,11 @@ class TrainingIterator(grain.DatasetIterator[HostBatch]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Moves to a saved position. Raises NeuronetError, naming both values, if it counts something different."""
+        if not isinstance(state, dict) or type(state.get("position")) is not int or state["position"] < 0:
+            raise NeuronetError(
+                f"a data position is a number of batches, with what it counts in, got {state!r:.80}; restart the data "
+                "with --reset-data"
+            )
         processes = state.get("processes", 1)
         if processes != 1:  # releases before 0.2 gave each process an order of its own
             raise NeuronetError(

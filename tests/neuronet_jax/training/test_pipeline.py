@@ -307,6 +307,14 @@ def test_C04_positions_of_an_older_release(make_store: MakeStore, start: Any) ->
         again.set_state({**state, "position": 3, "processes": 2})
 
 
+@pytest.mark.parametrize("position", [None, [1], 7, {}, {"position": -1}, {"position": "1"}, {"position": True}])
+def test_E12_a_position_of_the_wrong_type_is_refused(make_store: MakeStore, start: Any, position: Any) -> None:
+    data = start(make_store(SPLITS)[0], settings())
+    state = {**data.get_state(), **position} if isinstance(position, dict) and position else position
+    with pytest.raises(NeuronetError, match="a data position is a number of batches"):
+        data.set_state(state)
+
+
 def test_C05_processes_share_the_subjects_without_loss(make_store: MakeStore, start: Any) -> None:
     """Seven subjects in global batches of two: epochs run on, so no subject is dropped, and both processes together see
     each subject as often as the others.
