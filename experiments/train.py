@@ -32,7 +32,7 @@ from neuronet_jax.programs import DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, 
 from neuronet_jax.results.pictures import label_picture
 from neuronet_jax.runs.calibration import save_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
-from neuronet_jax.runs.directory import RunDirectory
+from neuronet_jax.runs.directory import SKIPPED, RunDirectory
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.provenance import TrainingData
 from neuronet_jax.runs.restore import restore
@@ -42,23 +42,19 @@ from neuronet_jax.training.mesh import batch_rows, make_mesh, put_batch
 from neuronet_jax.training.monitor import Monitor
 from neuronet_jax.training.pipeline import training_iterator, validation_subjects
 from neuronet_jax.training.signals import StopRequest, Watchdog
-from neuronet_jax.training.step import TrainState, evaluation_network, init_state, make_train_step
+from neuronet_jax.training.skips import Skips, TooManySkippedError
+from neuronet_jax.training.step import ADDED, TrainState, evaluation_network, init_state, make_train_step
 
 STATUSES = {
     DONE: "done, or saved after a signal",
-    NOT_FINITE: "loss or gradient not finite several times in a row",
+    NOT_FINITE: "too many updates skipped: loss or gradient not finite, or gradient far above its average",
     OUT_OF_MEMORY: "out of device memory",
     STALLED: "no progress",
     INTERRUPTED: "stopped by Ctrl-C before the first step, or by a second Ctrl-C",
 }
-MOST_SKIPPED = 10  # skipped updates in a row before the run ends: a bad batch is tolerated, a broken run is not
 STALL_S = 1800.0  # longer than any compilation, evaluation or save
 
 log = logging.getLogger(__name__)
-
-
-class NotFiniteError(Exception):
-    """Loss or gradient was not finite too often in a row."""
 
 
 def train(
@@ -84,26 +80,26 @@ def train(
         graphdef, state = init_state(config, mesh)
         train_step = make_train_step(config, graphdef, mesh)
         if resume and checkpoints.latest() is not None:
-            state, position, _ = checkpoints.restore(state, strict=strict, reset_data=reset_data)
+            state, position, _ = checkpoints.restore(state, strict=strict, reset_data=reset_data, added=ADDED)
             if position is not None:
                 data.set_state(position)
         first = int(state.step)
         log.info("training %s from step %d to %d on %d devices", config.name, first, config.steps, mesh.size)
-        monitor = Monitor(workdir, config.steps, first, process)
+        monitor, skips = Monitor(workdir, config.steps, first, process), Skips(workdir, first)
 
         # --- The loop. Per step: batch, update, log, evaluate, save, stop if asked. Data position and save go together.
         began = time.monotonic()
         for step in range(first + 1, config.steps + 1):
-            state, metrics = train_step(state, put_batch(mesh, next(data)))
+            batch = next(data)
+            state, metrics = train_step(state, put_batch(mesh, batch))
+            skips.add(step, metrics, batch)
             last, stopping, dice = step == config.steps, stop.requested(step), None
             if step == first + 1:
                 jax.block_until_ready(state)
                 monitor.scalars(step, {"first_step_s": time.monotonic() - began})  # mostly compilation
-            if step % config.log_every == 0 or last:
-                values = {name: float(value) for name, value in metrics.items()}
-                monitor.scalars(step, {**values, "wait_fraction": data.wait_fraction()})
-                if values["skipped"] > MOST_SKIPPED:
-                    raise NotFiniteError(f"loss or gradient was not finite {MOST_SKIPPED} times in a row to {step}")
+            if step % config.log_every == 0 or last or stopping:
+                monitor.scalars(step, {**metrics, "wait_fraction": data.wait_fraction()})
+                skips.look()
             if (step % config.evaluate_every == 0 or last) and not stopping:
                 model = Model(evaluation_network(graphdef, local(state)), config, store.info.voxel_size_mm)
                 scores, pictures = validate(model, store, held_out, watchdog)
@@ -220,9 +216,10 @@ def _train(options: argparse.Namespace) -> int:
     workdir = options.workdir or runtime.agreed(time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S"))
     try:
         train(config, workdir, options.resume, options.reset_data, options.strict)
-    except NotFiniteError as error:
+    except TooManySkippedError as error:
         print(
-            f"error: {error}; the last good checkpoint is kept. Lower optimizer.learning_rate, or clip.",
+            f"error: {error}: loss or gradient were not finite, or far above their average. The last good checkpoint "
+            f"is kept; {SKIPPED} names the batches. Lower optimizer.learning_rate, or clip.",
             file=sys.stderr,
         )
         return NOT_FINITE

@@ -18,9 +18,12 @@ from neuronet_jax.labels import PROTOCOLS
 _MOST_FILTERS, _MOST_SCALES = 2**14, 12  # a scale halves the grid: 12 need sides of 2,048 voxels
 # No whole number of a config comes near this one. A larger one is damage, and must not become the shape of an array.
 _LARGEST = 10**12
-SCHEMA = 2  # of saved configs; raised with every added field
+SCHEMA = 3  # of saved configs; raised with every added field
 # Per schema, the fields that it added, as "group.field", and the value that keeps the behaviour of older runs.
-ADDED: dict[int, dict[str, Any]] = {2: {"loss.class_balance": 0.0, "loss.consistency": 0.0}}
+ADDED: dict[int, dict[str, Any]] = {
+    2: {"loss.class_balance": 0.0, "loss.consistency": 0.0},
+    3: {"optimizer.spike_factor": 0.0},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,7 @@ class OptimizerConfig:
     weight_decay: float  # decoupled (AdamW); 0 is plain Adam
     clip_norm: float  # global gradient norm; 0 is no clipping
     ema_decay: float  # decay of the averaged weights used for evaluation; 0 is none
+    spike_factor: float  # updates whose gradient norm exceeds this multiple of its average are skipped; 0 skips none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +255,12 @@ def check(config: Config) -> None:
     )
     among("optimizer.schedule", optimizer.schedule, "constant", "cosine")
     require(optimizer.ema_decay < 1, "optimizer.ema_decay", optimizer.ema_decay, "below 1")
+    require(
+        optimizer.spike_factor == 0 or optimizer.spike_factor > 1,
+        "optimizer.spike_factor",
+        optimizer.spike_factor,
+        "0 or above 1",
+    )
     require(config.mesh.space >= 1, "mesh.space", config.mesh.space, "at least 1")
 
 

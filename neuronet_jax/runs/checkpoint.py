@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Collection
 from importlib import metadata
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -171,17 +172,25 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def restore(self, target: Any, step: int | None = None, strict: bool = False, reset_data: bool = False) -> Restored:
+    def restore(
+        self,
+        target: Any,
+        step: int | None = None,
+        strict: bool = False,
+        reset_data: bool = False,
+        added: Collection[str] = (),
+    ) -> Restored:
         """Restores the checkpoint of `step`, or the latest one, to the devices of `target`.
 
         `target` is the state's tree with arrays or `jax.ShapeDtypeStruct`s as leaves. Their shardings decide (one
         device without them), whatever devices wrote the checkpoint. Without `step`, a damaged checkpoint is set aside
         with a warning and the one before is taken; with `strict` or a `step` it is an error. Raises NeuronetError on a
         difference in tree, shape, dtype or kind of random key, naming every path, and if the data position is
-        missing, unless `reset_data`.
+        missing, unless `reset_data`. Paths in `added`, which a checkpoint of an older release lacks, keep the arrays of
+        `target`.
         """
         step = self._sound(step, strict)
-        state = self._arrays(step, target, part=False)
+        state = self._arrays(step, target, part=False, added=added)
         return Restored(state, None if reset_data else self._position(step), step)
 
     def restore_params(self, target: Any, step: int | None = None, strict: bool = False) -> tuple[Any, int]:
@@ -262,9 +271,12 @@ class Checkpoints:
             f"{self.sound() or 'none'}"
         )
 
-    def _arrays(self, step: int, target: Any, part: bool) -> Any:
-        wanted = _flatten(target)
-        info = self._info(step)
+    def _arrays(self, step: int, target: Any, part: bool, added: Collection[str] = ()) -> Any:
+        every, info = _flatten(target), self._info(step)
+        kept = {path: leaf for path, leaf in every.items() if path in added and path not in info.arrays}
+        if kept:
+            log.warning("checkpoint %d is of an older release without %s, which begin anew", step, ", ".join(kept))
+        wanted = {path: leaf for path, leaf in every.items() if path not in kept}
         if differences := _differences(info.arrays, {path: _describe(leaf) for path, leaf in wanted.items()}, part):
             raise NeuronetError(f"checkpoint {step} does not fit this model:\n  " + "\n  ".join(differences))
         self._check_size(step, sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values()))
@@ -279,7 +291,7 @@ class Checkpoints:
             raise NeuronetError(f"checkpoint {step} cannot be read: {error}") from error
         for path in info.key_impls.keys() & wanted.keys():
             arrays[path] = jax.random.wrap_key_data(arrays[path], impl=info.key_impls[path])
-        return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted])
+        return jax.tree.unflatten(jax.tree.structure(target), [{**arrays, **kept}[path] for path in every])
 
     def _position(self, step: int) -> Any:
         folder = self._folder / str(step) / "position"

@@ -4,6 +4,7 @@
             training_data.json   the data that it is trained on (older runs: store.json, a copy of the store's)
             checkpoints/         see `checkpoint.py`
             metrics.jsonl        one line per report, see `training/monitor.py`
+            skipped.jsonl        one line per skipped update, see `training/skips.py`
             tensorboard/         the same for TensorBoard, and pictures
             quality.json         calibration of predicted Dice, see `calibration.py`
             run.lease            while the run trains: the process that owns it
@@ -33,13 +34,16 @@ from neuronet_jax.store.schema import StoreInfo
 _MOST_BYTES = 2**24  # of one of a run's descriptions, which take some kB: a larger one is damaged, and stays unread
 CONFIG, TRAINING_DATA, CHECKPOINTS = "config.json", "training_data.json", "checkpoints"
 METRICS, TENSORBOARD, QUALITY, RELEASE = "metrics.jsonl", "tensorboard", "quality.json", "release.json"
+SKIPPED = "skipped.jsonl"
 LEASE = "run.lease"
 _STORE = "store.json"  # of version 0.1.0
 
-# Settings that may change within a run: its length (the schedule stretches to it), and how data are read, logged, kept.
+# Settings that may change within a run: its length (the schedule stretches to it), how data are read, logged and kept,
+# and what guards it.
 _FREE = (
     *("steps", "data.store", "data.workers", "data.read_threads", "data.prefetch", "mesh."),
     *("log_every", "keep_", "evaluate_", "checkpoint_"),
+    "optimizer.spike_factor",  # a guard, which older runs did not have
 )
 
 log = logging.getLogger(__name__)

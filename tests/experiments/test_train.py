@@ -126,6 +126,24 @@ def test_D03_sigterm_saves_and_the_run_can_continue(store: Path, tmp_path: Path)
     assert "subject0" not in text  # A41: no identifier of a participant in a run's folder
 
 
+def test_D01_a_run_that_cannot_learn_ends_with_4_and_names_its_batches(store: Path, tmp_path: Path) -> None:
+    """Its learning rate is far too high: every update would be infinite. The weights that are kept are finite."""
+    run = tmp_path / "run"
+    process = start(store, run, "--config.optimizer.learning_rate=3e38", "--config.optimizer.schedule=constant")
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 4, errors
+    assert "error: 11 updates in a row were skipped up to step 11" in errors and "skipped.jsonl names the" in errors
+    lines = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 12))
+    for line in lines:
+        assert set(line) == {"step", "loss", "gradient_norm", "slots", "starts"} and line["gradient_norm"] > 0
+        assert len(line["slots"]) == len(line["starts"]) == 2 and set(line["slots"]) <= {0, 1, 2, 4}
+        assert np.all(np.array(line["starts"]) <= np.array([20, 24, 16])) and np.min(line["starts"]) >= 0
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_total"] for line in metrics if "loss" in line] == list(range(1, 12))
+    assert restore(run).origin.step in (5, 10)  # the best one, whose weights are finite numbers
+
+
 def test_D16_a_second_start_is_refused_and_harms_nothing(store: Path, tmp_path: Path, whole: TrainState) -> None:
     """With and without --resume, while the first one trains and saves; it then ends as if it had been alone."""
     run = tmp_path / "run"

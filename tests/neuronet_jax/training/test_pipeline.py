@@ -95,6 +95,7 @@ def test_a_batch_is_whitened_slices_of_the_written_records(make_store: MakeStore
     assert batch["labels"].dtype == np.uint8
     assert batch["present"].tolist() == [[True, True], [False, True]]  # slot 5 lacks malp_em
     assert batch["slot"].tolist() == [1, 5]
+    assert batch["start"].dtype == np.int32 and batch["start"].tolist() == np.array(corners).tolist()
 
 
 def test_a_grid_smaller_than_the_crop_sits_in_background(make_store: MakeStore) -> None:
