@@ -22,7 +22,7 @@ SCHEMA = 3  # of saved configs; raised with every added field
 # Per schema, the fields that it added, as "group.field", and the value that keeps the behaviour of older runs.
 ADDED: dict[int, dict[str, Any]] = {
     2: {"loss.class_balance": 0.0, "loss.consistency": 0.0},
-    3: {"optimizer.spike_factor": 0.0},
+    3: {"optimizer.spike_factor": 0.0, "profile_steps": "", "sinks": ()},
 }
 
 
@@ -110,9 +110,19 @@ class Config:
     evaluate_subjects: int  # validation subjects scored during training; 0 is all
     checkpoint_every: int  # steps between checkpoints
     keep_checkpoints: int  # latest ones kept, beside the best
+    profile_steps: str  # "first,last": the steps that a profile is made of; empty: none
+    sinks: tuple[str, ...]  # services that get the metrics too: "wandb", "mlflow"
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First and last step of the profile; None without one."""
+        if not self.profile_steps:
+            return None
+        first, last = map(int, self.profile_steps.split(","))
+        return first, last
 
     def to_fields(self) -> dict[str, Any]:
         """Returns the settings as saved: nested dicts, with the schema."""
@@ -208,6 +218,15 @@ def check(config: Config) -> None:
     for path in ("batch", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
         require(getattr(config, path) >= 1, path, getattr(config, path), "at least 1")
 
+    require(
+        not config.profile_steps or _is_interval(config.profile_steps),
+        "profile_steps",
+        config.profile_steps,
+        'empty or two steps such as "10,13", the first not after the last',
+    )
+    for sink in config.sinks:
+        among("sinks", sink, "wandb", "mlflow")
+
     names = config.protocols
     require(len(names) > 0 and len(set(names)) == len(names), "protocols", names, "one protocol or more, each once")
     for name in names:
@@ -262,6 +281,13 @@ def check(config: Config) -> None:
         "0 or above 1",
     )
     require(config.mesh.space >= 1, "mesh.space", config.mesh.space, "at least 1")
+
+
+def _is_interval(text: str) -> bool:
+    """Tells whether `text` is two whole numbers from 1 on, such as "10,13", in order."""
+    first, _, last = text.partition(",")
+    digits = all(part.isascii() and part.isdecimal() and len(part) <= 12 for part in (first, last))
+    return digits and 1 <= int(first) <= int(last)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

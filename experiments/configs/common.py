@@ -47,6 +47,8 @@ def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
             "evaluate_subjects": 10,  # the published validation set
             "checkpoint_every": 1_000,
             "keep_checkpoints": 3,
+            "profile_steps": "",
+            "sinks": (),
         }
     )
     if variant == "demo":

@@ -132,6 +132,8 @@ def _config(name: str) -> Config:
         evaluate_subjects=0,
         checkpoint_every=1_000,
         keep_checkpoints=1,
+        profile_steps="",
+        sinks=(),
     )
 
 

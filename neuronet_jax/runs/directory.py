@@ -6,6 +6,7 @@
             metrics.jsonl        one line per report, see `training/monitor.py`
             skipped.jsonl        one line per skipped update, see `training/skips.py`
             tensorboard/         the same for TensorBoard, and pictures
+            profile/             of some steps, where the config asks for it, see `training/profile.py`
             quality.json         calibration of predicted Dice, see `calibration.py`
             run.lease            while the run trains: the process that owns it
 
@@ -34,7 +35,7 @@ from neuronet_jax.store.schema import StoreInfo
 _MOST_BYTES = 2**24  # of one of a run's descriptions, which take some kB: a larger one is damaged, and stays unread
 CONFIG, TRAINING_DATA, CHECKPOINTS = "config.json", "training_data.json", "checkpoints"
 METRICS, TENSORBOARD, QUALITY, RELEASE = "metrics.jsonl", "tensorboard", "quality.json", "release.json"
-SKIPPED = "skipped.jsonl"
+SKIPPED, PROFILE = "skipped.jsonl", "profile"
 LEASE = "run.lease"
 _STORE = "store.json"  # of version 0.1.0
 
@@ -43,6 +44,7 @@ _STORE = "store.json"  # of version 0.1.0
 _FREE = (
     *("steps", "data.store", "data.workers", "data.read_threads", "data.prefetch", "mesh."),
     *("log_every", "keep_", "evaluate_", "checkpoint_"),
+    *("profile_steps", "sinks"),
     "optimizer.spike_factor",  # a guard, which older runs did not have
 )
 
