@@ -100,7 +100,7 @@ def _parse_tuple(field: str, default: tuple, text: str) -> tuple:
     """Parses `64,64,64`, `(64, 64, 64)` or `[64, 64, 64]`, and words such as `fsl_fast,malp_em`, with or without
     quotes.
     """
-    if isinstance(default[0], str):
+    if not default or isinstance(default[0], str):
         return tuple(word.strip(" '\"") for word in text.strip("()[]").split(",") if word.strip(" '\""))
     value = ast.literal_eval(text)
     if field == "data.crop" and isinstance(value, int):

@@ -32,33 +32,32 @@ from neuronet_jax.programs import DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, 
 from neuronet_jax.results.pictures import label_picture
 from neuronet_jax.runs.calibration import save_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
-from neuronet_jax.runs.directory import RunDirectory
+from neuronet_jax.runs.directory import SKIPPED, RunDirectory
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.provenance import TrainingData
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.runtime import keep_compiled
 from neuronet_jax.store.reader import Store
+from neuronet_jax.training.goodput import Goodput
 from neuronet_jax.training.mesh import batch_rows, make_mesh, put_batch
 from neuronet_jax.training.monitor import Monitor
 from neuronet_jax.training.pipeline import training_iterator, validation_subjects
+from neuronet_jax.training.profile import Profile
 from neuronet_jax.training.signals import StopRequest, Watchdog
-from neuronet_jax.training.step import TrainState, evaluation_network, init_state, make_train_step
+from neuronet_jax.training.sinks import require_sinks
+from neuronet_jax.training.skips import Skips, TooManySkippedError
+from neuronet_jax.training.step import ADDED, TrainState, evaluation_network, init_state, make_train_step
 
 STATUSES = {
     DONE: "done, or saved after a signal",
-    NOT_FINITE: "loss or gradient not finite several times in a row",
+    NOT_FINITE: "too many updates skipped: loss or gradient not finite, or gradient far above its average",
     OUT_OF_MEMORY: "out of device memory",
     STALLED: "no progress",
     INTERRUPTED: "stopped by Ctrl-C before the first step, or by a second Ctrl-C",
 }
-MOST_SKIPPED = 10  # skipped updates in a row before the run ends: a bad batch is tolerated, a broken run is not
 STALL_S = 1800.0  # longer than any compilation, evaluation or save
 
 log = logging.getLogger(__name__)
-
-
-class NotFiniteError(Exception):
-    """Loss or gradient was not finite too often in a row."""
 
 
 def train(
@@ -66,6 +65,8 @@ def train(
 ) -> TrainState:
     """Trains from step 0 or the latest checkpoint to `config.steps`, or until asked to stop. Returns the state."""
     # --- The places: the mesh, the data, the run's folder.
+    spent = Goodput()
+    require_sinks(config.sinks)
     store = open_store(config)
     process, processes = jax.process_index(), jax.process_count()
     mesh = make_mesh(config)
@@ -79,52 +80,71 @@ def train(
         Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
         StopRequest() as stop,
         Watchdog(STALL_S) as watchdog,
+        contextlib.closing(Profile(workdir, config.profiled, process)) as profile,
     ):
         # --- The computation: the state on the mesh, the step.
         graphdef, state = init_state(config, mesh)
         train_step = make_train_step(config, graphdef, mesh)
         if resume and checkpoints.latest() is not None:
-            state, position, _ = checkpoints.restore(state, strict=strict, reset_data=reset_data)
+            with spent.on("restore"):
+                state, position, _ = checkpoints.restore(state, strict=strict, reset_data=reset_data, added=ADDED)
             if position is not None:
                 data.set_state(position)
         first = int(state.step)
         log.info("training %s from step %d to %d on %d devices", config.name, first, config.steps, mesh.size)
-        monitor = Monitor(workdir, config.steps, first, process)
+        monitor = Monitor(workdir, config.steps, first, process, config.sinks)
+        skips = Skips(workdir, first)
 
         # --- The loop. Per step: batch, update, log, evaluate, save, stop if asked. Data position and save go together.
-        began = time.monotonic()
         for step in range(first + 1, config.steps + 1):
-            state, metrics = train_step(state, put_batch(mesh, next(data)))
+            profile.before(step)
+            with spent.on("input"):
+                batch = next(data)
+            with spent.on("compile" if step == first + 1 else "step"):
+                state, metrics = train_step(state, put_batch(mesh, batch))
+                if step == first + 1:
+                    jax.block_until_ready(state)  # mostly compilation
+            skips.add(step, metrics, batch)
+            profile.after(step, state)
             last, stopping, dice = step == config.steps, stop.requested(step), None
-            if step == first + 1:
-                jax.block_until_ready(state)
-                monitor.scalars(step, {"first_step_s": time.monotonic() - began})  # mostly compilation
-            if step % config.log_every == 0 or last:
-                values = {name: float(value) for name, value in metrics.items()}
-                monitor.scalars(step, {**values, "wait_fraction": data.wait_fraction()})
-                if values["skipped"] > MOST_SKIPPED:
-                    raise NotFiniteError(f"loss or gradient was not finite {MOST_SKIPPED} times in a row to {step}")
-            if (step % config.evaluate_every == 0 or last) and not stopping:
-                model = Model(evaluation_network(graphdef, local(state)), config, store.info.voxel_size_mm)
-                scores, pictures = validate(model, store, held_out, watchdog)
+            logs = step % config.log_every == 0 or last or stopping
+            evaluates = (step % config.evaluate_every == 0 or last) and not stopping
+            saves = step % config.checkpoint_every == 0 or evaluates or last or stopping
+            if logs or evaluates or saves:
+                with spent.on("step"):
+                    jax.block_until_ready(state)  # the device is behind the program; what follows would wait instead
+            if logs:
+                machine = {"wait_fraction": data.wait_fraction(), "peak_memory_bytes": runtime.peak_memory_bytes()}
+                monitor.scalars(step, {**metrics, **machine, **spent.metrics()})
+                skips.look()
+            if evaluates:
+                with spent.on("evaluate"):
+                    model = Model(evaluation_network(graphdef, local(state)), config, store.info.voxel_size_mm)
+                    scores, pictures = validate(model, store, held_out, watchdog)
                 dice = float(np.mean(list(scores.values())))
                 monitor.scalars(step, {"dice": dice, **{f"validation_dice/{k}": v for k, v in scores.items()}})
                 monitor.pictures(step, pictures)
-            if step % config.checkpoint_every == 0 or dice is not None or last or stopping:
-                checkpoints.save(step, state, data.get_state(), config, score=dice)
+            with spent.on("save"):
+                if saves:
+                    checkpoints.save(step, state, data.get_state(), config, score=dice)
+                else:
+                    checkpoints.check()
             if stopping:
                 log.warning("stopped as asked after step %d of %d; continue with --resume", step, config.steps)
                 break
-            checkpoints.check()
             check_owner()
             watchdog.progress()
         monitor.close()
         finished = int(state.step) == config.steps
         if finished and held_out and processes == 1:
-            checkpoints.wait()  # the last checkpoint is still being written, and may be the best
-            calibrate(workdir, store, held_out, watchdog)
+            with spent.on("save"):
+                checkpoints.wait()  # the last checkpoint is still being written, and may be the best
+            with spent.on("evaluate"):
+                calibrate(workdir, store, held_out, watchdog)
         elif finished and held_out and process == 0:
             log.info("for calibrated quality scores, run: python -m experiments.evaluate --run=%s --calibrate", workdir)
+    if process == 0:
+        log.info(spent.describe())
     log.info("the run is in %s", workdir)
     return state
 
@@ -217,12 +237,15 @@ def _train(options: argparse.Namespace) -> int:
     runtime.join_cluster()
     if not jax.distributed.is_initialized():
         spread_over_cores(config)
+    else:
+        runtime.plain(runtime.my_prefix())
     workdir = options.workdir or runtime.agreed(time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S"))
     try:
         train(config, workdir, options.resume, options.reset_data, options.strict)
-    except NotFiniteError as error:
+    except TooManySkippedError as error:
         print(
-            f"error: {error}; the last good checkpoint is kept. Lower optimizer.learning_rate, or clip.",
+            f"error: {error}: loss or gradient were not finite, or far above their average. The last good checkpoint "
+            f"is kept; {SKIPPED} names the batches. Lower optimizer.learning_rate, or clip.",
             file=sys.stderr,
         )
         return NOT_FINITE

@@ -15,9 +15,15 @@ from typing import Any, Self
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 
-SCHEMA = 2  # of saved configs; raised with every added field
+_MOST_FILTERS, _MOST_SCALES = 2**14, 12  # a scale halves the grid: 12 need sides of 2,048 voxels
+# No whole number of a config comes near this one. A larger one is damage, and must not become the shape of an array.
+_LARGEST = 10**12
+SCHEMA = 3  # of saved configs; raised with every added field
 # Per schema, the fields that it added, as "group.field", and the value that keeps the behaviour of older runs.
-ADDED: dict[int, dict[str, Any]] = {2: {"loss.class_balance": 0.0, "loss.consistency": 0.0}}
+ADDED: dict[int, dict[str, Any]] = {
+    2: {"loss.class_balance": 0.0, "loss.consistency": 0.0},
+    3: {"optimizer.spike_factor": 0.0, "profile_steps": "", "sinks": ()},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +84,7 @@ class OptimizerConfig:
     weight_decay: float  # decoupled (AdamW); 0 is plain Adam
     clip_norm: float  # global gradient norm; 0 is no clipping
     ema_decay: float  # decay of the averaged weights used for evaluation; 0 is none
+    spike_factor: float  # updates whose gradient norm exceeds this multiple of its average are skipped; 0 skips none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +110,19 @@ class Config:
     evaluate_subjects: int  # validation subjects scored during training; 0 is all
     checkpoint_every: int  # steps between checkpoints
     keep_checkpoints: int  # latest ones kept, beside the best
+    profile_steps: str  # "first,last": the steps that a profile is made of; empty: none
+    sinks: tuple[str, ...]  # services that get the metrics too: "wandb", "mlflow"
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """First and last step of the profile; None without one."""
+        if not self.profile_steps:
+            return None
+        first, last = map(int, self.profile_steps.split(","))
+        return first, last
 
     def to_fields(self) -> dict[str, Any]:
         """Returns the settings as saved: nested dicts, with the schema."""
@@ -130,7 +147,7 @@ class Config:
         """Reads settings from the text of a file; otherwise as `from_fields`."""
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise NeuronetError(f"the saved config is not JSON: {error}") from error
         return cls.from_fields(fields)
 
@@ -140,7 +157,7 @@ def upgrade(fields: dict[str, Any], schema: int) -> dict[str, Any]:
 
     Fields added since get the value in ADDED. Raises NeuronetError for a newer schema.
     """
-    if type(schema) is not int or schema > SCHEMA:
+    if type(schema) is not int or not 1 <= schema <= SCHEMA:
         raise NeuronetError(
             f"the saved config has schema {schema!r}, this version reads up to {SCHEMA}: update neuronet-jax"
         )
@@ -151,6 +168,8 @@ def upgrade(fields: dict[str, Any], schema: int) -> dict[str, Any]:
             group = upgraded
             for key in groups:
                 group = group.setdefault(key, {})
+                if not isinstance(group, dict):
+                    raise NeuronetError(f"config.{key} takes a group of fields, got {group!r:.80}")
             group.setdefault(name, value)
     return upgraded
 
@@ -168,17 +187,17 @@ def from_dict(cls: type, fields: dict[str, Any], path: str = "config") -> Any:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise NeuronetError(f"{path} takes a group of fields, got {value!r}")
+            raise NeuronetError(f"{path} takes a group of fields, got {value!r:.80}")
         return from_dict(typing.cast(type, hint), value, path)
     if isinstance(hint, types.GenericAlias):  # tuple[int, int, int] or tuple[str, ...]
         items = typing.get_args(hint)
         if not isinstance(value, (list, tuple)) or (items[-1] is not ... and len(value) != len(items)):
-            raise NeuronetError(f"{path} takes {hint}, got {value!r}")
+            raise NeuronetError(f"{path} takes {hint}, got {value!r:.80}")
         return tuple(_convert(items[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and type(value) is int:
-        return float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf  # which no field takes
     if type(value) is not hint:
-        raise NeuronetError(f"{path} takes {hint.__name__}, got {value!r}")
+        raise NeuronetError(f"{path} takes {hint.__name__}, got {value!r:.80}")
     return value
 
 
@@ -194,9 +213,19 @@ def check(config: Config) -> None:
 
     for path, value in flatten(dataclasses.asdict(config)).items():
         if isinstance(value, (int, float)):
-            require(math.isfinite(value) and value >= 0, path, value, "finite and not negative")
+            require(0 <= value < math.inf, path, value, "finite and not negative")
+            require(type(value) is float or value <= _LARGEST, path, value, f"at most {_LARGEST:,}")
     for path in ("batch", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
         require(getattr(config, path) >= 1, path, getattr(config, path), "at least 1")
+
+    require(
+        not config.profile_steps or _is_interval(config.profile_steps),
+        "profile_steps",
+        config.profile_steps,
+        'empty or two steps such as "10,13", the first not after the last',
+    )
+    for sink in config.sinks:
+        among("sinks", sink, "wandb", "mlflow")
 
     names = config.protocols
     require(len(names) > 0 and len(set(names)) == len(names), "protocols", names, "one protocol or more, each once")
@@ -217,8 +246,12 @@ def check(config: Config) -> None:
     among("model.family", model.family, "reference", "neuronet")
     among("model.compute_dtype", model.compute_dtype, "auto", "float32", "bfloat16")
     require(
-        len(model.filters) > 0 and min(model.filters) > 0, "model.filters", model.filters, "positive channels per scale"
+        len(model.filters) > 0 and 0 < min(model.filters) <= max(model.filters) <= _MOST_FILTERS,
+        "model.filters",
+        model.filters,
+        f"positive channels per scale, at most {_MOST_FILTERS}",
     )
+    require(len(model.filters) <= _MOST_SCALES, "model.filters", model.filters, f"at most {_MOST_SCALES} scales")
     stride = model.stride
     for side in data.crop:
         legal = (
@@ -241,7 +274,20 @@ def check(config: Config) -> None:
     )
     among("optimizer.schedule", optimizer.schedule, "constant", "cosine")
     require(optimizer.ema_decay < 1, "optimizer.ema_decay", optimizer.ema_decay, "below 1")
+    require(
+        optimizer.spike_factor == 0 or optimizer.spike_factor > 1,
+        "optimizer.spike_factor",
+        optimizer.spike_factor,
+        "0 or above 1",
+    )
     require(config.mesh.space >= 1, "mesh.space", config.mesh.space, "at least 1")
+
+
+def _is_interval(text: str) -> bool:
+    """Tells whether `text` is two whole numbers from 1 on, such as "10,13", in order."""
+    first, _, last = text.partition(",")
+    digits = all(part.isascii() and part.isdecimal() and len(part) <= 12 for part in (first, last))
+    return digits and 1 <= int(first) <= int(last)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,7 +37,7 @@ from jaxtyping import Array, Bool, Float, Int
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.inference.volume import BUCKET
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.models.network import build
+from neuronet_jax.models.network import abstract
 from neuronet_jax.runs.calibration import UNKNOWN, Calibration
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.release import Program, release, weight_name
@@ -81,7 +81,7 @@ def _traceable(model: Model) -> tuple[Callable[..., dict[str, Array]], dict[str,
     """Returns the function to export and the shapes of its first argument."""
     config, protocols = model.config.model, model.config.protocols
     config = config.on("cpu")  # float32 for "auto": right on every platform
-    shapes = nnx.eval_shape(lambda: build(config, protocols, model.config.seed))
+    shapes = abstract(config, protocols)
     structure, state = nnx.split(shapes, graph=False)
     variables = nnx.to_flat_state(state)
 

@@ -66,9 +66,13 @@ class Files:
     def __getstate__(self) -> dict[str, Any]:  # an open key-value store stays in its process
         return {"dest": self.dest, "_spec": self._spec}
 
-    def read(self, name: str) -> bytes | None:
-        """Returns the content, or None if there is no such file."""
+    def read(self, name: str, most_bytes: int | None = None) -> bytes | None:
+        """Returns the content, or None if there is no such file. One on disk with more than `most_bytes` is refused
+        before it is read.
+        """
         try:
+            if most_bytes is not None and self._spec["driver"] == "file":
+                _check_length(Path(self._spec["path"]) / name, most_bytes)
             result = self._store.read(name).result()
         except Exception as error:
             raise _io_error("read", self.dest, name, error) from error
@@ -121,6 +125,11 @@ class Files:
 @functools.cache
 def _context() -> Any:
     return ts.Context({"gcs_request_retries": _RETRIES, "s3_request_retries": _RETRIES})
+
+
+def _check_length(path: Path, most_bytes: int) -> None:
+    if path.exists() and (length := path.stat().st_size) > most_bytes:
+        raise ValueError(f"it has {length} bytes, more than {most_bytes}: it is damaged; copy it again")
 
 
 def _io_error(verb: str, dest: str, name: str, error: Exception) -> NeuronetError:

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import platform
+import resource
 import sys
 import threading
 import time
@@ -26,16 +27,16 @@ from neuronet_jax.files import user_cache
 # Messages.
 
 
-def plain() -> None:
-    """Makes warnings and log messages plain lines on stderr, without file, logger and level.
+def plain(prefix: str = "") -> None:
+    """Makes warnings and log messages plain lines on stderr, without file, logger and level, after a `prefix`.
 
     Developers can use those names; users need only the code at the start of a warning.
     """
-    warnings.formatwarning = _line
+    warnings.formatwarning = lambda message, *_, **__: prefix + _line(message)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     for handler in logging.root.handlers:  # absl, which comes with Orbax, may have made one already
         if type(handler) is logging.StreamHandler:  # leaves the handlers of tests alone
-            handler.setFormatter(logging.Formatter("%(message)s"))
+            handler.setFormatter(logging.Formatter(prefix.replace("%", "%%") + "%(message)s"))
 
 
 def _line(message: Any, *_: Any) -> str:
@@ -170,6 +171,15 @@ def memory_bytes() -> int:
     return machine if text == "max" else min(machine, int(text))
 
 
+def peak_memory_bytes() -> int:
+    """Returns the most memory that a device of this process has had in use, or the process itself on a platform that
+    does not count.
+    """
+    counted = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return max(counted) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 # Peers.
 
 _METADATA_S = 10.0  # a metadata server answers within milliseconds
@@ -226,6 +236,12 @@ def _tpu_endpoints() -> str:
         f"this machine has TPU chips, but the list of its slice's hosts cannot be read from {url} ({reason}); "
         "to train on this host alone, set TPU_WORKER_HOSTNAMES=localhost"
     )
+
+
+def my_prefix() -> str:
+    """Returns the start of this process's messages: its number if there are several, such as `[process 1 of 4] `."""
+    count = jax.process_count()
+    return f"[process {jax.process_index()} of {count}] " if count > 1 else ""
 
 
 def agreed(text: str) -> str:

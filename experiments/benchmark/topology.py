@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
     from experiments.benchmark.work import PUBLISHED_TRAINING
     from neuronet_jax.models.network import build
     from neuronet_jax.training.mesh import batch_sharding, make_mesh, platform_of, replicated
-    from neuronet_jax.training.step import TrainState, make_optimizer, make_train_step
+    from neuronet_jax.training.step import fresh_state, make_train_step
 
     batch = len(devices) // space
     fields = {"model.family": family, "model.compute_dtype": "bfloat16", "data.crop": side, "batch": batch}
@@ -101,16 +102,12 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
     network = nnx.eval_shape(lambda: build(config.model.on(platform_of(mesh)), config.protocols, config.seed))
     graphdef, params, moments = nnx.split(network, nnx.Param, nnx.BatchStat, graph=False)
 
-    def state(params: Any, moments: Any) -> TrainState:
-        zero = jnp.zeros((), jnp.int32)
-        optimizer = make_optimizer(config.optimizer, config.steps).init(params)
-        average = (params, moments) if config.optimizer.ema_decay else None
-        return TrainState(zero, zero, params, moments, optimizer, average)
-
     def placed(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    described = jax.tree.map(lambda s: placed(s, replicated(mesh)), jax.eval_shape(state, params, moments))
+    described = jax.tree.map(
+        lambda s: placed(s, replicated(mesh)), jax.eval_shape(partial(fresh_state, config), params, moments)
+    )
     cube = (side,) * 3
     shapes = {
         "image": jax.ShapeDtypeStruct((batch, *cube, 1), jnp.float32),

@@ -82,13 +82,11 @@ class Jax(Contender):
         from flax import nnx
 
         from neuronet_jax.training.mesh import make_mesh, put_batch, replicated
-        from neuronet_jax.training.step import TrainState, make_optimizer, make_train_step
+        from neuronet_jax.training.step import fresh_state, make_train_step
 
         mesh = make_mesh(config, self.jax.devices()[: self.split(config.batch) * config.mesh.space])
         graphdef, params, moments = nnx.split(self.network(config), nnx.Param, nnx.BatchStat, graph=False)
-        optimizer = make_optimizer(config.optimizer, config.steps).init(params)
-        step, skipped = self.jax.numpy.zeros((2,), np.int32)
-        state = self.jax.device_put(TrainState(step, skipped, params, moments, optimizer, None), replicated(mesh))
+        state = self.jax.device_put(fresh_state(config, params, moments), replicated(mesh))
         image, labels = random_batch(config.batch, config.data.crop)
         batch = {
             "image": image,

@@ -122,7 +122,7 @@ def _config(name: str) -> Config:
         augment=AugmentConfig(flip=False, intensity=0.0, spatial=0.0),
         model=ModelConfig("reference", (16, 32, 64, 128), "float32"),  # bfloat16 was never tried on these weights
         loss=LossConfig(cross_entropy=1.0, dice=0.0, class_balance=0.0, consistency=0.0),
-        optimizer=OptimizerConfig(1e-3, "constant", 0, epsilon=1e-5, weight_decay=0.0, clip_norm=0.0, ema_decay=0.0),
+        optimizer=OptimizerConfig(1e-3, "constant", 0, 1e-5, weight_decay=0, clip_norm=0, ema_decay=0, spike_factor=0),
         mesh=MeshConfig(space=1),
         batch=1,
         steps=100_000,
@@ -132,6 +132,8 @@ def _config(name: str) -> Config:
         evaluate_subjects=0,
         checkpoint_every=1_000,
         keep_checkpoints=1,
+        profile_steps="",
+        sinks=(),
     )
 
 

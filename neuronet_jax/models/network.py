@@ -14,6 +14,7 @@ from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models import head, neuronet, reference
 from neuronet_jax.models.head_tallies import Tally
+from neuronet_jax.models.layers import Undrawn
 from neuronet_jax.models.readout import Readout, scores, spans
 
 SLAB = 16  # planes of a whole head whose full resolution exists at a time: four more are computed for the halo
@@ -127,3 +128,8 @@ class Network(nnx.Module):
 def build(config: ModelConfig, protocols: tuple[str, ...], seed: int) -> Network:
     """Initialises a network; the seed fixes every weight. A dtype "auto" must have been decided (`ModelConfig.on`)."""
     return Network(config, protocols, np.random.default_rng(seed))
+
+
+def abstract(config: ModelConfig, protocols: tuple[str, ...]) -> Network:
+    """Returns the network with shapes in place of arrays. It takes no memory, whatever sizes a config claims."""
+    return nnx.eval_shape(lambda: Network(config, protocols, Undrawn()))

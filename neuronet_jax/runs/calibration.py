@@ -5,15 +5,17 @@
 
 import hashlib
 import json
+import math
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from neuronet_jax.errors import CodedWarning
+from neuronet_jax.errors import CodedWarning, NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.runs.directory import QUALITY, RunDirectory
 
 SCHEMA_VERSION = 1
+_MOST_BYTES = 2**24  # of the file, which takes some kB
 FALSE_ALARMS = 0.05  # share of good scans that the threshold may flag: a person can check one in twenty
 LEAST_SUBJECTS = 3  # for a threshold: two scores have one difference, which gives no spread
 
@@ -91,10 +93,10 @@ def load_calibration(run: str, step: int) -> Calibration:
     """Reads the calibration of the run's checkpoint or release. An unusable file gives an empty one and a Python
     warning.
     """
-    data = RunDirectory(run).files.read(QUALITY)
-    if data is None:
-        return uncalibrated(f"the run has no {QUALITY}")
     try:
+        data = RunDirectory(run).files.read(QUALITY, _MOST_BYTES)
+        if data is None:
+            return uncalibrated(f"the run has no {QUALITY}")
         content = json.loads(data)
         if content.pop("sha256") != _digest(content):
             raise ValueError("its checksum does not match")
@@ -104,7 +106,7 @@ def load_calibration(run: str, step: int) -> Calibration:
         if calibration.step == step:
             return calibration
         why = f"the run's {QUALITY} belongs to step {calibration.step}, its weights to step {step}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, NeuronetError) as error:
         why = f"the run's {QUALITY} cannot be used ({error})"
     again = f"renew it with `python -m experiments.evaluate --run={run} --calibrate`"
     warnings.warn(CodedWarning("W_UNCALIBRATED", f"{why}: predicted Dice is uncalibrated; {again}"), stacklevel=2)
@@ -118,8 +120,15 @@ def _from_json(content: dict[str, Any]) -> Calibration:
     }
     if any(name not in PROTOCOLS or len(line.offsets) != PROTOCOLS[name].num_classes for name, line in lines.items()):
         raise ValueError("its protocols differ from this release's")
-    threshold = content["threshold"]
-    return Calibration(content["step"], content["heads"], lines, threshold and Threshold(**threshold))
+    threshold = Threshold(**content["threshold"]) if content["threshold"] is not None else None
+    heads = content["heads"]
+    if type(heads) is not int or heads < 1:
+        raise ValueError(f"it is of {heads!r:.80} heads")
+    numbers = [value for line in lines.values() for value in (line.slope, *line.offsets, line.error)]
+    numbers += [threshold.score, threshold.rate_at_most, threshold.false_alarms, threshold.heads] if threshold else []
+    if not all(value is None or abs(float(value)) < math.inf for value in numbers):
+        raise ValueError("it holds numbers that are not finite")
+    return Calibration(content["step"], heads, lines, threshold)
 
 
 def _digest(content: dict[str, Any]) -> str:

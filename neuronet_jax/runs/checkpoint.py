@@ -7,6 +7,8 @@
 
 Orbax writes into a temporary directory and renames it last; the manifest is written just before that. A checkpoint is
 finished if and only if its directory is named by a step and holds a manifest.
+
+Only verified checkpoints are read. One with a damaged file is reported and passed over, whatever it is asked for.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Collection
 from importlib import metadata
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -30,11 +33,14 @@ from orbax.checkpoint import multihost
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import children
-from neuronet_jax.runs.checksums import MANIFEST, damage, write_manifest
+from neuronet_jax.runs.checkpoint_info import MOST_BYTES, CheckpointInfo, NewerSchemaError
+from neuronet_jax.runs.checksums import MANIFEST, covered, damage, read_checked, signature, write_manifest
 from neuronet_jax.runs.directory import RunDirectory
 
 _POSITION = "position.json"
-SCHEMA = 1  # raised when a release can no longer read what an older one wrote
+# Arrays may take this many times the bytes of their files before a checkpoint counts as forged: zeros, such as fresh
+# moments of an optimiser, compress to almost nothing, weights hardly at all. Small ones are never suspicious.
+_MOST_INFLATION, _SMALL_BYTES = 64, 2**26
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +68,8 @@ class Checkpoints:
         self._keep = keep
         self._read_only = read_only
         self._saving: int | None = None  # the step that Orbax is writing
+        self._known: dict[int, tuple[Any, str]] = {}  # per step: the files when they were verified, and their fault
+        self.faults: dict[int, str] = {}  # what is wrong with the checkpoints that were passed over, by step
         if not read_only:
             self._probe()
         elif not self._folder.is_dir():
@@ -71,19 +79,26 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of the finished checkpoints, oldest first."""
-        return sorted(int(path.name) for path in children(self._folder) if path.name.isdigit() and _finished(path))
+        return sorted(int(path.name) for path in children(self._folder) if _is_step(path.name) and _finished(path))
+
+    def sound(self) -> list[int]:
+        """Returns the steps of the finished checkpoints whose files match their checksums, oldest first.
+
+        Files are hashed once, and again when they have changed since. The others are reported once.
+        """
+        return [step for step in self.steps() if not self._fault(step)]
 
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Returns the step of the highest score (of several, the latest), or None if no checkpoint has one."""
-        scores = {step: self._run(step)["score"] for step in self.steps()}
+        """Returns the sound step of the highest score (of several, the latest), or None if none has a score."""
+        scores = {step: self._score(step) for step in self.sound()}
         return max((step for step in scores if scores[step] is not None), key=lambda s: (scores[s], s), default=None)
 
     def config(self, step: int) -> Config:
         """Returns the settings with which the checkpoint of `step` was trained."""
-        return Config.from_fields(self._run(step)["config"])
+        return Config.from_fields(self._info(step).config)
 
     def save(self, step: int, state: Any, data_position: Any, config: Config, score: float | None = None) -> None:
         """Copies `state` off the devices, then returns. The rest continues in the background.
@@ -103,19 +118,18 @@ class Checkpoints:
                 "resume from the latest one, or give a new --workdir"
             )
         arrays = _flatten(state)
-        run = {
-            "schema": SCHEMA,
-            "versions": {name: metadata.version(name) for name in ("jax", "orbax-checkpoint", "grain")},
-            "config": config.to_fields(),
-            "score": float(score) if score is not None and math.isfinite(score) else None,
-            "arrays": {path: _describe(leaf) for path, leaf in arrays.items()},
-            "key_impls": {path: str(jax.random.key_impl(leaf)) for path, leaf in arrays.items() if _is_key(leaf)},
-        }
+        info = CheckpointInfo(
+            config=config.to_fields(),
+            score=float(score) if score is not None and math.isfinite(score) else None,
+            arrays={path: _describe(leaf) for path, leaf in arrays.items()},
+            key_impls={path: str(jax.random.key_impl(leaf)) for path, leaf in arrays.items() if _is_key(leaf)},
+            versions={name: metadata.version(name) for name in ("jax", "orbax-checkpoint", "grain")},
+        )
         self._saving = step
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave({path: _raw(leaf) for path, leaf in arrays.items()}),
             position=_PositionSave(data_position),
-            run=ocp.args.JsonSave(run),
+            run=ocp.args.JsonSave(info.to_fields()),
         )
         try:
             saved = manager.save(step, args=items, force=True)
@@ -138,8 +152,11 @@ class Checkpoints:
         except Exception as error:
             raise NeuronetError(f"checkpoint {self._saving} could not be saved: {error}") from error
         if self._saving is not None:
-            self._saving = None
-            self._remove_old()
+            step, self._saving = self._saving, None
+            if multihost.process_index() == 0:
+                if _finished(self._folder / str(step)):  # hashed a moment ago, for its manifest
+                    self._known[step] = (self._files(step), "")
+                self._remove_old()
 
     def close(self) -> None:
         """Waits for the background save and ends Orbax's threads."""
@@ -155,17 +172,25 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def restore(self, target: Any, step: int | None = None, strict: bool = False, reset_data: bool = False) -> Restored:
+    def restore(
+        self,
+        target: Any,
+        step: int | None = None,
+        strict: bool = False,
+        reset_data: bool = False,
+        added: Collection[str] = (),
+    ) -> Restored:
         """Restores the checkpoint of `step`, or the latest one, to the devices of `target`.
 
         `target` is the state's tree with arrays or `jax.ShapeDtypeStruct`s as leaves. Their shardings decide (one
         device without them), whatever devices wrote the checkpoint. Without `step`, a damaged checkpoint is set aside
         with a warning and the one before is taken; with `strict` or a `step` it is an error. Raises NeuronetError on a
         difference in tree, shape, dtype or kind of random key, naming every path, and if the data position is
-        missing, unless `reset_data`.
+        missing, unless `reset_data`. Paths in `added`, which a checkpoint of an older release lacks, keep the arrays of
+        `target`.
         """
         step = self._sound(step, strict)
-        state = self._arrays(step, target, part=False)
+        state = self._arrays(step, target, part=False, added=added)
         return Restored(state, None if reset_data else self._position(step), step)
 
     def restore_params(self, target: Any, step: int | None = None, strict: bool = False) -> tuple[Any, int]:
@@ -176,18 +201,48 @@ class Checkpoints:
         step = self._sound(step, strict)
         return self._arrays(step, target, part=True), step
 
-    def _run(self, step: int) -> dict[str, Any]:
+    def _info(self, step: int) -> CheckpointInfo:
         try:
-            run = json.loads((self._folder / str(step) / "run" / "metadata").read_text())
-            schema = run["schema"]
-        except (OSError, ValueError, KeyError) as error:
-            raise NeuronetError(f"checkpoint {step} cannot be read: {error}") from error
-        if schema > SCHEMA:
-            raise NeuronetError(
-                f"checkpoint {step} has schema {schema}, this release reads up to {SCHEMA}: "
-                "install the neuronet-jax that wrote it, or a newer one"
-            )
-        return run
+            return CheckpointInfo.from_json(read_checked(self._folder / str(step), "run/metadata", MOST_BYTES))
+        except NeuronetError as error:
+            raise type(error)(f"checkpoint {step} has {error}") from error
+
+    def _score(self, step: int) -> float | None:
+        try:
+            return self._info(step).score
+        except NeuronetError:  # of a newer release, or damaged this moment
+            return None
+
+    def _fault(self, step: int) -> str:
+        """Returns what is wrong with the files of `step`, or "". Reports each fault once."""
+        folder, files = self._folder / str(step), self._files(step)
+        before, fault = self._known.get(step, (None, ""))
+        if files is not None and files == before:
+            return fault
+        fault = _problem(folder) or self._misfit(step)
+        self._known[step] = (files, fault)
+        if fault and folder.exists() and self.faults.get(step) != fault:  # else a writer has just removed it
+            self.faults[step] = fault
+            if not self._read_only:
+                log.warning("CHECKPOINT %d IS DAMAGED: %s. It is passed over.", step, fault)
+        return fault
+
+    def _files(self, step: int) -> Any:
+        """Returns the signature of the files of `step`, or None if there is none: they are then judged every time."""
+        try:
+            return signature(self._folder / str(step))
+        except OSError:
+            return None
+
+    def _misfit(self, step: int) -> str:
+        """Returns why no release wrote this `run/metadata`, or ""."""
+        try:
+            self._info(step)
+        except NewerSchemaError:  # sound; whoever restores it is told
+            return ""
+        except NeuronetError as error:
+            return str(error)
+        return ""
 
     def _sound(self, step: int | None, strict: bool) -> int:
         """Returns the step to restore, the same in all processes: `step` or the latest whose files match their
@@ -197,13 +252,12 @@ class Checkpoints:
         chosen, problem = -1, ""
         if multihost.process_index() == 0:
             for candidate in [step] if step is not None else reversed(self.steps()):
-                problem = _problem(self._folder / str(candidate))
+                problem = self._fault(candidate)
                 if not problem:
                     chosen = candidate
                     break
                 if strict or step is not None:
                     break
-                log.warning("CHECKPOINT %d IS DAMAGED: %s. Falling back to the one before.", candidate, problem)
                 if not self._read_only:
                     self._rename(candidate, "damaged")
         chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
@@ -214,14 +268,18 @@ class Checkpoints:
         wanted = f"checkpoint {step}" if step is not None else "any checkpoint"
         raise NeuronetError(
             f"cannot restore {wanted} of {self._folder.parent}: {problem or 'there is none'}; sound ones: "
-            f"{[s for s in self.steps() if not _problem(self._folder / str(s))] or 'none'}"
+            f"{self.sound() or 'none'}"
         )
 
-    def _arrays(self, step: int, target: Any, part: bool) -> Any:
-        wanted = _flatten(target)
-        run = self._run(step)
-        if differences := _differences(run["arrays"], {path: _describe(leaf) for path, leaf in wanted.items()}, part):
+    def _arrays(self, step: int, target: Any, part: bool, added: Collection[str] = ()) -> Any:
+        every, info = _flatten(target), self._info(step)
+        kept = {path: leaf for path, leaf in every.items() if path in added and path not in info.arrays}
+        if kept:
+            log.warning("checkpoint %d is of an older release without %s, which begin anew", step, ", ".join(kept))
+        wanted = {path: leaf for path, leaf in every.items() if path not in kept}
+        if differences := _differences(info.arrays, {path: _describe(leaf) for path, leaf in wanted.items()}, part):
             raise NeuronetError(f"checkpoint {step} does not fit this model:\n  " + "\n  ".join(differences))
+        self._check_size(step, sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values()))
         raw = {path: _raw_shape(leaf) for path, leaf in wanted.items()}
         restore = ocp.args.PyTreeRestore(
             raw, restore_args=ocp.checkpoint_utils.construct_restore_args(raw), partial_restore=part
@@ -231,9 +289,9 @@ class Checkpoints:
                 arrays = reader.restore(self._folder / str(step) / "state", args=restore)
         except Exception as error:
             raise NeuronetError(f"checkpoint {step} cannot be read: {error}") from error
-        for path in run["key_impls"].keys() & wanted.keys():
-            arrays[path] = jax.random.wrap_key_data(arrays[path], impl=run["key_impls"][path])
-        return jax.tree.unflatten(jax.tree.structure(target), [arrays[path] for path in wanted])
+        for path in info.key_impls.keys() & wanted.keys():
+            arrays[path] = jax.random.wrap_key_data(arrays[path], impl=info.key_impls[path])
+        return jax.tree.unflatten(jax.tree.structure(target), [{**arrays, **kept}[path] for path in every])
 
     def _position(self, step: int) -> Any:
         folder = self._folder / str(step) / "position"
@@ -241,7 +299,23 @@ class Checkpoints:
         older = sorted(name for name in names if name.startswith("process_0_of_"))  # one per process before 0.2
         if _POSITION not in names and not older:
             raise NeuronetError(f"checkpoint {step} holds no data position; give --reset-data to restart the data")
-        return json.loads((folder / (_POSITION if _POSITION in names else older[0])).read_text())
+        name = _POSITION if _POSITION in names else older[0]
+        try:
+            return json.loads(read_checked(self._folder / str(step), f"position/{name}", MOST_BYTES))
+        except (ValueError, RecursionError) as error:
+            raise NeuronetError(
+                f"checkpoint {step}: {name} is not JSON ({error}); give --reset-data to restart the data"
+            ) from error
+
+    def _check_size(self, step: int, wanted_bytes: int) -> None:
+        """Raises NeuronetError if arrays of `wanted_bytes` cannot come from the files of `step`, before any is made."""
+        folder = self._folder / str(step)
+        held_bytes = sum((folder / name).stat().length for name in covered(folder))
+        if wanted_bytes > max(_SMALL_BYTES, _MOST_INFLATION * held_bytes):
+            raise NeuronetError(
+                f"checkpoint {step} claims arrays of {wanted_bytes} bytes, but its files hold {held_bytes}: it was "
+                "changed; copy the run again"
+            )
 
     def _probe(self) -> None:
         """Writes and removes a file, so that a run that cannot save ends before its first step."""
@@ -259,7 +333,7 @@ class Checkpoints:
             for path in children(self._folder):
                 if path.name.endswith(".deleting") and not self._read_only:
                     path.rmtree()
-                elif path.name.isdigit() and not _finished(path):
+                elif _is_step(path.name) and not _finished(path):
                     log.warning("checkpoint %s was never finished and is ignored", path.name)
                     if not self._read_only:
                         self._rename(int(path.name), "unfinished")
@@ -267,12 +341,16 @@ class Checkpoints:
             multihost.sync_global_processes("neuronet_jax:tidy")
 
     def _remove_old(self) -> None:
-        """Removes old checkpoints, after a newer one is finished. Renames first: half a checkpoint never has a step's
-        name.
+        """Removes old sound checkpoints, after a newer one is finished. The first process calls it.
+
+        Renames first: half a checkpoint never has a step's name. Damaged ones stay for a person to judge.
         """
-        if multihost.process_index() == 0:
-            for step in sorted(set(self.steps()) - {*self.steps()[-self._keep :], self.best()}):
+        sound = self.sound()
+        for step in sorted(set(sound) - {*sound[-self._keep :], self.best()}):
+            try:
                 self._rename(step, "deleting").rmtree()
+            except OSError as error:
+                log.warning("checkpoint %d could not be removed: %s", step, error)
 
     def _rename(self, step: int, why: str) -> epath.Path:
         aside = self._folder / f"{step}.{why}"
@@ -304,6 +382,11 @@ def _check_place(path: str) -> None:
         raise NeuronetError(
             f"checkpoints are kept on a file system or at gs://, got {path}: give a different --workdir"
         )
+
+
+def _is_step(name: str) -> bool:
+    """Tells whether a folder has the name of a step, as Orbax writes it: no leading zeros, no digits beyond ASCII."""
+    return name.isdecimal() and name.isascii() and name == str(int(name))
 
 
 def _finished(folder: epath.Path) -> bool:

@@ -1,13 +1,16 @@
 """The manifest of a checkpoint: the checksum of each of its files, in the format of `sha256sum -c`."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 
 from etils import epath
 
+from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import children
 
 MANIFEST = "manifest.sha256"
+_MANIFEST_BYTES = 2**24  # at most; a line takes about 100, and a checkpoint has tens of files
 _COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax touches these after the manifest, in the commit
 
 
@@ -20,8 +23,7 @@ def write_manifest(folder: epath.Path) -> None:
 def damage(folder: epath.Path) -> str:
     """Returns the first fault of the files below `folder`, by its manifest, or "" if there is none."""
     try:
-        lines = [line.partition("  ") for line in (folder / MANIFEST).read_text().splitlines()]
-        listed = {name: digest for digest, _, name in lines}
+        listed = _listed(folder)
         if different := set(listed) ^ set(covered(folder)):
             return f"{sorted(different)[0]} is missing or not in the manifest"
         for name, digest in listed.items():
@@ -30,6 +32,26 @@ def damage(folder: epath.Path) -> str:
     except (OSError, ValueError) as error:
         return f"it cannot be read ({error})"
     return ""
+
+
+def read_checked(folder: epath.Path, name: str, most_bytes: int) -> bytes:
+    """Returns the content of one file below `folder`. Raises NeuronetError if it is missing, longer than `most_bytes`,
+    or does not have its checksum in the manifest.
+    """
+    try:
+        if (length := (folder / name).stat().length) > most_bytes:
+            raise NeuronetError(f"{name} has {length} bytes, more than {most_bytes}")
+        content, listed = (folder / name).read_bytes(), _listed(folder)
+    except (OSError, ValueError) as error:
+        raise NeuronetError(f"{name} cannot be read ({error})") from error
+    if listed.get(name) != hashlib.sha256(content).hexdigest():
+        raise NeuronetError(f"{name} does not have its checksum")
+    return content
+
+
+def signature(folder: epath.Path) -> tuple[tuple[str, float, int], ...]:
+    """Returns name, time and length of each file below `folder`: with equal ones, they need not be hashed again."""
+    return tuple((name, *_time_and_length(folder / name)) for name in [*covered(folder), MANIFEST])
 
 
 def covered(folder: epath.Path) -> list[str]:
@@ -45,5 +67,26 @@ def covered(folder: epath.Path) -> list[str]:
     return sorted(set(walk(folder, "")) - {MANIFEST, *_COMMIT_FILES})
 
 
+def _time_and_length(path: epath.Path) -> tuple[float, int]:
+    if "://" in os.fspath(path):
+        stat = path.stat()
+        return stat.mtime, stat.length
+    local = os.stat(path)  # in nanoseconds, where etils has whole seconds
+    return local.st_mtime_ns, local.st_size
+
+
+def _listed(folder: epath.Path) -> dict[str, str]:
+    """Returns the digest of each file by the manifest."""
+    manifest = folder / MANIFEST
+    if manifest.stat().length > _MANIFEST_BYTES:
+        raise ValueError(f"{MANIFEST} has more than {_MANIFEST_BYTES} bytes")
+    lines = [line.partition("  ") for line in manifest.read_text().splitlines()]
+    return {name: digest for digest, _, name in lines}
+
+
 def _sha256(path: epath.Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:  # piece by piece: a file may be larger than the memory
+        while piece := stream.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()

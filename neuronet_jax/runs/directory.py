@@ -4,7 +4,9 @@
             training_data.json   the data that it is trained on (older runs: store.json, a copy of the store's)
             checkpoints/         see `checkpoint.py`
             metrics.jsonl        one line per report, see `training/monitor.py`
+            skipped.jsonl        one line per skipped update, see `training/skips.py`
             tensorboard/         the same for TensorBoard, and pictures
+            profile/             of some steps, where the config asks for it, see `training/profile.py`
             quality.json         calibration of predicted Dice, see `calibration.py`
             run.lease            while the run trains: the process that owns it
 
@@ -30,15 +32,20 @@ from neuronet_jax.lease import lease
 from neuronet_jax.runs.provenance import Imported, TrainingData
 from neuronet_jax.store.schema import StoreInfo
 
+_MOST_BYTES = 2**24  # of one of a run's descriptions, which take some kB: a larger one is damaged, and stays unread
 CONFIG, TRAINING_DATA, CHECKPOINTS = "config.json", "training_data.json", "checkpoints"
 METRICS, TENSORBOARD, QUALITY, RELEASE = "metrics.jsonl", "tensorboard", "quality.json", "release.json"
+SKIPPED, PROFILE = "skipped.jsonl", "profile"
 LEASE = "run.lease"
 _STORE = "store.json"  # of version 0.1.0
 
-# Settings that may change within a run: its length (the schedule stretches to it), and how data are read, logged, kept.
+# Settings that may change within a run: its length (the schedule stretches to it), how data are read, logged and kept,
+# and what guards it.
 _FREE = (
     *("steps", "data.store", "data.workers", "data.read_threads", "data.prefetch", "mesh."),
     *("log_every", "keep_", "evaluate_", "checkpoint_"),
+    *("profile_steps", "sinks"),
+    "optimizer.spike_factor",  # a guard, which older runs did not have
 )
 
 log = logging.getLogger(__name__)
@@ -60,20 +67,20 @@ class RunDirectory:
         return f"{self.path}/{CHECKPOINTS}"
 
     def is_release(self) -> bool:
-        return self.files.read(RELEASE) is not None
+        return self.files.read(RELEASE, _MOST_BYTES) is not None
 
     def config(self) -> Config | None:
         """Returns the settings of the run, or None before it begins. Raises NeuronetError if they are damaged."""
-        data = self.files.read(CONFIG)
+        data = self.files.read(CONFIG, _MOST_BYTES)
         return None if data is None else Config.from_json(data.decode(errors="replace"))
 
     def training_data(self) -> TrainingData | None:
         """Returns the data that the run is trained on, or None before it begins. Raises NeuronetError if they are
         damaged.
         """
-        if (data := self.files.read(TRAINING_DATA)) is not None:
+        if (data := self.files.read(TRAINING_DATA, _MOST_BYTES)) is not None:
             return TrainingData.from_json(data)
-        if (data := self.files.read(_STORE)) is not None:
+        if (data := self.files.read(_STORE, _MOST_BYTES)) is not None:
             return _older_training_data(StoreInfo.from_json(data))
         return None
 
@@ -82,9 +89,11 @@ class RunDirectory:
         lines = []
         for line in (self.files.read(METRICS) or b"").splitlines():
             try:
-                lines.append(json.loads(line))
-            except ValueError:  # a crash or a full disk cut it short
+                content = json.loads(line)
+            except (ValueError, RecursionError):  # a crash or a full disk cut it short
                 continue
+            if isinstance(content, dict) and type(content.get("step")) is int:
+                lines.append(content)
         return lines
 
     @contextlib.contextmanager
@@ -161,7 +170,7 @@ def _older_training_data(info: StoreInfo) -> TrainingData:
 
     An imported run has a made-up copy, of a store with 0 slots.
     """
-    data = TrainingData.of_store(info)
+    data = TrainingData.of_store(info).checked()
     if "imported" not in info.provenance:
         return data
     return TrainingData(

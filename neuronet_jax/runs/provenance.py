@@ -5,6 +5,7 @@ of an evaluation. It names no subject and no path.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -134,7 +135,7 @@ class TrainingData:
         """Raises NeuronetError if the data are damaged or of a newer schema."""
         try:
             content = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise NeuronetError(f"the description of the training data is not JSON ({error}); {_FIX}") from error
         required = {"schema": int, "protocols": list, "voxel_size_mm": float, "grid": list, "split_hash": str}
         required |= {"note": str, "store": dict}
@@ -145,7 +146,19 @@ class TrainingData:
             )
         imported = Imported.from_json(fields["imported"]) if "imported" in fields else None
         lists = {name: tuple(fields[name]) for name in ("protocols", "grid")}
-        return cls(**{**fields, **lists, "imported": imported})
+        return cls(**{**fields, **lists, "imported": imported}).checked()
+
+    def checked(self) -> "TrainingData":
+        """Returns itself. Raises NeuronetError for values that no store has."""
+        rules = {
+            "protocols": all(isinstance(name, str) for name in self.protocols),
+            "grid": all(type(side) is int and side > 0 for side in self.grid),
+            "voxel_size_mm": isinstance(self.voxel_size_mm, float) and 0 < self.voxel_size_mm < math.inf,
+        }
+        for name, holds in rules.items():
+            if not holds:
+                raise NeuronetError(f"{name!r} of the training data cannot be {getattr(self, name)!r:.80}; {_FIX}")
+        return self
 
 
 def _typed(content: Any, required: dict[str, type], optional: dict[str, type], what: str) -> dict[str, Any]:

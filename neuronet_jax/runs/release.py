@@ -29,7 +29,7 @@ from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.models.network import build
+from neuronet_jax.models.network import abstract
 from neuronet_jax.runs.calibration import UNKNOWN, Calibration, calibration_to_json
 from neuronet_jax.runs.checksums import MANIFEST
 from neuronet_jax.runs.directory import QUALITY, RELEASE
@@ -104,7 +104,7 @@ def restore_release(folder: str) -> Model:
     description = _described(_checked(RELEASE, text, listed))
     config = Config.from_fields(description["config"])
     settings = config.model.on(jax.local_devices()[0].platform)
-    shapes = nnx.eval_shape(lambda: build(settings, config.protocols, config.seed))
+    shapes = abstract(settings, config.protocols)
     structure, state = nnx.split(shapes, graph=False)
     variables = nnx.to_flat_state(state)
     weights = _weights(files, listed, sum(variable.size * variable.dtype.itemsize for _, variable in variables))
@@ -143,7 +143,7 @@ def _described(text: bytes) -> dict[str, Any]:
     types = {"schema": int, "config": dict, "voxel_size_mm": float, "provenance": dict}
     try:
         description = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NeuronetError(f"{RELEASE} is not JSON ({error}); {_FIX}") from error
     for name, kind in types.items():
         if not isinstance(description, dict) or type(description.get(name)) is not kind:

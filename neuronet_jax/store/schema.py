@@ -65,6 +65,13 @@ class Record:
     subject: Subject
 
 
+# The JSON types of store.json.
+_KINDS = {
+    **{"protocols": list, "grid": list, "voxel_size_mm": float, "provenance": dict, "subjects_hash": str},
+    **{"slots": int, "shard_subjects": int, "chunk": int, "subjects": int, "split_hash": str},
+}
+
+
 @dataclass(frozen=True)
 class StoreInfo:
     """The fields of store.json. While a store is being written, its counts and hashes are zero and empty."""
@@ -92,10 +99,11 @@ class StoreInfo:
         try:
             fields = json.loads(data)
             version = fields["schema_version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreError("E_MISMATCH", f"store.json is not readable ({error}); rebuild the store") from error
         if version != SCHEMA_VERSION:
-            fix = "update neuronet_jax" if version > SCHEMA_VERSION else "rebuild the store"
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
+            fix = "update neuronet_jax" if newer else "rebuild the store"
             raise StoreError(
                 "E_SCHEMA", f"the store has schema version {version}, but this release reads {SCHEMA_VERSION}; {fix}"
             )
@@ -104,6 +112,12 @@ class StoreInfo:
             raise StoreError(
                 "E_MISMATCH", f"store.json has unexpected fields {sorted(set(fields) ^ names)}; rebuild the store"
             )
+        for name, kind in _KINDS.items():
+            if type(fields[name]) is not kind:
+                raise StoreError(
+                    "E_MISMATCH",
+                    f"{name!r} of store.json must be a {kind.__name__}, got {fields[name]!r:.80}; rebuild the store",
+                )
         fields["protocols"], fields["grid"] = tuple(fields["protocols"]), tuple(fields["grid"])
         return cls(**fields)
 

@@ -71,9 +71,13 @@ def batch_sharding(mesh: Mesh) -> dict[str, NamedSharding]:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts this process's share of a batch on its devices, as global arrays."""
+    """Puts this process's share of a batch on its devices, as global arrays. What a step does not use stays behind."""
     shardings = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(shardings[name], array) for name, array in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(shardings[name], array)
+        for name, array in batch.items()
+        if name in shardings
+    }
 
 
 def batch_rows(mesh: Mesh, batch: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Reports of a training run: metrics.jsonl, TensorBoard, and a progress bar (plain lines without a terminal).
+"""Reports of a training run: metrics.jsonl, TensorBoard, a progress bar (plain lines without a terminal), and sinks.
 
 None of them can stop the training: a sink that fails is reported once, and the run continues without it. Only numbers
 and pictures are written, under fixed names: no subject, no path.
@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 from neuronet_jax.runs.directory import METRICS, TENSORBOARD, RunDirectory
+from neuronet_jax.training.sinks import Sink, open_sink
 
 SHOWN = ("loss", "dice")  # metrics shown beside the progress bar
 UPLOAD_S = 60.0  # interval between copies to a bucket
@@ -43,7 +44,14 @@ class Monitor:
     earlier run after `resume_step` (0: a fresh run) are dropped, because those steps are run again.
     """
 
-    def __init__(self, run_dir: str | os.PathLike, total_steps: int, resume_step: int = 0, process_index: int = 0):
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        total_steps: int,
+        resume_step: int = 0,
+        process_index: int = 0,
+        sinks: Sequence[str] = (),
+    ):
         self._active = process_index == 0
         self._total_steps = total_steps
         self._failed: set[str] = set()
@@ -51,6 +59,7 @@ class Monitor:
         self._ticks = collections.deque([(resume_step, time.monotonic())], maxlen=10)  # a rate over ten reports
         self._events: EventsWriter | None = None
         self._progress: Progress | None = None
+        self._sinks: dict[str, Sink] = {}
         if not self._active:
             return
         self._run = RunDirectory(run_dir)
@@ -59,6 +68,8 @@ class Monitor:
         self._uploaded = time.monotonic() if self._bucket else 0.0
         self._try(METRICS, lambda: self._keep_until(resume_step))
         self._try("TensorBoard", lambda: self._open_events(self._folder / TENSORBOARD, resume_step))
+        for name in sinks:
+            self._try(name, functools.partial(self._open_sink, name))
         console = Console(stderr=True)
         if console.is_terminal:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
@@ -75,6 +86,8 @@ class Monitor:
         line = json.dumps({"step": step, "time": round(time.time(), 3), **{k: _finite(v) for k, v in numbers.items()}})
         self._try(METRICS, lambda: self._append(line))
         self._write_events(step, [summary.scalar(name, value) for name, value in numbers.items()])
+        for name, sink in self._sinks.items():
+            self._try(name, functools.partial(sink.log, step, {k: v for k, v in numbers.items() if math.isfinite(v)}))
         self._shown |= {name: numbers[name] for name in SHOWN if name in numbers}
         self._ticks.append((step, time.monotonic()))
         self._upload(after_s=UPLOAD_S)
@@ -94,6 +107,8 @@ class Monitor:
             self._progress.stop()
         if self._events:
             self._try("TensorBoard", self._events.close)
+        for name, sink in self._sinks.items():
+            self._try(name, sink.close)
         if self._active and self._bucket:
             self._upload(after_s=0)
             shutil.rmtree(self._folder)
@@ -103,6 +118,9 @@ class Monitor:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _open_sink(self, name: str) -> None:
+        self._sinks[name] = open_sink(name, str(self._folder))
 
     def _status(self) -> str:
         """Returns a line such as `loss 0.512  dice 0.431  2.3 steps/s  1:02:03 left`."""
@@ -155,6 +173,8 @@ class Monitor:
         self._write_events(step, [summary.image(name, image, dataformats="HWC") for name, image in images.items()])
 
     def _try(self, sink: str, write: Callable[[], object]) -> None:
+        if sink in self._failed and sink in self._sinks:  # a service that failed would cost every report its time limit
+            return
         try:
             write()
         except Exception as error:

@@ -71,7 +71,9 @@ class Reader(grain.transforms.Map):
     crop: tuple[int, int, int]
 
     def map(self, element: Sequence[Draw]) -> HostBatch:
-        """Returns `image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z], `present` bool [b p], `slot` i32 [b]."""
+        """Returns `image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z], `present` bool [b p], `slot` i32 [b],
+        `start` i32 [b 3].
+        """
         try:
             return self._read(element)
         except Exception as error:  # the main process learns only this from a worker
@@ -99,6 +101,7 @@ class Reader(grain.transforms.Map):
             "labels": labels,
             "present": np.array([d.subject.present for d in element])[:, columns],
             "slot": np.array([d.subject.slot for d in element], np.int32),
+            "start": np.array(starts, np.int32),  # first voxel of each crop
         }
 
     def _starts(self, draws: Sequence[Draw], window: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -190,6 +193,11 @@ class TrainingIterator(grain.DatasetIterator[HostBatch]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Moves to a saved position. Raises NeuronetError, naming both values, if it counts something different."""
+        if not isinstance(state, dict) or type(state.get("position")) is not int or state["position"] < 0:
+            raise NeuronetError(
+                f"a data position is a number of batches, with what it counts in, got {state!r:.80}; restart the data "
+                "with --reset-data"
+            )
         processes = state.get("processes", 1)
         if processes != 1:  # releases before 0.2 gave each process an order of its own
             raise NeuronetError(
@@ -242,9 +250,9 @@ def training_iterator(store: Store, config: Config, rows: Sequence[int] | None =
     """Makes the endless batches of this process: `rows` of each global batch (default: all `config.batch` of them).
 
     Batches are dicts of numpy arrays: `image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z] in the order of
-    config.protocols, `present` bool [b p], `slot` i32 [b]. `mesh.batch_rows` gives the rows of a process. Raises
-    NeuronetError if the split cannot fill one batch or the store lacks a protocol. A dead worker is a RuntimeError
-    on `next`.
+    config.protocols, `present` bool [b p], `slot` i32 [b], `start` i32 [b 3]: the first voxel of each crop.
+    `mesh.batch_rows` gives the rows of a process. Raises NeuronetError if the split cannot fill one batch or the store
+    lacks a protocol. A dead worker is a RuntimeError on `next`.
     """
     rows = tuple(range(config.batch)) if rows is None else tuple(rows)
     if missing := [name for name in config.protocols if name not in store.info.protocols]:

@@ -25,13 +25,22 @@ DeviceBatch = dict[str, jax.Array]  # the arrays of `put_batch`: image, labels, 
 Metrics = dict[str, jax.Array]
 
 
+ADDED = ("skipped_total", "norm_average", "norms")  # fields of the state that version 0.1.0 did not save
+# A norm is compared with the average of about so many before it. The first ones of a run fall steeply: no spike is
+# called before there are as many.
+SPIKE_MEMORY = 100
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """The state that training carries from step to step, as pytrees of arrays."""
 
     step: jax.Array  # updates tried so far, int32
-    skipped: jax.Array  # updates refused in a row because loss or gradient was not finite, int32
+    skipped: jax.Array  # updates refused in a row, int32
+    skipped_total: jax.Array  # updates refused so far, int32
+    norm_average: jax.Array  # moving average of the gradient norm, float32
+    norms: jax.Array  # gradient norms in that average, int32
     params: Any
     moments: Any  # moving moments of the normalisations
     optimizer: Any
@@ -65,17 +74,25 @@ def _is_kernel(leaf: jax.Array) -> bool:
 
 def init_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef[Network], TrainState]:
     """Returns the network's structure and a fresh state on the mesh, whose platform decides the dtype "auto"."""
-    optimizer = make_optimizer(config.optimizer, config.steps)
     graphdef, params, moments = _split(build(config.model.on(platform_of(mesh)), config.protocols, config.seed))
-
-    def init(params: Any, moments: Any) -> TrainState:
-        average = jax.tree.map(jnp.copy, (params, moments)) if config.optimizer.ema_decay else None
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, jnp.copy(zero), params, moments, optimizer.init(params), average)
 
     # As host arrays, which every process has alike: jit then places them on the global mesh.
     weights = jax.tree.map(np.asarray, (params, moments))
-    return graphdef, jax.jit(init, out_shardings=replicated(mesh))(*weights)
+    fresh = jax.jit(lambda *weights: fresh_state(config, *weights), out_shardings=replicated(mesh))
+    return graphdef, fresh(*weights)
+
+
+def fresh_state(config: Config, params: Any, moments: Any) -> TrainState:
+    """Returns the state before the first step."""
+    counts = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "skipped_total", "norms")}
+    return TrainState(
+        **counts,
+        norm_average=jnp.zeros((), jnp.float32),
+        params=params,
+        moments=moments,
+        optimizer=make_optimizer(config.optimizer, config.steps).init(params),
+        average=jax.tree.map(jnp.copy, (params, moments)) if config.optimizer.ema_decay else None,
+    )
 
 
 def make_train_step(
@@ -97,21 +114,22 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradient)
-        moved = TrainState(
-            step=state.step,
+        moved = dataclasses.replace(
+            state,
             skipped=jnp.zeros((), jnp.int32),
             params=params,
             moments=moments,
             optimizer=optimizer_state,
             average=_average(state, (params, moments), config.optimizer.ema_decay),
         )
-        # A loss or gradient that is not finite changes nothing but the count; the loop gives up after several in a row.
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        kept = dataclasses.replace(state, skipped=state.skipped + 1)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), moved, kept)
-        new = dataclasses.replace(new, step=state.step + 1)
-        metrics = {"loss": loss, "gradient_norm": norm, "skipped": new.skipped}
-        return new, metrics | parts
+        # An update that is not finite, or a spike, changes nothing but counts; `skips.py` ends a run with too many.
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
+        highest = _highest_norm(state, config.optimizer.spike_factor)
+        kept = dataclasses.replace(state, skipped=state.skipped + 1, skipped_total=state.skipped_total + 1)
+        new = jax.tree.map(lambda a, b: jnp.where(finite & (norm <= highest), a, b), moved, kept)
+        new = dataclasses.replace(new, step=state.step + 1, **_averaged_norm(state, norm, highest, finite))
+        counts = {name: getattr(new, name) for name in ("skipped", "skipped_total", "norm_average")}
+        return new, {"loss": loss, "gradient_norm": norm, **counts, **parts}
 
     whole = replicated(mesh)
     return jax.jit(step, donate_argnums=0, in_shardings=(whole, batch_sharding(mesh)), out_shardings=whole)
@@ -141,6 +159,27 @@ def evaluation_network(graphdef: nnx.GraphDef[Network], state: TrainState) -> Ne
 def _split(network: Network) -> tuple[nnx.GraphDef[Network], Any, Any]:
     graphdef, params, moments = nnx.split(network, nnx.Param, nnx.BatchStat, graph=False)
     return graphdef, params, moments
+
+
+def _highest_norm(state: TrainState, factor: float) -> jax.Array:
+    """Returns the largest gradient norm that is no spike: `factor` times the average, once there is one."""
+    if not factor:
+        return jnp.full((), jnp.inf, jnp.float32)
+    return jnp.where(state.norms >= SPIKE_MEMORY, factor * state.norm_average, jnp.inf)
+
+
+def _averaged_norm(state: TrainState, norm: jax.Array, highest: jax.Array, finite: jax.Array) -> dict[str, jax.Array]:
+    """Moves the average of the gradient norm: a mean at first, then exponential.
+
+    A spike counts as the highest norm that is none. Each one thus raises the average, by 9 % with a factor of 10, and
+    a lasting rise to twice the highest norm is accepted after eight steps.
+    """
+    weight = 1.0 / jnp.minimum(state.norms + 1, SPIKE_MEMORY).astype(jnp.float32)
+    moved = state.norm_average + weight * (jnp.minimum(norm, highest) - state.norm_average)
+    return {
+        "norm_average": jnp.where(finite, moved, state.norm_average),
+        "norms": jnp.where(finite, state.norms + 1, state.norms),
+    }
 
 
 def _average(state: TrainState, values: Any, decay: float) -> Any:

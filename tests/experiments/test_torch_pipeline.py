@@ -100,7 +100,7 @@ def test_the_pipeline_finds_the_labels_that_segment_finds(tmp_path, side, spacin
 
 def test_tiles_label_every_voxel_once():
     labelled = np.zeros((200, 240, 128), int)
-    for starts, kept in torch_pipeline._tiles(labelled.shape, 128):
+    for starts, kept in torch_pipeline._tiles(labelled.shape, (128, 128, 128)):
         labelled[kept] += 1
         for start, box, side in zip(starts, kept, labelled.shape, strict=True):
             assert start % torch_pipeline.MULTIPLE == 0

@@ -113,6 +113,7 @@ def test_D03_sigterm_saves_and_the_run_can_continue(store: Path, tmp_path: Path)
     said = finish(process).splitlines()
     assert any(line.startswith("stopped as asked") and line.endswith("continue with --resume") for line in said)
     assert any(line.startswith("training tissue:demo from step 0") for line in said)
+    assert sum(line.startswith("time: ") for line in said) == 1
     with Checkpoints(run, read_only=True) as checkpoints:
         stopped = checkpoints.latest()
     assert stopped is not None and 1 <= stopped < STEPS
@@ -124,6 +125,35 @@ def test_D03_sigterm_saves_and_the_run_can_continue(store: Path, tmp_path: Path)
     calibration = load_calibration(str(run), model.origin.step)  # for the checkpoint that is restored
     assert calibration is not None and calibration.heads == 1 and calibration.threshold is None
     assert "subject0" not in text  # A41: no identifier of a participant in a run's folder
+
+
+def test_D01_a_run_that_cannot_learn_ends_with_4_and_names_its_batches(store: Path, tmp_path: Path) -> None:
+    """Its learning rate is far too high: every update would be infinite. The weights that are kept are finite."""
+    run = tmp_path / "run"
+    process = start(
+        store,
+        run,
+        "--config.optimizer.learning_rate=3e38",
+        "--config.optimizer.schedule=constant",
+        "--config.profile_steps=2,3",
+    )
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 4, errors
+    assert "error: 11 updates in a row were skipped up to step 11" in errors and "skipped.jsonl names the" in errors
+    lines = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 12))
+    for line in lines:
+        assert set(line) == {"step", "loss", "gradient_norm", "slots", "starts"} and line["gradient_norm"] > 0
+        assert len(line["slots"]) == len(line["starts"]) == 2 and set(line["slots"]) <= {0, 1, 2, 4}
+        assert np.all(np.array(line["starts"]) <= np.array([20, 24, 16])) and np.min(line["starts"]) >= 0
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_total"] for line in metrics if "loss" in line] == list(range(1, 12))
+    assert restore(run).origin.step in (5, 10)  # the best one, whose weights are finite numbers
+    seconds = {name.partition("/")[2]: value for name, value in metrics[-1].items() if name.startswith("seconds/")}
+    assert set(seconds) == {"step", "input", "compile", "evaluate", "save", "restore", "other"}
+    assert seconds["compile"] > 0 and seconds["evaluate"] > 0 and seconds["save"] > 0 and seconds["restore"] == 0
+    assert 0 < metrics[-1]["goodput"] < 1 and metrics[-1]["peak_memory_bytes"] > 1e8
+    assert list((run / "profile").rglob("*.xplane.pb"))
 
 
 def test_D16_a_second_start_is_refused_and_harms_nothing(store: Path, tmp_path: Path, whole: TrainState) -> None:

@@ -27,7 +27,8 @@ from experiments.flags import load
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.runs import checksums
-from neuronet_jax.runs.checkpoint import SCHEMA, Checkpoints
+from neuronet_jax.runs.checkpoint import Checkpoints
+from neuronet_jax.runs.checkpoint_info import SCHEMA
 from neuronet_jax.runs.checksums import MANIFEST
 
 ROOT = Path(__file__).parents[3]

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 
+from neuronet_jax.errors import NeuronetError
 from neuronet_jax.inference.segment import segment
 from neuronet_jax.runs.calibration import load_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.training.mesh import make_mesh
-from neuronet_jax.training.step import init_state
+from neuronet_jax.training.step import ADDED, init_state
 
 GOLDENS = Path(__file__).parent / "goldens"
 WEIGHTS = "edf8985e12c65b6fda533b00f7a03cdaa0c72d67faa70c8114026eda64cc3258"
@@ -47,12 +48,18 @@ def test_a_golden_run_and_release_segment_as_they_did(name):
             assert (labels[protocol] == expected).mean() > 0.999, protocol
 
 
-def test_training_continues_from_a_golden_run(tmp_path):
-    """The whole state fits: parameters, moments, optimiser, averages and the position in the data."""
+def test_training_continues_from_a_golden_run(tmp_path, caplog):
+    """The whole state fits: parameters, moments, optimiser, averages and the position in the data. What the older
+    version did not count begins at zero.
+    """
     shutil.copytree(GOLDENS / "run_v1", tmp_path / "run")
     with Checkpoints(tmp_path / "run") as checkpoints:
         config = checkpoints.config(1)
         _, state = init_state(config, make_mesh(config, jax.devices()[:1]))
-        restored = checkpoints.restore(state, strict=True)
+        with pytest.raises(NeuronetError, match="skipped_total: not in the checkpoint"):
+            checkpoints.restore(state, strict=True)
+        restored = checkpoints.restore(state, strict=True, added=ADDED)
     assert int(restored.state.step) == 1 and restored.data_position is not None
+    assert [int(getattr(restored.state, name)) for name in ADDED] == [0, 0, 0]
+    assert "of an older release without skipped_total, norm_average, norms, which begin anew" in caplog.text
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 2

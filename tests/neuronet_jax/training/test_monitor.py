@@ -149,7 +149,7 @@ class _Bucket:
     def __init__(self, dest: str):
         self.dest = dest
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str, most_bytes: int | None = None) -> bytes | None:
         return self.objects.get(f"{self.dest}/{name}")
 
     def write(self, name: str, data: bytes) -> None:

@@ -95,6 +95,7 @@ def test_a_batch_is_whitened_slices_of_the_written_records(make_store: MakeStore
     assert batch["labels"].dtype == np.uint8
     assert batch["present"].tolist() == [[True, True], [False, True]]  # slot 5 lacks malp_em
     assert batch["slot"].tolist() == [1, 5]
+    assert batch["start"].dtype == np.int32 and batch["start"].tolist() == np.array(corners).tolist()
 
 
 def test_a_grid_smaller_than_the_crop_sits_in_background(make_store: MakeStore) -> None:
@@ -305,6 +306,14 @@ def test_C04_positions_of_an_older_release(make_store: MakeStore, start: Any) ->
     assert_same(take(again, 2), whole[3:])
     with pytest.raises(NeuronetError, match=r"of 2 processes in an older release.*--reset-data"):
         again.set_state({**state, "position": 3, "processes": 2})
+
+
+@pytest.mark.parametrize("position", [None, [1], 7, {}, {"position": -1}, {"position": "1"}, {"position": True}])
+def test_E12_a_position_of_the_wrong_type_is_refused(make_store: MakeStore, start: Any, position: Any) -> None:
+    data = start(make_store(SPLITS)[0], settings())
+    state = {**data.get_state(), **position} if isinstance(position, dict) and position else position
+    with pytest.raises(NeuronetError, match="a data position is a number of batches"):
+        data.set_state(state)
 
 
 def test_C05_processes_share_the_subjects_without_loss(make_store: MakeStore, start: Any) -> None:

@@ -40,7 +40,7 @@ def config_of(
         augment=AugmentConfig(False, 0.0, 0.0),
         model=ModelConfig(family, (4, 6, 8), "float32"),
         loss=LossConfig(1.0, 0.0 if family == "reference" else 1.0, 0.0, 0.0),  # as published, and as ours
-        optimizer=OptimizerConfig(1e-3, "constant", 0, 1e-5, 0.0, 0.0, 0.9),
+        optimizer=OptimizerConfig(1e-3, "constant", 0, 1e-5, 0.0, 0.0, 0.9, 10.0),
         mesh=MeshConfig(space),
         batch=batch,
         steps=10,
@@ -50,6 +50,8 @@ def config_of(
         evaluate_subjects=0,
         checkpoint_every=1,
         keep_checkpoints=1,
+        profile_steps="",
+        sinks=(),
     )
 
 
@@ -180,6 +182,73 @@ def test_D01_a_batch_that_is_not_finite_changes_nothing_but_the_count() -> None:
     assert int(metrics["skipped"]) == 0 and np.isfinite(metrics["loss"])
 
 
+def test_D01_an_update_too_large_for_its_numbers_is_skipped() -> None:
+    """Loss and gradient are finite, the new weights would not be: such weights are never kept, and never saved."""
+    config = config_of(batch=1)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=3e38))
+    mesh = make_mesh(config, jax.devices()[:1])
+    graphdef, state = init_state(config, mesh)
+    before = jax.device_get(state)
+    state, metrics = make_train_step(config, graphdef, mesh)(state, put_batch(mesh, batch_of(config)))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])
+    assert int(state.skipped) == int(state.skipped_total) == 1
+    jax.tree.map(np.testing.assert_array_equal, state.params, before.params)
+
+
+def spiked(config: Config, devices: int = 1) -> tuple[Any, list[dict[str, float]]]:
+    """Returns the state and the metrics after three sound batches, a bright one and a sound one."""
+    mesh = make_mesh(config, jax.devices()[:devices])
+    graphdef, state = init_state(config, mesh)
+    train_step, seen = make_train_step(config, graphdef, mesh), []
+    for number in range(5):
+        batch = batch_of(config, seed=number)
+        if number == 3:
+            batch["image"] *= np.float32(1e8)
+        state, metrics = train_step(state, put_batch(mesh, batch))
+        seen.append({name: float(value) for name, value in metrics.items()})
+    return jax.device_get(state), seen
+
+
+def test_D02_a_spike_is_skipped_and_counted_alike_on_one_and_on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "SPIKE_MEMORY", 3)
+    config = config_of(batch=2)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, spike_factor=1.5))
+    (one, seen), (two, split) = spiked(config), spiked(config, devices=2)
+    norms = [metrics["gradient_norm"] for metrics in seen]
+    assert all(np.isfinite(norms)) and norms[3] > 1.5 * np.mean(norms[:3]), norms
+    assert [metrics["skipped"] for metrics in seen] == [metrics["skipped"] for metrics in split] == [0, 0, 0, 1, 0]
+    assert [metrics["skipped_total"] for metrics in seen] == [0, 0, 0, 1, 1]
+    mean = np.mean(norms[:3])
+    np.testing.assert_allclose(
+        [m["norm_average"] for m in seen[2:4]], [mean, mean + (1.5 * mean - mean) / 3], rtol=1e-5
+    )
+    assert int(one.step) == int(one.norms) == int(two.norms) == 5
+    np.testing.assert_allclose(one.norm_average, two.norm_average, rtol=1e-4)
+
+
+def test_D02_no_spike_is_called_without_a_factor_or_before_there_is_an_average() -> None:
+    config = config_of(batch=1)
+    _, state = init_state(config, make_mesh(config, jax.devices()[:1]))
+    state = dataclasses.replace(state, norm_average=jnp.float32(2.0), norms=jnp.int32(step.SPIKE_MEMORY - 1))
+    assert np.isinf(step._highest_norm(state, 10.0))
+    state = dataclasses.replace(state, norms=jnp.int32(step.SPIKE_MEMORY))
+    assert np.isinf(step._highest_norm(state, 0.0)) and step._highest_norm(state, 10.0) == 20.0
+
+
+def test_D02_a_lasting_rise_is_accepted_after_some_steps() -> None:
+    """Each spike raises the average by (factor − 1) / memory, so none is refused for ever."""
+    config = config_of(batch=1)
+    mesh = make_mesh(config, jax.devices()[:1])
+    _, state = init_state(config, mesh)
+    state = dataclasses.replace(state, norms=jnp.int32(step.SPIKE_MEMORY), norm_average=jnp.float32(1.0))
+    refused = 0
+    while (highest := step._highest_norm(state, 10.0)) < 20.0 and refused < 20:
+        refused += 1
+        moved = step._averaged_norm(state, jnp.float32(20.0), highest, jnp.bool(True))
+        state = dataclasses.replace(state, **moved)
+    assert refused == 9  # 1.09 to the power of nine is above two
+
+
 def test_the_loss_falls_on_one_batch() -> None:
     config = dataclasses.replace(config_of("neuronet", batch=2), steps=30)
     mesh = make_mesh(config, jax.devices()[:1])
@@ -193,7 +262,7 @@ def test_the_loss_falls_on_one_batch() -> None:
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
-    settings = OptimizerConfig(1e-2, "cosine", 5, 1e-5, 0.1, 1.0, 0.0)
+    settings = OptimizerConfig(1e-2, "cosine", 5, 1e-5, 0.1, 1.0, 0.0, 0.0)
     optimizer = make_optimizer(settings, steps=20)
     params: Any = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     state, sizes, updates = optimizer.init(params), [], {}
