@@ -51,7 +51,7 @@ def export(
     shapes: Sequence[tuple[int, int, int]] = (),
     calibration: Calibration = UNKNOWN,
 ) -> None:
-    """Writes the model as a release into `folder` (local or gs://), with its program and its run's calibration.
+    """Writes the model as a release into `folder` (local, gs:// or s3://), with its program and its run's calibration.
 
     Without `shapes`, one program takes all sides that are multiples of 32. With `shapes`, whose sides must be such
     multiples, there is one program for each. Raises NeuronetError for other shapes, if the network can only be traced

@@ -17,7 +17,7 @@ install)
     # The hosts' own Python is 3.10; uv brings a newer one.
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv # newer Ubuntus ask for that
     python3 -m uv venv --quiet --python 3.12 .venv
-    python3 -m uv pip install --quiet --python .venv/bin/python --constraint constraints.txt '.[tpu]'
+    python3 -m uv pip install --quiet --python .venv/bin/python --constraint constraints.txt '.[tpu,gcs]'
     ;;
 start)
     shift

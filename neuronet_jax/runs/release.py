@@ -58,7 +58,7 @@ def release(
     programs: Sequence[Program] = (),
     calibration: Calibration = UNKNOWN,
 ) -> None:
-    """Writes the model's weights, and everything else that `restore` needs, into `folder` (local or gs://).
+    """Writes the model's weights, and everything else that `restore` needs, into `folder` (local, gs:// or s3://).
 
     `calibration` belongs to the model's run (`load_calibration`). Raises NeuronetError if the folder already holds a
     release or cannot be written.

@@ -74,7 +74,7 @@ def test_E16_everything_at_gs(build_store: Any, gcs_bucket: str, tmp_path: Path)
     assert "from step 4 to 6" in finished(training(store, run, 6, "--resume"))
     assert [line["step"] for line in RunDirectory(run).metrics() if "loss" in line] == [1, 2, 3, 4, 5, 6]
     with Checkpoints(run, read_only=True) as checkpoints:
-        assert checkpoints.steps() == [2, 4, 6]
+        assert checkpoints.latest() == 6
     model = restore(run)
 
     evaluation = tmp_path / "evaluation"
