@@ -92,49 +92,48 @@ def train(
                 data.set_state(position)
         first = int(state.step)
         log.info("training %s from step %d to %d on %d devices", config.name, first, config.steps, mesh.size)
-        monitor = Monitor(workdir, config.steps, first, process, config.sinks)
         skips = Skips(workdir, first)
 
         # --- The loop. Per step: batch, update, log, evaluate, save, stop if asked. Data position and save go together.
-        for step in range(first + 1, config.steps + 1):
-            profile.before(step)
-            with spent.on("input"):
-                batch = next(data)
-            with spent.on("compile" if step == first + 1 else "step"):
-                state, metrics = train_step(state, put_batch(mesh, batch))
-                if step == first + 1:
-                    jax.block_until_ready(state)  # mostly compilation
-            skips.add(step, metrics, batch)
-            profile.after(step, state)
-            last, stopping, dice = step == config.steps, stop.requested(step), None
-            logs = step % config.log_every == 0 or last or stopping
-            evaluates = (step % config.evaluate_every == 0 or last) and not stopping
-            saves = step % config.checkpoint_every == 0 or evaluates or last or stopping
-            if logs or evaluates or saves:
-                with spent.on("step"):
-                    jax.block_until_ready(state)  # the device is behind the program; what follows would wait instead
-            if logs:
-                machine = {"wait_fraction": data.wait_fraction(), "peak_memory_bytes": runtime.peak_memory_bytes()}
-                monitor.scalars(step, {**metrics, **machine, **spent.metrics()})
-                skips.look()
-            if evaluates:
-                with spent.on("evaluate"):
-                    model = Model(evaluation_network(graphdef, local(state)), config, store.info.voxel_size_mm)
-                    scores, pictures = validate(model, store, held_out, watchdog)
-                dice = float(np.mean(list(scores.values())))
-                monitor.scalars(step, {"dice": dice, **{f"validation_dice/{k}": v for k, v in scores.items()}})
-                monitor.pictures(step, pictures)
-            with spent.on("save"):
-                if saves:
-                    checkpoints.save(step, state, data.get_state(), config, score=dice)
-                else:
-                    checkpoints.check()
-            if stopping:
-                log.warning("stopped as asked after step %d of %d; continue with --resume", step, config.steps)
-                break
-            check_owner()
-            watchdog.progress()
-        monitor.close()
+        with Monitor(workdir, config.steps, first, process, config.sinks) as monitor:
+            for step in range(first + 1, config.steps + 1):
+                profile.before(step)
+                with spent.on("input"):
+                    batch = next(data)
+                with spent.on("compile" if step == first + 1 else "step"):
+                    state, metrics = train_step(state, put_batch(mesh, batch))
+                    if step == first + 1:
+                        jax.block_until_ready(state)  # mostly compilation
+                skips.add(step, metrics, batch)
+                profile.after(step, state)
+                last, stopping, dice = step == config.steps, stop.requested(step), None
+                logs = step % config.log_every == 0 or last or stopping
+                evaluates = (step % config.evaluate_every == 0 or last) and not stopping
+                saves = step % config.checkpoint_every == 0 or evaluates or last or stopping
+                if logs or evaluates or saves:
+                    with spent.on("step"):
+                        jax.block_until_ready(state)  # the device is behind; what follows would wait instead
+                if logs:
+                    machine = {"wait_fraction": data.wait_fraction(), "peak_memory_bytes": runtime.peak_memory_bytes()}
+                    monitor.scalars(step, {**metrics, **machine, **spent.metrics()})
+                    skips.look()
+                if evaluates:
+                    with spent.on("evaluate"):
+                        model = Model(evaluation_network(graphdef, local(state)), config, store.info.voxel_size_mm)
+                        scores, pictures = validate(model, store, held_out, watchdog)
+                    dice = float(np.mean(list(scores.values())))
+                    monitor.scalars(step, {"dice": dice, **{f"validation_dice/{k}": v for k, v in scores.items()}})
+                    monitor.pictures(step, pictures)
+                with spent.on("save"):
+                    if saves:
+                        checkpoints.save(step, state, data.get_state(), config, score=dice)
+                    else:
+                        checkpoints.check()
+                if stopping:
+                    log.warning("stopped as asked after step %d of %d; continue with --resume", step, config.steps)
+                    break
+                check_owner()
+                watchdog.progress()
         finished = int(state.step) == config.steps
         if finished and held_out and processes == 1:
             with spent.on("save"):

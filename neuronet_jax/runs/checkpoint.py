@@ -163,14 +163,22 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            if self._manager:
-                self._manager.close()
+            try:
+                if self._manager:
+                    self._manager.close()
+            except Exception as error:
+                raise NeuronetError(f"the checkpoints in {self._folder} could not be closed: {error}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except NeuronetError as failure:
+            if error is None:
+                raise
+            log.warning("%s", failure)  # the first error is the one that says why the run ends
 
     def restore(
         self,

@@ -14,11 +14,13 @@ A release (see `release.py`) holds `release.json` instead of the first three.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -129,8 +131,7 @@ class RunDirectory:
         """
         earlier, earlier_data = self.config(), self.training_data()
         # after reading and before writing: the processes wait for each other here
-        digest = np.frombuffer(config.to_json().encode(), np.uint8)
-        multihost_utils.assert_equal(digest, "the processes of this run were given different configs")
+        _check_alike(config)
         if earlier_data is not None and earlier_data.imported:
             raise NeuronetError(
                 f"{self.path} holds an imported network, which cannot be trained further: give a different --workdir"
@@ -157,6 +158,28 @@ class RunDirectory:
         """Writes the description of a run: its data, then its settings."""
         self.files.write(TRAINING_DATA, data.to_json())
         self.files.write(CONFIG, config.to_json().encode())
+
+
+def _check_alike(config: Config) -> None:
+    """Raises NeuronetError in every process whose config, code or JAX is not that of the first one."""
+    ours = {"configs": config.to_json(), "code": code_sha256(), "versions of JAX": jax.__version__}
+    digests = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in ours.values()])
+    firsts = np.asarray(multihost_utils.broadcast_one_to_all(digests))
+    different = [name for name, own, first in zip(ours, digests, firsts, strict=True) if (own != first).any()]
+    if np.any(multihost_utils.process_allgather(np.bool(different != []))):  # all end, instead of waiting for some
+        own = f"process {jax.process_index()} has different {' and '.join(different)}" if different else "others differ"
+        raise NeuronetError(
+            f"the processes of this run must have the same config, code and JAX as the first one, but {own}: start all "
+            "of them with the same command, in the same installation"
+        )
+
+
+def code_sha256() -> str:
+    """Returns a SHA-256 of the library's code: a version alone does not tell two working copies apart."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def changes(before: Config, after: Config) -> list[str]:

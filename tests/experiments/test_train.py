@@ -1,13 +1,16 @@
 """Training as a user runs it, in separate processes: killed and resumed, stopped and resumed, refused."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -21,6 +24,7 @@ from neuronet_jax.inference.segment import segment
 from neuronet_jax.runs.calibration import load_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.restore import restore
+from neuronet_jax.store.reader import Store
 from neuronet_jax.training.mesh import make_mesh
 from neuronet_jax.training.step import TrainState, init_state
 
@@ -50,11 +54,15 @@ def arguments(store: Path, run: Path) -> list[str]:
     return ["--config=tissue:demo", f"--workdir={run}", *(f"--config.{k}={v}" for k, v in settings.items())]
 
 
-def start(store: Path, run: Path, *extra: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(
+    store: Path, run: Path, *extra: str, environment: dict[str, str] | None = None, fault: str = ""
+) -> subprocess.Popen[str]:
+    """Starts the command; `fault` is a program that runs before it, in its process."""
     alone = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # as a user would, not on eight devices
     # as after a restart: with the programs of the run before
     alone |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(store.parent / "compiled")}
-    command = [sys.executable, "-m", "experiments.train", *arguments(store, run), *extra]
+    program = ["-c", f"{fault}\nimport sys; from experiments import train; sys.exit(train.main())"]
+    command = [sys.executable, *(program if fault else ["-m", "experiments.train"]), *arguments(store, run), *extra]
     return subprocess.Popen(command, env={**alone, **(environment or {})}, stderr=subprocess.PIPE, text=True)
 
 
@@ -125,6 +133,195 @@ def test_D03_sigterm_saves_and_the_run_can_continue(store: Path, tmp_path: Path)
     calibration = load_calibration(str(run), model.origin.step)  # for the checkpoint that is restored
     assert calibration is not None and calibration.heads == 1 and calibration.threshold is None
     assert "subject0" not in text  # A41: no identifier of a participant in a run's folder
+
+
+SIGTERM_IN = """
+import os, signal, threading
+from experiments import train
+from neuronet_jax.runs.checkpoint import Checkpoints
+def interrupted(call, at):  # SIGTERM comes while the call goes on, of the number `at`
+    count = 0
+    def wrapped(*arguments, **options):
+        nonlocal count
+        count += 1
+        if count == at:
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return call(*arguments, **options)
+    return wrapped
+make = train.make_train_step
+"""
+AT = {
+    "compilation": "train.make_train_step = lambda *a: interrupted(make(*a), 1)",
+    "validation": "train.validate = interrupted(train.validate, 1)",
+    "save": "Checkpoints.save = interrupted(Checkpoints.save, 2)",
+}
+
+
+def test_D03_sigterm_in_compilation_validation_and_save(store: Path, tmp_path: Path, whole: TrainState) -> None:
+    """Each stops the run with status 0 after that step or the next. It goes on, and ends as if it was never hit."""
+    run, reached = tmp_path / "run", [0]
+    for place, fault in AT.items():
+        errors = finish(start(store, run, *["--resume"] * (place != "compilation"), fault=SIGTERM_IN + fault))
+        assert "SIGTERM: saving after this step" in errors and "stopped as asked" in errors, place
+        with Checkpoints(run, read_only=True) as checkpoints:
+            reached.append(checkpoints.latest() or 0)
+        assert reached[-2] < reached[-1] < STEPS
+    assert reached[1] == 1 and reached[2] in (5, 6)
+    finish(start(store, run, "--resume"))
+    jax.tree.map(np.testing.assert_array_equal, last_state(store, run), whole)
+
+
+NO_MEMORY = """
+import resource
+from experiments import train
+make = train.make_train_step
+def starved(*arguments):
+    step, calls = make(*arguments), []
+    def wrapped(state, batch):
+        calls.append(1)
+        if len(calls) == 2:  # compiling takes memory too
+            used = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize")]
+            limit = (int(used[0]) << 10) + (16 << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        return step(state, batch)
+    return wrapped
+train.make_train_step = starved
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_D08_out_of_memory_ends_with_5_and_names_batch_and_crop(store: Path, tmp_path: Path) -> None:
+    """Memory really runs out. Freed memory is given back at once, so that the first step does not leave enough."""
+    settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    process = start(store, tmp_path, "--config.data.crop=96", environment=settings, fault=NO_MEMORY)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 5, errors
+    assert "error: out of device memory with batch 2 and crop (96, 96, 96); lower --config.batch or" in errors
+
+
+SHORT = """
+from experiments import train
+class Watchdog(train.Watchdog):  # as patient as ever until the first step, which compiles
+    def __init__(self, timeout_s): super().__init__(20.0)
+    def progress(self):
+        super().progress()
+        self._timeout_s = 2.0
+train.Watchdog = Watchdog
+"""
+
+
+def test_D07_a_frozen_process_ends_the_other_with_6(store: Path, tmp_path: Path) -> None:
+    run, processes = tmp_path / "run", []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    try:
+        for index in range(2):
+            settings = {**cluster, "JAX_PROCESS_ID": str(index)}
+            long = ("--config.steps=100000", "--config.evaluate_every=100000", "--config.checkpoint_every=100000")
+            processes.append(start(store, run, *long, environment=settings, fault=SHORT))
+        wait_for_step(run, 3, processes[0])
+        processes[1].send_signal(signal.SIGSTOP)
+        _, errors = processes[0].communicate(timeout=60)
+        assert processes[0].returncode == 6, errors
+        assert "[process 0 of 2] no progress for 4 s: ending the process with status 6" in errors
+        assert "train.py" in errors  # where it waits
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def in_process(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs the command in this process, on one device, with a run of four steps in `tmp_path / "run"`."""
+    monkeypatch.setattr(train, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    short = ("--config.steps=4", "--config.checkpoint_every=1", "--config.evaluate_every=100")
+    return lambda *extra: train.main([*arguments(store, tmp_path / "run"), *short, *extra])
+
+
+@pytest.mark.filterwarnings("default::neuronet_jax.errors.CodedWarning")  # of the calibration, which restores the run
+def test_E15_a_training_goes_on_whatever_happens_to_its_older_checkpoints(
+    in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog
+) -> None:
+    """E03 and D13 follow, by the same command on the run that is left."""
+    folder, save = tmp_path / "run" / "checkpoints", Checkpoints.save
+
+    def damaging(self: Checkpoints, step: int, *arguments, **options) -> None:
+        self.wait()
+        if step > 1:
+            (folder / str(step - 1) / "run" / "metadata").write_text("[]")
+        save(self, step, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", damaging)
+        assert in_process() == 0
+    for step in (1, 2, 3):
+        assert sum(f"CHECKPOINT {step} IS DAMAGED" in message for message in caplog.messages) == 1
+
+    (folder / "4" / "state" / "_METADATA").write_text("{}")
+    for options, said in (
+        ((), "holds a run already: continue it with --resume"),
+        (("--resume", "--config.seed=7"), "was trained with a different config: seed was 0, is 7"),
+        (("--resume", "--strict"), "cannot restore any checkpoint of"),
+    ):
+        capsys.readouterr()
+        assert in_process(*options) == 1
+        assert said in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3", "4"]  # untouched by all three
+
+
+def test_C09_slow_storage_is_seen_in_the_metrics(in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Store.read_crops
+
+    def slow(*arguments):
+        time.sleep(0.5)  # a read of a batch
+        return read(*arguments)
+
+    monkeypatch.setattr(Store, "read_crops", slow)
+    assert in_process("--config.data.prefetch=1", "--config.steps=6") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = (line for line in lines if "loss" in line)
+    assert last["wait_fraction"] > 0.5  # the step of so small a network takes 0.05 s
+    waited = last["seconds/input"] - first["seconds/input"]
+    assert waited > 1.0 and waited > 2 * last["seconds/step"]
+    assert last["goodput"] < 0.3
+
+
+def test_E04_E06_a_disk_that_is_full_at_the_last_save_ends_with_1(
+    in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, save = tmp_path / "run" / "checkpoints", Checkpoints.save
+
+    def filling(self: Checkpoints, step: int, *arguments, **options) -> None:
+        self.wait()
+        if step == 4:
+            with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as stream:
+                while True:
+                    stream.write(bytes(4096))
+        save(self, step, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoints, "save", filling)
+    with disk(folder, "size=4m"):
+        assert in_process() == 1
+        assert "checkpoint 4 could not be saved" in capsys.readouterr().err
+        (folder / "filler").unlink()
+        with Checkpoints(tmp_path / "run", read_only=True) as checkpoints:
+            assert checkpoints.sound() == [2, 3]  # the latest two
+
+
+@contextlib.contextmanager
+def disk(folder: Path, options: str) -> Iterator[None]:
+    """Mounts a small file system of its own at `folder`. Skips the test where that is not allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs to mount a tmpfs, which takes root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_D01_a_run_that_cannot_learn_ends_with_4_and_names_its_batches(store: Path, tmp_path: Path) -> None:

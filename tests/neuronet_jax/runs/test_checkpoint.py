@@ -1,5 +1,6 @@
 """Checkpoints: the saved state comes back, complete or not at all, on any devices, and every damage is found."""
 
+import contextlib
 import dataclasses
 import errno
 import importlib.util
@@ -407,6 +408,18 @@ def test_E06_failure_in_close_is_raised(tmp_path, config, monkeypatch):
         checkpoints.close()
     monkeypatch.undo()
     manager.close()
+
+
+def test_E06_a_failure_in_close_does_not_hide_why_the_run_ends(tmp_path, config, monkeypatch, caplog):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with contextlib.suppress(KeyError), Checkpoints(tmp_path / "a") as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "close", fail)
+        raise KeyError("the reason")
+    assert "could not be closed: [Errno 28] No space left on device" in caplog.text
+    with pytest.raises(NeuronetError, match="could not be closed"), Checkpoints(tmp_path / "b") as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "close", fail)
 
 
 # -- other models, other devices, other releases

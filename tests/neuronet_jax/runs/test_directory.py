@@ -1,6 +1,10 @@
 """The folder of a run: the claim of a training to it, and the description of its data."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +13,7 @@ import pytest
 from experiments.flags import load
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.runs.directory import CONFIG, LEASE, METRICS, TRAINING_DATA, RunDirectory
+from neuronet_jax.runs.directory import CONFIG, LEASE, METRICS, TRAINING_DATA, RunDirectory, code_sha256
 from neuronet_jax.runs.provenance import Imported, Origin, Provenance, TrainingData
 from neuronet_jax.store.schema import StoreInfo
 
@@ -65,6 +69,63 @@ def test_D16_a_run_in_use_is_refused_before_anything_is_touched(tmp_path, config
                 pass
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert not (tmp_path / LEASE).exists()
+
+
+TWO = """
+import sys
+from dataclasses import replace
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+rank, port, run, changed = int(sys.argv[1]), *sys.argv[2:]
+jax.distributed.initialize(f"localhost:{port}", 2, rank, initialization_timeout=60)
+from experiments.flags import load
+from neuronet_jax.errors import NeuronetError
+from neuronet_jax.runs import directory
+from neuronet_jax.runs.provenance import TrainingData
+config = load("tissue:demo")
+if rank and "config" in changed:
+    config = replace(config, seed=7, name="longer than the other")
+if rank and "code" in changed:
+    directory.code_sha256 = lambda: "a different working copy"
+try:
+    directory.RunDirectory(run).claim(config, TrainingData(("fsl_fast",), 2.0))
+    print("claimed", flush=True)
+except NeuronetError as error:
+    print(error, flush=True)
+"""
+
+
+def test_D11_processes_with_a_different_config_or_code_are_refused(tmp_path):
+    wanted = {
+        "config": ("others differ", "process 1 has different configs:"),
+        "code": ("others differ", "process 1 has different code:"),
+    }
+    for changed, said in wanted.items():
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = str(probe.getsockname()[1])
+        both = [
+            subprocess.Popen(
+                [sys.executable, "-c", TWO, str(rank), port, str(tmp_path / changed), changed],
+                env={**os.environ, "XLA_FLAGS": ""},
+                cwd=Path(__file__).parents[3],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        try:
+            texts = [process.communicate(timeout=120)[0] for process in both]
+        finally:
+            for process in both:
+                process.kill()
+        for text, part in zip(texts, said, strict=True):
+            assert "must have the same config, code and JAX as the first one" in text and part in text
+        assert not (tmp_path / changed).exists()  # nothing was written
+
+
+def test_the_code_has_one_digest(monkeypatch):
+    assert len(code_sha256()) == 64 and code_sha256() == code_sha256()
 
 
 def test_a_run_that_was_killed_while_it_began_can_begin_again(tmp_path, config):

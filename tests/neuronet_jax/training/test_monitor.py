@@ -3,7 +3,9 @@
 import io
 import json
 import logging
+import shutil
 import struct
+import subprocess
 import typing
 from pathlib import Path
 
@@ -139,6 +141,26 @@ def test_D12_sinks_that_cannot_even_be_made(tmp_path, caplog):
         watch.scalars(1, {"loss": 1.0})
         watch.scalars(2, {"loss": 1.0})
     assert len(caplog.records) == 2
+
+
+@pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning")  # tensorboardX leaves its file open
+@pytest.mark.parametrize("options", ["size=4k", "ro"])
+def test_D12_a_real_disk_that_is_full_or_read_only(tmp_path, caplog, options):
+    place = tmp_path / "tensorboard"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs to mount a tmpfs, which takes root")
+    try:
+        with caplog.at_level(logging.WARNING), Monitor(tmp_path, total_steps=100) as watch:
+            for step in range(1, 40):
+                watch.scalars(step, {"loss": 1.0})
+                watch.pictures(step, {"a": np.random.default_rng(step).integers(0, 255, (32, 32, 3), np.uint8)})
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+    assert _steps(tmp_path) == list(range(1, 40))
+    (said,) = caplog.messages
+    assert said.startswith("TensorBoard cannot be written; training continues without it: [Errno ")
 
 
 class _Bucket:
