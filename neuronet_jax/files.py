@@ -18,6 +18,8 @@ from neuronet_jax.errors import NeuronetError
 
 # A bucket that does not answer is an error after half a minute; TensorStore's own limit is a quarter of an hour.
 _RETRIES = {"max_retries": 8, "initial_delay": "200ms", "max_delay": "8s"}
+# Of a description (JSON, a manifest of checksums), which takes some kB: a larger one is damaged, and stays unread.
+MOST_BYTES = 2**24
 _BUCKET = re.compile(r"(gs|s3)://([A-Za-z0-9][A-Za-z0-9._-]*)/?([^|?#]*)")
 
 

@@ -63,8 +63,8 @@ def contenders(arguments: argparse.Namespace, what: str, folder: Path) -> list[J
         if name == "dipy" and what not in HEADS:
             continue  # it segments whole heads only
         head, weights = (str(folder / f"{what}.nii"), _weights(arguments, folder)) if what in HEADS else ("", "")
-        side = arguments.tile if what in HEADS else arguments.size
-        jobs.append(Job(name, dtype or arguments.dtype, what, side, arguments.batch, head, weights, python))
+        numbers = (arguments.size, arguments.batch, head, arguments.tile)
+        jobs.append(Job(name, dtype or arguments.dtype, what, *numbers, weights, python))
     return jobs
 
 

@@ -23,9 +23,10 @@ class Job:
     contender: str  # a key of CONTENDERS
     dtype: str  # of the activations: float32 or bfloat16
     what: str  # "train": a step; "inference": labels of the same crop; one of heads.HEADS: a file's label maps
-    side: int  # voxels per side of the crop, or of PyTorch's tiles of a whole head (0: it takes it in one piece)
+    side: int  # voxels per side of the crop
     batch: int
     head: str  # NIfTI file of the whole head
+    tile: int = 0  # voxels per side of PyTorch's tiles of the whole head; 0: it takes it in one piece
     weights: str = ""  # .npz of a `neuronet` network's weights by name; empty: the published network, random weights
     python: str = ""  # interpreter of a different environment; empty: this one
 

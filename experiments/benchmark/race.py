@@ -174,7 +174,7 @@ def _compare_labels(process: Process, result: Measurement, maps: list[dict[str, 
             return
         maps.append(dict(np.load(path)))
     result.agreement = heads.agreement(maps[0], maps[-1])
-    needed = heads.AGREEMENT_IN_TILES if result.job.side else heads.AGREEMENT
+    needed = heads.AGREEMENT_IN_TILES if result.job.tile else heads.AGREEMENT
     if not result.agreement >= needed:
         raise NeuronetError(
             f"{result.name} and the first contender label different heads: they agree on "

@@ -89,7 +89,7 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
 
     from experiments import flags
     from experiments.benchmark.work import PUBLISHED_TRAINING
-    from neuronet_jax.models.network import build
+    from neuronet_jax.models.network import abstract
     from neuronet_jax.training.mesh import batch_sharding, make_mesh, platform_of, replicated
     from neuronet_jax.training.step import fresh_state, make_train_step
 
@@ -99,7 +99,7 @@ def described_step(devices: Sequence[Any], family: str, space: int, side: int) -
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     config = flags.load("all_targets", overrides)
     mesh = make_mesh(config, devices)
-    network = nnx.eval_shape(lambda: build(config.model.on(platform_of(mesh)), config.protocols, config.seed))
+    network = abstract(config.model.on(platform_of(mesh)), config.protocols)
     graphdef, params, moments = nnx.split(network, nnx.Param, nnx.BatchStat, graph=False)
 
     def placed(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:

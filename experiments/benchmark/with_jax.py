@@ -100,7 +100,7 @@ class Jax(Contender):
 
     def prepare(self) -> Callable[[], Any]:
         job = self.job
-        config = self.config(job.side or 96, job.batch, job.dtype)  # a whole head has no crop
+        config = self.config(job.side, job.batch, job.dtype)
         if job.what == "train":
             step, state, batch = self.training(config)
             self._temp = step.memory_analysis().temp_size_in_bytes / 2**30

@@ -86,7 +86,7 @@ class Torch(Contender):
 
         def segment() -> Any:
             with torch.inference_mode(), self.autocast():
-                return self.pipeline.segment(network, Path(job.head), 1.0, job.side, self.image)
+                return self.pipeline.segment(network, Path(job.head), 1.0, job.tile, self.image)
 
         return segment
 

@@ -12,7 +12,6 @@ from neuronet_jax.config import ModelConfig
 from neuronet_jax.errors import CodedWarning
 from neuronet_jax.runtime import TURNS
 
-MEMORY_SHARE = 0.6  # of the device's memory that one volume may take
 # XLA's messages: at once; if a program was dispatched before its inputs; and if the CPU's kernel library had no memory
 # for its own temporaries, which it reports as an unspecified error.
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "YNNPACK operation failed")

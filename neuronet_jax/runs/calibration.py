@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from neuronet_jax.errors import CodedWarning, NeuronetError
+from neuronet_jax.files import MOST_BYTES
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.runs.directory import QUALITY, RunDirectory
 
 SCHEMA_VERSION = 1
-_MOST_BYTES = 2**24  # of the file, which takes some kB
 FALSE_ALARMS = 0.05  # share of good scans that the threshold may flag: a person can check one in twenty
 LEAST_SUBJECTS = 3  # for a threshold: two scores have one difference, which gives no spread
 
@@ -94,7 +94,7 @@ def load_calibration(run: str, step: int) -> Calibration:
     warning.
     """
     try:
-        data = RunDirectory(run).files.read(QUALITY, _MOST_BYTES)
+        data = RunDirectory(run).files.read(QUALITY, MOST_BYTES)
         if data is None:
             return uncalibrated(f"the run has no {QUALITY}")
         content = json.loads(data)

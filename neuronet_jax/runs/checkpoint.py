@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from orbax.checkpoint import multihost
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import children
-from neuronet_jax.runs.checkpoint_info import MOST_BYTES, CheckpointInfo, NewerSchemaError
+from neuronet_jax.runs.checkpoint_info import CheckpointInfo, NewerSchemaError
 from neuronet_jax.runs.checksums import MANIFEST, covered, damage, read_checked, signature, write_manifest
 from neuronet_jax.runs.directory import RunDirectory
 
@@ -91,9 +91,12 @@ class Checkpoints:
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
 
-    def best(self) -> int | None:
-        """Returns the sound step of the highest score (of several, the latest), or None if none has a score."""
-        scores = {step: self._score(step) for step in self.sound()}
+    def best(self, sound: Sequence[int] | None = None) -> int | None:
+        """Returns the sound step of the highest score (of several, the latest), or None if none has a score.
+
+        Give the result of `sound()` where it is at hand: looking at every file again costs requests in a bucket.
+        """
+        scores = {step: self._score(step) for step in (self.sound() if sound is None else sound)}
         return max((step for step in scores if scores[step] is not None), key=lambda s: (scores[s], s), default=None)
 
     def config(self, step: int) -> Config:
@@ -211,7 +214,7 @@ class Checkpoints:
 
     def _info(self, step: int) -> CheckpointInfo:
         try:
-            return CheckpointInfo.from_json(read_checked(self._folder / str(step), "run/metadata", MOST_BYTES))
+            return CheckpointInfo.from_json(read_checked(self._folder / str(step), "run/metadata"))
         except NeuronetError as error:
             raise type(error)(f"checkpoint {step} has {error}") from error
 
@@ -309,7 +312,7 @@ class Checkpoints:
             raise NeuronetError(f"checkpoint {step} holds no data position; give --reset-data to restart the data")
         name = _POSITION if _POSITION in names else older[0]
         try:
-            return json.loads(read_checked(self._folder / str(step), f"position/{name}", MOST_BYTES))
+            return json.loads(read_checked(self._folder / str(step), f"position/{name}"))
         except (ValueError, RecursionError) as error:
             raise NeuronetError(
                 f"checkpoint {step}: {name} is not JSON ({error}); give --reset-data to restart the data"
@@ -354,7 +357,7 @@ class Checkpoints:
         Renames first: half a checkpoint never has a step's name. Damaged ones stay for a person to judge.
         """
         sound = self.sound()
-        for step in sorted(set(sound) - {*sound[-self._keep :], self.best()}):
+        for step in sorted(set(sound) - {*sound[-self._keep :], self.best(sound)}):
             try:
                 self._rename(step, "deleting").rmtree()
             except OSError as error:

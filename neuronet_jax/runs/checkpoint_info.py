@@ -12,7 +12,6 @@ from typing import Any
 from neuronet_jax.errors import NeuronetError
 
 SCHEMA = 1  # raised when a release can no longer read what an older one wrote
-MOST_BYTES = 2**24  # of the file: the paths and shapes of some hundred arrays take 50 kB
 
 
 class NewerSchemaError(NeuronetError):

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from etils import epath
 
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.files import children
+from neuronet_jax.files import MOST_BYTES, children
 
 MANIFEST = "manifest.sha256"
-_MANIFEST_BYTES = 2**24  # at most; a line takes about 100, and a checkpoint has tens of files
 _COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")  # Orbax touches these after the manifest, in the commit
 
 
@@ -34,13 +33,13 @@ def damage(folder: epath.Path) -> str:
     return ""
 
 
-def read_checked(folder: epath.Path, name: str, most_bytes: int) -> bytes:
-    """Returns the content of one file below `folder`. Raises NeuronetError if it is missing, longer than `most_bytes`,
-    or does not have its checksum in the manifest.
+def read_checked(folder: epath.Path, name: str) -> bytes:
+    """Returns the content of a description below `folder`. Raises NeuronetError if it is missing, too long, or does not
+    have its checksum in the manifest.
     """
     try:
-        if (length := (folder / name).stat().length) > most_bytes:
-            raise NeuronetError(f"{name} has {length} bytes, more than {most_bytes}")
+        if (length := (folder / name).stat().length) > MOST_BYTES:
+            raise NeuronetError(f"{name} has {length} bytes, more than {MOST_BYTES}")
         content, listed = (folder / name).read_bytes(), _listed(folder)
     except (OSError, ValueError) as error:
         raise NeuronetError(f"{name} cannot be read ({error})") from error
@@ -78,8 +77,8 @@ def _time_and_length(path: epath.Path) -> tuple[float, int]:
 def _listed(folder: epath.Path) -> dict[str, str]:
     """Returns the digest of each file by the manifest."""
     manifest = folder / MANIFEST
-    if manifest.stat().length > _MANIFEST_BYTES:
-        raise ValueError(f"{MANIFEST} has more than {_MANIFEST_BYTES} bytes")
+    if manifest.stat().length > MOST_BYTES:
+        raise ValueError(f"{MANIFEST} has more than {MOST_BYTES} bytes")
     lines = [line.partition("  ") for line in manifest.read_text().splitlines()]
     return {name: digest for digest, _, name in lines}
 

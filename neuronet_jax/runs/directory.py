@@ -29,12 +29,11 @@ from jax.experimental import multihost_utils
 
 from neuronet_jax.config import Config, flatten
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.files import Files
+from neuronet_jax.files import MOST_BYTES, Files
 from neuronet_jax.lease import lease
 from neuronet_jax.runs.provenance import Imported, TrainingData
 from neuronet_jax.store.schema import StoreInfo
 
-_MOST_BYTES = 2**24  # of one of a run's descriptions, which take some kB: a larger one is damaged, and stays unread
 CONFIG, TRAINING_DATA, CHECKPOINTS = "config.json", "training_data.json", "checkpoints"
 METRICS, TENSORBOARD, QUALITY, RELEASE = "metrics.jsonl", "tensorboard", "quality.json", "release.json"
 SKIPPED, PROFILE = "skipped.jsonl", "profile"
@@ -69,34 +68,26 @@ class RunDirectory:
         return f"{self.path}/{CHECKPOINTS}"
 
     def is_release(self) -> bool:
-        return self.files.read(RELEASE, _MOST_BYTES) is not None
+        return self.files.read(RELEASE, MOST_BYTES) is not None
 
     def config(self) -> Config | None:
         """Returns the settings of the run, or None before it begins. Raises NeuronetError if they are damaged."""
-        data = self.files.read(CONFIG, _MOST_BYTES)
+        data = self.files.read(CONFIG, MOST_BYTES)
         return None if data is None else Config.from_json(data.decode(errors="replace"))
 
     def training_data(self) -> TrainingData | None:
         """Returns the data that the run is trained on, or None before it begins. Raises NeuronetError if they are
         damaged.
         """
-        if (data := self.files.read(TRAINING_DATA, _MOST_BYTES)) is not None:
+        if (data := self.files.read(TRAINING_DATA, MOST_BYTES)) is not None:
             return TrainingData.from_json(data)
-        if (data := self.files.read(_STORE, _MOST_BYTES)) is not None:
+        if (data := self.files.read(_STORE, MOST_BYTES)) is not None:
             return _older_training_data(StoreInfo.from_json(data))
         return None
 
     def metrics(self) -> list[dict[str, Any]]:
         """Returns the lines of metrics.jsonl in order, each with `step` and `time`."""
-        lines = []
-        for line in (self.files.read(METRICS) or b"").splitlines():
-            try:
-                content = json.loads(line)
-            except (ValueError, RecursionError):  # a crash or a full disk cut it short
-                continue
-            if isinstance(content, dict) and type(content.get("step")) is int:
-                lines.append(content)
-        return lines
+        return records(self.files.read(METRICS))
 
     @contextlib.contextmanager
     def hold(self, config: Config, data: TrainingData, resume: bool = False) -> Iterator[Callable[[], None]]:
@@ -158,6 +149,19 @@ class RunDirectory:
         """Writes the description of a run: its data, then its settings."""
         self.files.write(TRAINING_DATA, data.to_json())
         self.files.write(CONFIG, config.to_json().encode())
+
+
+def records(data: bytes | None) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl or skipped.jsonl in order, each with `step`, without broken ones."""
+    lines = []
+    for line in (data or b"").splitlines():
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):  # a crash or a full disk cut it short
+            continue
+        if isinstance(content, dict) and type(content.get("step")) is int:
+            lines.append(content)
+    return lines
 
 
 def _check_alike(config: Config) -> None:

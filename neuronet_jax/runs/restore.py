@@ -46,14 +46,14 @@ def _restore_run(run: str) -> Model:
     with Checkpoints(run, read_only=True) as checkpoints:
         if checkpoints.latest() is None:
             raise NeuronetError(f"{run} holds no finished checkpoint yet; train longer, or give a different --run")
-        sound, best = checkpoints.sound(), checkpoints.best()
+        sound = checkpoints.sound()
         for step, fault in checkpoints.faults.items():
             _passed_over(f"checkpoint {step} of {run} is damaged and passed over: {fault}")
         if not sound:
             raise NeuronetError(f"all checkpoints of {run} are damaged; copy the run again")
         # The best, else the latest. A sound one may still not fit its own config, or a writer has just removed it.
         first_error = None
-        for step in dict.fromkeys([best or sound[-1], *reversed(sound)]):
+        for step in dict.fromkeys([checkpoints.best(sound) or sound[-1], *reversed(sound)]):
             try:
                 return _read(checkpoints, step, data)
             except NeuronetError as error:

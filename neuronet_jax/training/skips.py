@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.runs.directory import SKIPPED, RunDirectory
+from neuronet_jax.runs.directory import SKIPPED, RunDirectory, records
 from neuronet_jax.training.pipeline import HostBatch
 
 MOST_IN_A_ROW = 10  # with shuffled crops, so many bad batches one after the other mean that the weights are bad
@@ -43,7 +44,7 @@ class Skips:
         self._recent: list[tuple[int, dict[str, jax.Array], np.ndarray]] = []
         self._failed = False
         if jax.process_index() == 0:
-            self._write(lambda lines: [line for line in lines if _step_of(line) <= resume_step])
+            self._write(lambda lines: [line for line in lines if line["step"] <= resume_step])
 
     def add(self, step: int, metrics: dict[str, jax.Array], batch: HostBatch) -> None:
         """Remembers the batch of a step, without waiting for its result."""
@@ -83,14 +84,14 @@ class Skips:
             crops = rows[:, number].reshape(-1, 4)  # [processes b 4] → [b 4]
             seen = {name: values[name] if math.isfinite(values[name]) else None for name in ("loss", "gradient_norm")}
             lines.append({"step": step, **seen, "slots": crops[:, 0].tolist(), "starts": crops[:, 1:].tolist()})
-        self._write(lambda before: [*before, *map(json.dumps, lines)])
+        self._write(lambda before: [*before, *lines])
 
-    def _write(self, change: Any) -> None:
+    def _write(self, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
         try:
-            before = (self._files.read(SKIPPED) or b"").decode(errors="replace").splitlines()
-            after = change(before)
+            before = self._files.read(SKIPPED) or b""
+            after = "".join(f"{json.dumps(line)}\n" for line in change(records(before))).encode()
             if after != before:
-                self._files.write(SKIPPED, "".join(f"{line}\n" for line in after).encode())
+                self._files.write(SKIPPED, after)
         except NeuronetError as error:
             if not self._failed:
                 self._failed = True
@@ -98,12 +99,3 @@ class Skips:
 
 
 _KEPT = ("loss", "gradient_norm", "skipped", "skipped_total")  # metrics of a step
-
-
-def _step_of(line: str) -> float:
-    """Returns the step of a line, infinite for one that is no record."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return math.inf
-    return step if type(step) is int else math.inf
