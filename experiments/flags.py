@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 import runpy
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,23 +90,32 @@ def _parse(field: str, default: Any, text: str) -> Any:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
         if kind is tuple:
-            return _parse_tuple(field, default, text)
+            return _parse_tuple(field, text)
         return kind(text)
     except (ValueError, KeyError, SyntaxError):
-        takes = {bool: "true or false", int: "a whole number", float: "a number", tuple: f"values like {default}"}
+        example = default or "1,2"
+        takes = {bool: "true or false", int: "a whole number", float: "a number", tuple: f"values like {example}"}
         raise UsageError(f"--config.{field} takes {takes[kind]}, got {text!r}") from None
 
 
-def _parse_tuple(field: str, default: tuple, text: str) -> tuple:
+def _parse_tuple(field: str, text: str) -> tuple:
     """Parses `64,64,64`, `(64, 64, 64)` or `[64, 64, 64]`, and words such as `fsl_fast,malp_em`, with or without
     quotes.
     """
-    if not default or isinstance(default[0], str):
+    if _items(field) is str:
         return tuple(word.strip(" '\"") for word in text.strip("()[]").split(",") if word.strip(" '\""))
     value = ast.literal_eval(text)
     if field == "data.crop" and isinstance(value, int):
         return (value,) * 3  # one number is a cube
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _items(field: str) -> Any:
+    """Returns the type of the items of a field that is a tuple."""
+    kind: Any = Config
+    for name in field.split("."):
+        kind = typing.get_type_hints(kind)[name]
+    return typing.get_args(kind)[0]
 
 
 def _expand(store: str) -> str:

@@ -18,11 +18,18 @@ from neuronet_jax.labels import PROTOCOLS
 _MOST_FILTERS, _MOST_SCALES = 2**14, 12  # a scale halves the grid: 12 need sides of 2,048 voxels
 # No whole number of a config comes near this one. A larger one is damage, and must not become the shape of an array.
 _LARGEST = 10**12
-SCHEMA = 3  # of saved configs; raised with every added field
+SCHEMA = 4  # of saved configs; raised with every added field
 # Per schema, the fields that it added, as "group.field", and the value that keeps the behaviour of older runs.
 ADDED: dict[int, dict[str, Any]] = {
     2: {"loss.class_balance": 0.0, "loss.consistency": 0.0},
     3: {"optimizer.spike_factor": 0.0, "profile_steps": "", "sinks": ()},
+    4: {
+        "data.stores": (),
+        "data.weights": (),
+        "augment.elastic": 0.0,
+        "augment.resolution": 0.0,
+        "augment.any_contrast": 0.0,
+    },
 }
 
 
@@ -34,6 +41,8 @@ class DataConfig:
     workers: int  # reader processes; 0 reads in threads of the main process
     read_threads: int  # concurrent reads per process
     prefetch: int  # batches kept ready
+    stores: tuple[str, ...]  # further stores to train on, such as one of `data_prep.heads`; validation is on `store`
+    weights: tuple[float, ...]  # shares of the crops from `store` and from each of `stores`; empty: equal shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +50,9 @@ class AugmentConfig:
     flip: bool  # mirror left-right, swapping partner labels
     intensity: float  # strength of contrast, brightness, bias field and noise changes; 0 is none
     spatial: float  # strength of rotation, scaling and shear; 0 is none
+    elastic: float  # strength of smooth deformation; 0 is none
+    resolution: float  # strength of blur along each axis: thick slices, partial volume; 0 is none
+    any_contrast: float  # share of painted heads whose tissues take any brightness; the others are T1-like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +227,16 @@ def check(config: Config) -> None:
         if isinstance(value, (int, float)):
             require(0 <= value < math.inf, path, value, "finite and not negative")
             require(type(value) is float or value <= _LARGEST, path, value, f"at most {_LARGEST:,}")
+    for index, store in enumerate(config.data.stores):
+        require("@" not in store, f"data.stores[{index}]", "***", "free of credentials (user:password@)")
+    weights = config.data.weights
+    require(
+        not weights or (len(weights) == 1 + len(config.data.stores) and min(weights) >= 0 < sum(weights)),
+        "data.weights",
+        weights,
+        f"empty, or {1 + len(config.data.stores)} numbers: for data.store and each of data.stores",
+    )
+    require(config.augment.any_contrast <= 1, "augment.any_contrast", config.augment.any_contrast, "in [0, 1]")
     for path in ("batch", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
         require(getattr(config, path) >= 1, path, getattr(config, path), "at least 1")
 

@@ -24,8 +24,17 @@ def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
                 "workers": 4,
                 "read_threads": 16,
                 "prefetch": 4,
+                "stores": (),
+                "weights": (),
             },
-            "augment": {"flip": True, "intensity": 1.0, "spatial": 0.0},
+            "augment": {
+                "flip": True,
+                "intensity": 1.0,
+                "spatial": 0.0,
+                "elastic": 0.0,
+                "resolution": 0.0,
+                "any_contrast": 0.0,
+            },
             "model": {"family": "neuronet", "filters": (16, 32, 64, 128), "compute_dtype": "auto"},
             "loss": {"cross_entropy": 1.0, "dice": 1.0, "class_balance": 0.0, "consistency": 0.0},
             "optimizer": {

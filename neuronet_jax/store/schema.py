@@ -19,6 +19,7 @@ SCHEMA_VERSION = 1
 FOREGROUND_POINTS = (
     2048  # 12 kB per subject, less than a chunk; enough that crops rarely repeat over some hundred epochs
 )
+PAINTED = "painted"  # provenance["image"] of a store of painted volumes
 SPLITS = ("train", "validation", "test")
 _ID = re.compile(r"[A-Za-z0-9]+")  # what BIDS accepts as a label, and every file system as a name
 
@@ -120,6 +121,11 @@ class StoreInfo:
                 )
         fields["protocols"], fields["grid"] = tuple(fields["protocols"]), tuple(fields["grid"])
         return cls(**fields)
+
+    @property
+    def painted(self) -> bool:
+        """Whether images hold tissues, from which training draws brightness (`neuronet_jax.tissues`), not scans."""
+        return self.provenance.get("image") == PAINTED
 
     def shard_of(self, slot: int) -> int:
         """Returns the first slot of the shard that holds `slot`."""

@@ -18,6 +18,9 @@ from neuronet_jax.labels import PROTOCOLS
 # deviation.
 LOG_GAMMA, LOG_GAIN, OFFSET, LOG_BIAS, NOISE = 0.2, 0.1, 0.1, 0.15, 0.08
 ROTATION_DEGREES, LOG_SCALE, SHEAR = 7.0, 0.07, 0.03
+DISPLACEMENT = 0.02  # of the crop's side, at control points a quarter of it apart
+BLUR = 0.8  # voxels: the standard deviation of the point spread, along each axis on its own
+_POINTS, _REACH = 5, 3  # control points per axis; voxels on either side that blur mixes
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +36,8 @@ class Parameters:
     noise: Float[Array, ""]
     noise_key: Array
     matrix: Float[Array, "3 3"]  # from output to input voxels, about the centre
+    displacement: Float[Array, "3 5 5 5"]  # of control points, in sides of the crop
+    blur: Float[Array, "3"]  # voxels
 
 
 def augment(batch: dict[str, Array], key: Array, config: AugmentConfig, protocols: tuple[str, ...]) -> dict[str, Array]:
@@ -42,8 +47,10 @@ def augment(batch: dict[str, Array], key: Array, config: AugmentConfig, protocol
     parameters = jax.vmap(lambda k: draw(k, config))(keys)
     if config.flip:
         image, labels = jax.vmap(lambda i, s, p: mirror(i, s, p.flip, protocols))(image, labels, parameters)
-    if config.spatial:
-        image, labels = jax.vmap(lambda i, s, p: warp(i, s, p.matrix))(image, labels, parameters)
+    if config.spatial or config.elastic:
+        image, labels = jax.vmap(lambda i, s, p: warp(i, s, p.matrix, p.displacement))(image, labels, parameters)
+    if config.resolution:
+        image = jax.vmap(lambda i, p: blur(i, p.blur))(image, parameters)
     if config.intensity:
         image = jax.vmap(change_intensity)(image, parameters)
     return {**batch, "image": image, "labels": labels}
@@ -51,7 +58,7 @@ def augment(batch: dict[str, Array], key: Array, config: AugmentConfig, protocol
 
 def draw(key: Array, config: AugmentConfig) -> Parameters:
     """Draws all parameters of one sample."""
-    keys = iter(jax.random.split(key, 10))
+    keys = iter(jax.random.split(key, 12))
     light, space = config.intensity, config.spatial
 
     def normal(deviation: float, shape: tuple[int, ...] = ()) -> Array:
@@ -70,6 +77,8 @@ def draw(key: Array, config: AugmentConfig) -> Parameters:
         noise=jnp.abs(normal(light * NOISE)),
         noise_key=next(keys),
         matrix=rotation @ scale @ shear,
+        displacement=normal(config.elastic * DISPLACEMENT, (3, _POINTS, _POINTS, _POINTS)),
+        blur=jnp.abs(normal(config.resolution * BLUR, (3,))),
     )
 
 
@@ -83,20 +92,39 @@ def mirror(
 
 
 def warp(
-    image: Float[Array, "x y z 1"], labels: Integer[Array, "p x y z"], matrix: Float[Array, "3 3"]
+    image: Float[Array, "x y z 1"],
+    labels: Integer[Array, "p x y z"],
+    matrix: Float[Array, "3 3"],
+    displacement: Float[Array, "3 5 5 5"] | None = None,
 ) -> tuple[Array, Array]:
-    """Rotates, scales and shears about the centre: linear for the image, nearest for labels.
+    """Rotates, scales and shears about the centre, and displaces smoothly: linear for the image, nearest for labels.
 
-    Beyond the border, the border's value continues.
+    `displacement`, in sides of the crop, is interpolated between its points. Beyond the border, the border's value
+    continues.
     """
     shape = labels.shape[1:]
     centre = (jnp.asarray(shape, jnp.float32) - 1.0) / 2.0
     axes = [jnp.arange(n, dtype=jnp.float32) - c for n, c in zip(shape, centre, strict=True)]
     grid = jnp.stack(jnp.meshgrid(*axes, indexing="ij"))  # 3 x y z
     source = jnp.einsum("ij,jxyz->ixyz", matrix, grid) + centre.reshape(3, 1, 1, 1)
+    if displacement is not None:
+        sides = jnp.asarray(shape, jnp.float32).reshape(3, 1, 1, 1)
+        source = source + jax.image.resize(displacement, (3, *shape), "cubic") * sides
     moved = jax.scipy.ndimage.map_coordinates(image[..., 0], list(source), order=1, mode="nearest")
     nearest = [jnp.clip(jnp.round(s).astype(jnp.int32), 0, n - 1) for s, n in zip(source, shape, strict=True)]
     return moved[..., None], labels[:, nearest[0], nearest[1], nearest[2]]
+
+
+def blur(image: Float[Array, "x y z 1"], sigmas: Float[Array, "3"]) -> Float[Array, "x y z 1"]:
+    """Blurs by a Gaussian of its own standard deviation, in voxels, along each axis: thick slices, partial volume."""
+    offsets = jnp.arange(-_REACH, _REACH + 1, dtype=jnp.float32)
+    for axis in range(3):
+        weights = jax.nn.softmax(-0.5 * (offsets / jnp.maximum(sigmas[axis], 1e-3)) ** 2)
+        side = image.shape[axis]
+        padded = jnp.pad(image, [(_REACH, _REACH) if a == axis else (0, 0) for a in range(4)], mode="edge")
+        shifted = [jax.lax.slice_in_dim(padded, k, k + side, axis=axis) for k in range(2 * _REACH + 1)]
+        image = sum((w * s for w, s in zip(weights, shifted, strict=True)), jnp.zeros_like(image))
+    return image
 
 
 def change_intensity(image: Float[Array, "x y z 1"], p: Parameters) -> Float[Array, "x y z 1"]:

@@ -18,11 +18,13 @@ from neuronet_jax.errors import NeuronetError
 
 DATA, SPACE = "data", "space"
 
+_PAINTED = "painted"  # only where further stores are mixed in (`generate.py`)
 _BATCH = {
     "image": PartitionSpec(DATA, None, SPACE),  # b x y z 1
     "labels": PartitionSpec(DATA, None, None, SPACE),  # b p x y z
     "present": PartitionSpec(DATA),  # b p
     "slot": PartitionSpec(DATA),  # b
+    _PAINTED: PartitionSpec(DATA),  # b
 }
 
 
@@ -65,14 +67,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> dict[str, NamedSharding]:
-    """Returns the sharding of each array of a batch."""
-    return {name: NamedSharding(mesh, spec) for name, spec in _BATCH.items()}
+def batch_sharding(mesh: Mesh, painted: bool = False) -> dict[str, NamedSharding]:
+    """Returns the sharding of each array of a batch, with `painted` or without."""
+    return {name: NamedSharding(mesh, spec) for name, spec in _BATCH.items() if painted or name != _PAINTED}
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Puts this process's share of a batch on its devices, as global arrays. What a step does not use stays behind."""
-    shardings = batch_sharding(mesh)
+    shardings = batch_sharding(mesh, _PAINTED in batch)
     return {
         name: jax.make_array_from_process_local_data(shardings[name], array)
         for name, array in batch.items()

@@ -1,4 +1,4 @@
-"""Batches of random crops, read by chunk: source → shuffle → repeat → draw → batch → own rows → read → prefetch.
+"""Batches of random crops, read by chunk: sources → shuffle → repeat → mix → draw → batch → own rows → read → prefetch.
 
 Subjects and crops follow from the seed and the element's place in the global order alone. Neither an interruption nor
 the number of processes, devices or workers changes a voxel of a global batch. Each process draws the whole batch, which
@@ -39,17 +39,19 @@ class Draw:
     at_foreground: bool
     position: tuple[float, float, float]  # in [0, 1): the start of a uniform crop
     point: float  # in [0, 1): selects the foreground voxel at the centre of a foreground crop
+    store: int = 0  # which of `Reader.stores` holds the subject
 
 
 @dataclass(frozen=True)
 class Draws(grain.transforms.RandomMap):
-    """Draws one crop of the incoming subject."""
+    """Draws one crop of the incoming subject, which comes with the number of its store."""
 
     foreground_fraction: float
 
-    def random_map(self, element: Subject, rng: np.random.Generator) -> Draw:
+    def random_map(self, element: tuple[int, Subject], rng: np.random.Generator) -> Draw:
         at_foreground, point, x, y, z = rng.random(5)
-        return Draw(element, bool(at_foreground < self.foreground_fraction), (x, y, z), point)
+        store, subject = element
+        return Draw(subject, bool(at_foreground < self.foreground_fraction), (x, y, z), point, store)
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,13 @@ class Rows(grain.transforms.Map):
 class Reader(grain.transforms.Map):
     """Reads the crops of one batch."""
 
-    store: Store
+    stores: tuple[Store, ...]  # the first is `config.data.store`
     protocols: tuple[str, ...]
     crop: tuple[int, int, int]
 
     def map(self, element: Sequence[Draw]) -> HostBatch:
         """Returns `image` f32 [b x y z 1] whitened, `labels` u8 [b p x y z], `present` bool [b p], `slot` i32 [b],
-        `start` i32 [b 3].
+        `start` i32 [b 3] and, where stores are mixed, `painted` bool [b]: images that are not scans.
         """
         try:
             return self._read(element)
@@ -81,45 +83,60 @@ class Reader(grain.transforms.Map):
             raise
 
     def _read(self, element: Sequence[Draw]) -> HostBatch:
-        info = self.store.info
+        batch = {
+            "image": np.zeros((len(element), *self.crop, 1), np.float32),
+            "labels": np.zeros((len(element), len(self.protocols), *self.crop), np.uint8),
+            "present": np.zeros((len(element), len(self.protocols)), bool),
+            "slot": np.array([draw.subject.slot for draw in element], np.int32),
+            "start": np.zeros((len(element), 3), np.int32),  # first voxel of each crop
+        }
+        if len(self.stores) > 1:
+            batch["painted"] = np.array([self.stores[draw.store].info.painted for draw in element])
+        for number, store in enumerate(self.stores):
+            rows = [row for row, draw in enumerate(element) if draw.store == number]
+            if rows:
+                self._read_from(store, element, rows, batch)
+        return batch
+
+    def _read_from(self, store: Store, element: Sequence[Draw], rows: Sequence[int], batch: HostBatch) -> None:
+        """Fills the rows of the batch that come from one store, all in flight together."""
+        info = store.info
         window = tuple(min(side, length) for side, length in zip(self.crop, info.grid, strict=True))
         # A grid smaller than the crop is centred in it, surrounded by background (raw 0, label 0).
         pad = tuple((side - length) // 2 for side, length in zip(self.crop, window, strict=True))
         inside = tuple(slice(before, before + length) for before, length in zip(pad, window, strict=True))
-        image = np.zeros((len(element), *self.crop), np.float32)
-        labels = np.zeros((len(element), len(self.protocols), *self.crop), np.uint8)
-        starts = self._starts(element, window)
-        crops = self.store.read_crops([d.subject.slot for d in element], starts, window, self.protocols)
-        for row, (raw, classes) in enumerate(crops):
+        held = [p for p, name in enumerate(self.protocols) if name in info.protocols]
+        names = [self.protocols[p] for p in held]
+        columns = [info.protocols.index(name) for name in names]
+        starts = _starts(store, [element[row] for row in rows], window)
+        crops = store.read_crops([element[row].subject.slot for row in rows], starts, window, names)
+        for row, start, (raw, classes) in zip(rows, starts, crops, strict=True):
             subject = element[row].subject
-            image[(row, *inside)] = raw
-            image[row] = whiten(image[row], subject.mean, subject.std)
-            labels[(row, slice(None), *inside)] = classes
-        columns = [info.protocols.index(name) for name in self.protocols]
-        return {
-            "image": image[..., np.newaxis],  # [b x y z] → [b x y z 1]
-            "labels": labels,
-            "present": np.array([d.subject.present for d in element])[:, columns],
-            "slot": np.array([d.subject.slot for d in element], np.int32),
-            "start": np.array(starts, np.int32),  # first voxel of each crop
-        }
+            image = np.zeros(self.crop, np.float32)
+            image[inside] = raw
+            batch["image"][row, ..., 0] = image if info.painted else whiten(image, subject.mean, subject.std)
+            for p, structures in zip(held, classes, strict=True):
+                batch["labels"][(row, p, *inside)] = structures
+            batch["present"][row, held] = np.array(subject.present)[columns]
+            batch["start"][row] = start
 
-    def _starts(self, draws: Sequence[Draw], window: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """Returns the first voxel of each crop: uniform over all that fit, or around a foreground voxel, moved into the
-        grid.
-        """
-        room = np.array(self.store.info.grid) - window
-        points = iter(self.store.read_foregrounds([d.subject.slot for d in draws if d.at_foreground]))
-        starts = []
-        for draw in draws:
-            if draw.at_foreground:
-                foreground = next(points)  # [n 3]
-                centre = foreground[int(draw.point * len(foreground))]
-                start = np.clip(centre - np.array(window) // 2, 0, room)
-            else:
-                start = (np.array(draw.position) * (room + 1)).astype(int)
-            starts.append(tuple(int(s) for s in start))
-        return starts
+
+def _starts(store: Store, draws: Sequence[Draw], window: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Returns the first voxel of each crop: uniform over all that fit, or around a foreground voxel, moved into the
+    grid.
+    """
+    room = np.array(store.info.grid) - window
+    points = iter(store.read_foregrounds([d.subject.slot for d in draws if d.at_foreground]))
+    starts = []
+    for draw in draws:
+        if draw.at_foreground:
+            foreground = next(points)  # [n 3]
+            centre = foreground[int(draw.point * len(foreground))]
+            start = np.clip(centre - np.array(window) // 2, 0, room)
+        else:
+            start = (np.array(draw.position) * (room + 1)).astype(int)
+        starts.append(tuple(int(s) for s in start))
+    return starts
 
 
 def _prepare_worker(worker_index: int, worker_count: int) -> None:
@@ -255,22 +272,20 @@ def training_iterator(store: Store, config: Config, rows: Sequence[int] | None =
     lacks a protocol. A dead worker is a RuntimeError on `next`.
     """
     rows = tuple(range(config.batch)) if rows is None else tuple(rows)
-    if missing := [name for name in config.protocols if name not in store.info.protocols]:
-        raise NeuronetError(f"{store.dest} holds the protocols {', '.join(store.info.protocols)}, not {missing[0]!r}")
-    subjects = store.split("train")
-    if len(subjects) < config.batch:
+    stores = (store, *(Store.open(dest) for dest in config.data.stores))
+    members = [_members(number, each, config) for number, each in enumerate(stores)]
+    if len(members[0]) < config.batch:
         raise NeuronetError(
-            f"{store.dest} has {len(subjects)} training subjects, fewer than config.batch {config.batch}; "
+            f"{store.dest} has {len(members[0])} training subjects, fewer than config.batch {config.batch}; "
             "lower the batch or build a larger store"
         )
-    # The sequence [seed, 0] is that of earlier single-process runs, which therefore continue exactly.
-    seed = int(np.random.SeedSequence([config.seed, 0]).generate_state(1)[0])
-    reader = Reader(store.with_concurrency(config.data.read_threads), config.protocols, config.data.crop)
+    if missing := [name for name in config.protocols if name not in store.info.protocols]:
+        raise NeuronetError(f"{store.dest} holds the protocols {', '.join(store.info.protocols)}, not {missing[0]!r}")
+    reader = Reader(
+        tuple(each.with_concurrency(config.data.read_threads) for each in stores), config.protocols, config.data.crop
+    )
     batches = (
-        grain.MapDataset.source(subjects)
-        .seed(seed)
-        .shuffle()  # again in every epoch
-        .repeat()
+        _mixed(members, config)
         .random_map(Draws(config.data.foreground_fraction))
         .batch(config.batch, drop_remainder=True, batch_fn=list)  # endless: there is none to drop
         .map(Rows(rows))
@@ -278,8 +293,40 @@ def training_iterator(store: Store, config: Config, rows: Sequence[int] | None =
     )
     if config.data.workers:
         _check_shared_memory(config, len(rows))
-    counts = {"batch": config.batch, "seed": config.seed, "split": store.info.split_hash}
+    counts: dict[str, Any] = {"batch": config.batch, "seed": config.seed, "split": store.info.split_hash}
+    if config.data.stores:  # what they hold, wherever they lie
+        counts |= {"stores": [each.info.subjects_hash for each in stores[1:]], "weights": _weights(config)}
     return TrainingIterator(batches, config, counts)
+
+
+def _members(number: int, store: Store, config: Config) -> list[tuple[int, Subject]]:
+    """Returns the training subjects of a store. Raises NeuronetError if it has none, or does not fit the first one."""
+    if number and not set(config.protocols) & set(store.info.protocols):
+        raise NeuronetError(f"{store.dest} holds none of the protocols {', '.join(config.protocols)}")
+    members = [(number, subject) for subject in store.split("train")]
+    if not members:
+        raise NeuronetError(f"{store.dest} has no subjects in the split 'train'; build one with such")
+    return members
+
+
+def _weights(config: Config) -> list[float]:
+    """Returns the share of the crops that come from each store."""
+    weights = config.data.weights or (1.0,) * (1 + len(config.data.stores))
+    return [weight / sum(weights) for weight in weights]
+
+
+def _mixed(members: Sequence[Sequence[tuple[int, Subject]]], config: Config) -> grain.MapDataset[tuple[int, Subject]]:
+    """Returns the endless order of subjects: of every store shuffled anew in each epoch, mixed by weight."""
+    # The sequence [seed, 0] is that of earlier single-process runs, which therefore continue exactly.
+    seeds = [int(np.random.SeedSequence([config.seed, n]).generate_state(1)[0]) for n in range(len(members))]
+    orders = [
+        grain.MapDataset.source(subjects).seed(seed).shuffle().repeat()
+        for subjects, seed in zip(members, seeds, strict=True)
+    ]
+    if len(orders) == 1:
+        return orders[0]
+    drawn = [(order, weight) for order, weight in zip(orders, _weights(config), strict=True) if weight]
+    return grain.MapDataset.mix([order for order, _ in drawn], [weight for _, weight in drawn]).seed(seeds[0])
 
 
 def validation_subjects(

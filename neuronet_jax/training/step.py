@@ -18,7 +18,7 @@ from neuronet_jax.config import Config, OptimizerConfig
 from neuronet_jax.models.head import sums_like
 from neuronet_jax.models.head_tallies import Together
 from neuronet_jax.models.network import Network, build
-from neuronet_jax.training import augment, losses
+from neuronet_jax.training import augment, generate, losses
 from neuronet_jax.training.mesh import batch_sharding, platform_of, replicated
 
 DeviceBatch = dict[str, jax.Array]  # the arrays of `put_batch`: image, labels, present, slot
@@ -103,7 +103,10 @@ def make_train_step(
     key = jax.random.key(config.seed)
 
     def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
-        batch = augment.augment(batch, jax.random.fold_in(key, state.step), config.augment, config.protocols)
+        drawn = jax.random.fold_in(key, state.step)
+        if config.data.stores:
+            batch = generate.generate(batch, jax.random.fold_in(drawn, 1), config.augment.any_contrast)
+        batch = augment.augment(batch, drawn, config.augment, config.protocols)
 
         def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
             network = nnx.merge(graphdef, params, state.moments, copy=True)
@@ -132,7 +135,12 @@ def make_train_step(
         return new, {"loss": loss, "gradient_norm": norm, **counts, **parts}
 
     whole = replicated(mesh)
-    return jax.jit(step, donate_argnums=0, in_shardings=(whole, batch_sharding(mesh)), out_shardings=whole)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(whole, batch_sharding(mesh, painted=bool(config.data.stores))),
+        out_shardings=whole,
+    )
 
 
 def network_loss(network: Network, batch: DeviceBatch, config: Config, train: bool) -> tuple[jax.Array, Metrics]:

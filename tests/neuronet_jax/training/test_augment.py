@@ -9,10 +9,10 @@ import pytest
 
 from neuronet_jax.config import AugmentConfig
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.training.augment import augment, change_intensity, draw, mirror, warp
+from neuronet_jax.training.augment import augment, blur, change_intensity, draw, mirror, warp
 
 NAMES = ("malp_em", "fsl_first")
-FULL = AugmentConfig(flip=True, intensity=1.0, spatial=1.0)
+FULL = AugmentConfig(flip=True, intensity=1.0, spatial=1.0, elastic=1.0, resolution=1.0, any_contrast=1.0)
 
 
 def batch_of(b: int = 2, side: int = 8) -> dict[str, jax.Array]:
@@ -24,9 +24,9 @@ def batch_of(b: int = 2, side: int = 8) -> dict[str, jax.Array]:
 
 def test_neutral_strengths_are_the_identity() -> None:
     batch = batch_of()
-    same = augment(batch, jax.random.key(0), AugmentConfig(False, 0.0, 0.0), NAMES)
+    same = augment(batch, jax.random.key(0), AugmentConfig(False, 0.0, 0.0, 0.0, 0.0, 0.0), NAMES)
     assert all(same[name] is batch[name] for name in batch)
-    neutral = draw(jax.random.key(0), AugmentConfig(False, 0.0, 0.0))
+    neutral = draw(jax.random.key(0), AugmentConfig(False, 0.0, 0.0, 0.0, 0.0, 0.0))
     np.testing.assert_allclose(change_intensity(batch["image"][0], neutral), batch["image"][0], atol=2e-5)
     image, labels = warp(batch["image"][0], batch["labels"][0], neutral.matrix)
     np.testing.assert_allclose(image, batch["image"][0], atol=1e-6)
@@ -53,6 +53,30 @@ def test_warping_by_a_quarter_turn_is_a_rotation_of_the_array() -> None:
     image, labels = warp(batch["image"][0], batch["labels"][0], turn)
     np.testing.assert_allclose(image[..., 0], np.rot90(batch["image"][0, ..., 0]), atol=1e-5)
     np.testing.assert_array_equal(labels[0], np.rot90(batch["labels"][0, 0]))
+
+
+def test_a_constant_displacement_is_a_shift_and_a_smooth_one_keeps_its_points() -> None:
+    batch = batch_of()
+    image, labels = batch["image"][0], batch["labels"][0]
+    along_x = jnp.zeros((3, 5, 5, 5)).at[0].set(2 / 8)  # of a side of eight voxels
+    moved, classes = warp(image, labels, jnp.eye(3), along_x)
+    np.testing.assert_allclose(moved[:6], image[2:], atol=1e-5)
+    np.testing.assert_array_equal(classes[:, :6], labels[:, 2:])
+    bump = jnp.zeros((3, 5, 5, 5)).at[1, 2, 2, 2].set(0.25)
+    ramp = jnp.broadcast_to(jnp.arange(40.0).reshape(1, 40, 1, 1), (40, 40, 40, 1))  # its value is y
+    pulled = warp(ramp, jnp.zeros((1, 40, 40, 40), jnp.uint8), jnp.eye(3), bump)[0] - ramp
+    assert float(jnp.max(pulled)) == pytest.approx(0.25 * 40, rel=0.05)  # at the control point in the middle
+    assert float(jnp.max(jnp.abs(pulled[:4]))) < 0.5  # and little far from it
+
+
+def test_blur_spreads_a_point_by_its_deviation_along_each_axis_and_keeps_its_sum() -> None:
+    point = jnp.zeros((15, 15, 15, 1)).at[7, 7, 7, 0].set(1.0)
+    blurred = np.asarray(blur(point, jnp.asarray([0.0, 0.7, 1.0])))[..., 0]
+    np.testing.assert_allclose(blurred.sum(), 1.0, rtol=1e-5)
+    offsets = np.arange(15) - 7.0
+    for axis, sigma in enumerate((0.0, 0.7, 1.0)):
+        profile = blurred.sum(axis=tuple(a for a in range(3) if a != axis))
+        assert (profile * offsets**2).sum() == pytest.approx(sigma**2, abs=0.03)
 
 
 def test_C08_finite_and_within_the_label_set_over_many_keys() -> None:

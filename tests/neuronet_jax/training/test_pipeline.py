@@ -22,12 +22,14 @@ from experiments.flags import load
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.store.reader import Store
-from neuronet_jax.store.schema import Record, StoreError
+from neuronet_jax.store.schema import PAINTED, Record, StoreError
+from neuronet_jax.store.writer import StoreWriter
 from neuronet_jax.training.pipeline import (
     Draw,
     HostBatch,
     Reader,
     TrainingIterator,
+    _starts,
     training_iterator,
     validation_subjects,
 )
@@ -82,7 +84,7 @@ def test_a_batch_is_whitened_slices_of_the_written_records(make_store: MakeStore
         Draw(records[1].subject, False, (0.0, 0.5, 0.9999), 0.0),  # 36 − 16 + 1 = 21 positions along x
         Draw(records[5].subject, True, (0.0, 0.0, 0.0), 0.25),
     ]
-    batch = Reader(store, PROTOCOLS, (16, 24, 32)).map(draws)
+    batch = Reader((store,), PROTOCOLS, (16, 24, 32)).map(draws)
     x, y, _ = records[5].foreground[512]
     corners = [(0, 8, 0), (np.clip(x - 8, 0, 20), np.clip(y - 12, 0, 16), 0)]
     for row, (draw, corner) in enumerate(zip(draws, corners, strict=True)):
@@ -101,7 +103,7 @@ def test_a_batch_is_whitened_slices_of_the_written_records(make_store: MakeStore
 def test_a_grid_smaller_than_the_crop_sits_in_background(make_store: MakeStore) -> None:
     store, records = make_store(SPLITS, grid=(36, 40, 32))
     subject = records[0].subject
-    batch = Reader(store, PROTOCOLS, (40, 40, 40)).map([Draw(subject, True, (0.7, 0.7, 0.7), 0.5)])
+    batch = Reader((store,), PROTOCOLS, (40, 40, 40)).map([Draw(subject, True, (0.7, 0.7, 0.7), 0.5)])
     image, labels = batch["image"][0, ..., 0], batch["labels"][0]
     inside = (slice(2, 38), slice(0, 40), slice(4, 36))
     np.testing.assert_allclose(image[inside], (records[0].image - subject.mean) / subject.std, atol=1e-5)
@@ -117,9 +119,8 @@ def test_foreground_crops_hold_labels_and_uniform_crops_reach_every_corner(make_
     config = settings(foreground_fraction=1.0, crop=(8, 8, 8))
     everywhere = dataclasses.replace(config, protocols=store.info.protocols)
     assert all(batch["labels"].reshape(2, -1).any(axis=1).all() for batch in take(start(store, everywhere), 20))
-    uniform = Reader(store, PROTOCOLS, (8, 8, 8))
     edges = [Draw(store.subjects[0], False, (u, u, u), 0.0) for u in (0.0, np.nextafter(1, 0))]
-    assert uniform._starts(edges, (8, 8, 8)) == [(0, 0, 0), (40, 40, 40)]
+    assert _starts(store, edges, (8, 8, 8)) == [(0, 0, 0), (40, 40, 40)]
 
 
 def test_every_epoch_visits_every_subject_once_in_a_new_order(make_store: MakeStore, start: Any) -> None:
@@ -394,3 +395,70 @@ def test_C10_workers_stay_off_the_accelerator(
 
     with pytest.raises(ValueError, match="environment cpu, initialised False, devices cpu"):
         next(start(Probe(store.dest, store.info, store.subjects, None), settings(workers=1)))
+
+
+# --- several stores ---
+
+
+@pytest.fixture
+def mixed(make_store: MakeStore, tmp_path: Path) -> tuple[Store, Config]:
+    """A store of scans and, in the settings, one of painted volumes that lacks the first protocol."""
+    scans, _ = make_store(("train",) * 3)
+    _, records = make_store(("train",) * 4, str(tmp_path / "of_records"))
+    writer = StoreWriter.create(
+        str(tmp_path / "painted"),
+        protocols=("fsl_fast",),
+        grid=(36, 40, 32),
+        voxel_size_mm=2.0,
+        slots=4,
+        shard_subjects=2,
+        provenance={"image": PAINTED},
+        chunk=16,
+    )
+    rows = [
+        dataclasses.replace(r, labels=r.labels[:1], subject=dataclasses.replace(r.subject, present=(True,)))
+        for r in records.values()
+    ]
+    for first in (0, 2):
+        writer.write_shard(first, rows[first : first + 2])
+    writer.finalize([row.subject for row in rows], [])
+    return scans, settings(stores=(str(tmp_path / "painted"),), weights=(1.0, 3.0))
+
+
+def test_stores_are_mixed_by_weight_and_painted_volumes_are_not_whitened(
+    mixed: tuple[Store, Config], start: Any
+) -> None:
+    store, config = mixed
+    batches = take(start(store, config), 16)
+    painted = np.concatenate([batch["painted"] for batch in batches])
+    assert painted.sum() == 24  # three of four
+    for batch in batches:
+        assert batch["present"][:, 1].all()
+        for row in range(2):
+            source = Store.open(config.data.stores[0]) if batch["painted"][row] else store
+            slot, begin = int(batch["slot"][row]), batch["start"][row]
+            raw, classes = source.read_crop(slot, begin, (16, 16, 16), ("fsl_fast",))
+            subject = source.subjects[slot]
+            expected = raw if batch["painted"][row] else (raw - subject.mean) / subject.std
+            np.testing.assert_allclose(batch["image"][row, ..., 0], expected, atol=1e-5)
+            np.testing.assert_array_equal(batch["labels"][row, 1], classes[0])
+            if batch["painted"][row]:
+                assert not batch["present"][row, 0] and not batch["labels"][row, 0].any()
+
+
+def test_each_store_is_visited_whole_and_a_position_goes_on_only_with_the_same_stores(
+    mixed: tuple[Store, Config], start: Any
+) -> None:
+    store, config = mixed
+    iterator = start(store, config)
+    seen = take(iterator, 8)
+    of_painted = [int(b["slot"][row]) for b in seen for row in range(2) if b["painted"][row]]
+    assert all(sorted(of_painted[i : i + 4]) == [0, 1, 2, 3] for i in range(0, 12, 4))
+    state, ahead = iterator.get_state(), take(iterator, 3)
+    resumed = start(store, config)
+    resumed.set_state(state)
+    assert_same(take(resumed, 3), ahead)
+    for other in ({"stores": (), "weights": ()}, {"weights": (1.0, 1.0)}):
+        changed = start(store, dataclasses.replace(config, data=dataclasses.replace(config.data, **other)))
+        with pytest.raises(NeuronetError, match="position"):
+            changed.set_state(state)
