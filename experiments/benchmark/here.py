@@ -72,7 +72,7 @@ def probe(devices: Any) -> Machine:
 
     triad = _best(move)
     moved = 3 * 4 * LENGTH
-    return Machine(2 * SIDE**3 / product, moved / triad, moved / triad, axes=1, host_chips=1, host_vcpus=1)
+    return Machine(2 * SIDE**3 / product, moved / triad, moved / triad, 0.0, axes=1, host_chips=1, host_vcpus=1)
 
 
 def _best(work: Callable[[], Any]) -> float:

@@ -61,12 +61,14 @@ class Work:
 
     hbm_bytes: float = 0.0
     flops: float = 0.0
+    cycles: float = 0.0  # as XLA's cost model for a TPU estimates its own instructions, vector unit included
     collectives: list[Collective] = field(default_factory=list)
     by_operation: dict[str, float] = field(default_factory=dict)  # HBM bytes by the name that JAX gave
 
     def add(self, other: "Work", times: int = 1) -> None:
         self.hbm_bytes += times * other.hbm_bytes
         self.flops += times * other.flops
+        self.cycles += times * other.cycles
         self.collectives += [c._replace(times=c.times * times) for c in other.collectives]
         for name, nbytes in other.by_operation.items():
             self.by_operation[name] = self.by_operation.get(name, 0.0) + times * nbytes
@@ -161,7 +163,9 @@ class _Program:
         exchanged = [self.collective(computation, i)] if i.opcode.removesuffix("-start") in COLLECTIVES else []
         label = re.search(r'op_name="([^"]*)"', i.attributes)
         key = f"{i.opcode} {label[1] if label else i.name}"
-        return Work(nbytes, flops, exchanged, {key: nbytes} if nbytes else {})
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+        named = {key: nbytes} if nbytes else {}
+        return Work(nbytes, flops, float(cycles[1]) if cycles else 0.0, exchanged, named)
 
     def read(self, computation: Computation, i: Instruction) -> float:
         """Returns the bytes of the operands in HBM that an instruction reads."""

@@ -4,7 +4,8 @@
 
 This is a lower bound with these assumptions:
 
-* Arithmetic and HBM traffic overlap perfectly, and each runs at its peak. The vector unit is never the limit.
+* Arithmetic and HBM traffic overlap perfectly, and each runs at its peak. The vector unit is never the limit. XLA's own
+  estimate of cycles, which the table shows too, contradicts this: the fused head has 169 exponentials for each voxel.
 * Exchange overlaps with nothing. It goes along one axis of the slice at a time, over one link of a chip in one
   direction, and no axis closes to a ring. XLA does better in part: it overlaps, and uses several links.
 * An all-reduce of n bytes among g chips moves 2 n (g − 1) / g bytes over each link, an all-gather or reduce-scatter
@@ -32,16 +33,18 @@ class Machine:
     flops_per_s: float  # bfloat16 on a TPU
     hbm_bytes_per_s: float
     link_bytes_per_s: float  # over one link in one direction
+    clock_hz: float
     axes: int  # of the mesh of chips: 2-D or 3-D
     host_chips: int
     host_vcpus: int  # of the virtual machine that holds `host_chips` chips
 
 
-# Peaks, HBM, links and virtual machines: https://cloud.google.com/tpu/docs/v5e and /v5p. The documents give the
-# bandwidth of all ports of a chip in both directions: 400 GB/s over 4 ports (v5e), 1,200 GB/s over 6 (v5p).
+# Clocks: https://jax-ml.github.io/scaling-book/tpus. Peaks, HBM, links and virtual machines:
+# https://cloud.google.com/tpu/docs/v5e and /v5p, which give the bandwidth of all ports of a chip in both directions:
+# 400 GB/s over 4 ports (v5e), 1,200 GB/s over 6 (v5p).
 MACHINES = {
-    "v5e": Machine(197e12, 819e9, 50e9, axes=2, host_chips=8, host_vcpus=224),
-    "v5p": Machine(459e12, 2765e9, 100e9, axes=3, host_chips=4, host_vcpus=208),
+    "v5e": Machine(197e12, 819e9, 50e9, 1.5e9, axes=2, host_chips=8, host_vcpus=224),
+    "v5p": Machine(459e12, 2765e9, 100e9, 1.75e9, axes=3, host_chips=4, host_vcpus=208),
 }
 # Bytes over each link for one byte of a collective among g chips.
 _SHARE = {

@@ -106,6 +106,7 @@ def needs(compiled: Any) -> dict[str, Any]:
         "accessed_gib": compiled.cost_analysis()["bytes accessed"] / GIB,
         "hbm_gib": work.hbm_bytes / GIB,
         "tflop": work.flops / 1e12,
+        "cycles": work.cycles,
         "collectives": [list(c) for c in work.collectives],
     }
 
@@ -174,8 +175,8 @@ def table(machine: Machine, rows: Sequence[dict[str, Any]]) -> str:
     """Returns a Markdown table. Figures are per chip, HBM traffic also per crop."""
     lines = [
         "| family | data × space | HBM temp GiB | HBM traffic GiB | per crop | TFLOP | exchanged MiB "
-        "| step ms: compute | HBM | exchange | crops/s per chip | efficiency to 256 chips |",
-        "|" + "---|" * 12,
+        "| step ms: compute | HBM | exchange | crops/s per chip | efficiency to 256 chips | XLA's estimate ms |",
+        "|" + "---|" * 13,
     ]
     for r in rows:
         p, exchanged = predicted(machine, r), sum(c.nbytes * c.times for c in collectives_of(r)) / 2**20
@@ -183,6 +184,6 @@ def table(machine: Machine, rows: Sequence[dict[str, Any]]) -> str:
             f"| {r['family']} | {r['data']} × {r['space']} | {r['temp_gib']:.2f} | {r['hbm_gib']:.1f} "
             f"| {r['hbm_gib'] * r['space']:.1f} | {r['tflop']:.2f} | {exchanged:.1f} | {p.compute_s * 1e3:.1f} "
             f"| {p.memory_s * 1e3:.1f} | {p.exchange_s * 1e3:.2f} | {1 / (r['space'] * p.step_s):.0f} "
-            f"| {efficiency(machine, r):.2f} |"
+            f"| {efficiency(machine, r):.2f} | {r['cycles'] / machine.clock_hz * 1e3:.0f} |"
         )
     return "\n".join(lines)

@@ -110,7 +110,7 @@ def test_topology_describes_the_whole_step_on_the_slice(space):
     assert lowered.cost_analysis()["flops"] > 1e9
 
 
-COSTS = {"temp_gib": 1.049, "accessed_gib": 18.96, "hbm_gib": 4.5, "tflop": 0.197, "collectives": []}
+COSTS = {"temp_gib": 1.049, "accessed_gib": 18.96, "hbm_gib": 4.5, "tflop": 0.197, "cycles": 3e7, "collectives": []}
 
 
 def test_topology_table_is_per_chip_and_per_crop():
@@ -120,6 +120,7 @@ def test_topology_table_is_per_chip_and_per_crop():
     printed = topology.table(machine, [row]).splitlines()[2]
     # 197 GFLOP at 197 TFLOP/s; 4.5 GiB at 819 GB/s; 2 · 2 · 7/8 MiB and 1 MiB at 50 GB/s; two chips share a crop
     assert printed.startswith("| reference | 4 × 2 | 1.05 | 4.5 | 9.0 | 0.20 | 3.0 | 1.0 | 5.9 | 0.09 | 83 | ")
+    assert printed.endswith(" | 20 |")  # 30 million cycles at 1.5 GHz
     # A lone replica of two chips reduces 1 MiB between them, twice; 256 chips wait for 2 · 2 · 15 hops of 1 µs, twice.
     local, alone, among = 5.900 + 0.021, 2 * 0.021, 2 * 0.060  # ms
     assert topology.efficiency(machine, row) == pytest.approx((local + alone) / (local + among), rel=1e-3)

@@ -34,7 +34,8 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   %i = s32[]{:T(128)S(6)} get-tuple-element(%state), index=0
   %volume = bf16[16,8,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
   %part = bf16[2,8,128]{2,1,0:T(8,128)(2,1)S(1)} fusion(%volume, %i), kind=kLoop, calls=%slicing
-  %new = bf16[16,8,128]{2,1,0:T(8,128)(2,1)} fusion(%volume, %i, %part), kind=kLoop, calls=%putting
+  %new = bf16[16,8,128]{2,1,0:T(8,128)(2,1)} fusion(%volume, %i, %part), kind=kLoop, calls=%putting, \
+backend_config={"window_config":{"estimated_cycles":"100"}}
   %one = s32[]{:T(128)S(6)} constant(1)
   %next = s32[]{:T(128)S(6)} add(%i, %one)
   ROOT %both = (s32[]{:T(128)S(6)}, bf16[16,8,128]{2,1,0:T(8,128)(2,1)}) tuple(%next, %new)
@@ -68,6 +69,7 @@ def test_bytes_in_hbm_of_a_program_of_a_tpu_by_hand() -> None:
     # Eight turns, each reads two planes into vector memory and writes two back in place. The copy reads one tile, which
     # f32[3,100] is padded to.
     assert work.hbm_bytes == 8 * (2 * plane + 2 * plane) + 8 * 128 * 4
+    assert work.cycles == 8 * 100
     assert work.collectives == [Collective("all-reduce", 8 * 128 * 4, group=8, times=1)]
 
 
@@ -122,7 +124,7 @@ def test_exchange_of_a_sharded_program() -> None:
 
 
 def test_the_roofline_by_hand() -> None:
-    machine = roofline.Machine(100.0, 10.0, 2.0, axes=2, host_chips=8, host_vcpus=100)
+    machine = roofline.Machine(100.0, 10.0, 2.0, 1.0, axes=2, host_chips=8, host_vcpus=100)
     exchange = [Collective("all-reduce", 8, group=4, times=3), Collective("collective-permute", 6, group=2, times=1)]
     prediction = roofline.predict(machine, flops=200.0, hbm_bytes=50.0, collectives=exchange)
     # 2 · 8 · 3/4 bytes over a link of 2 bytes/s, three times; 6 bytes once
