@@ -86,15 +86,13 @@ class Reader(grain.transforms.Map):
         # A grid smaller than the crop is centred in it, surrounded by background (raw 0, label 0).
         pad = tuple((side - length) // 2 for side, length in zip(self.crop, window, strict=True))
         inside = tuple(slice(before, before + length) for before, length in zip(pad, window, strict=True))
-        image = np.zeros((len(element), *self.crop), np.float32)
-        labels = np.zeros((len(element), len(self.protocols), *self.crop), np.uint8)
-        starts = self._starts(element, window)
-        crops = self.store.read_crops([d.subject.slot for d in element], starts, window, self.protocols)
-        for row, (raw, classes) in enumerate(crops):
-            subject = element[row].subject
-            image[(row, *inside)] = raw
-            image[row] = whiten(image[row], subject.mean, subject.std)
-            labels[(row, slice(None), *inside)] = classes
+        new = np.zeros if any(pad) else np.empty
+        image = new((len(element), *self.crop), np.float32)
+        labels = new((len(element), len(self.protocols), *self.crop), np.uint8)
+        starts, slots = self.starts(element, window), [draw.subject.slot for draw in element]
+        self.store.read_crops_into(image[:, *inside], labels[:, :, *inside], slots, starts, self.protocols)
+        for row, draw in enumerate(element):
+            whiten(image[row], draw.subject.mean, draw.subject.std, out=image[row])
         columns = [info.protocols.index(name) for name in self.protocols]
         return {
             "image": image[..., np.newaxis],  # [b x y z] → [b x y z 1]
@@ -104,7 +102,7 @@ class Reader(grain.transforms.Map):
             "start": np.array(starts, np.int32),  # first voxel of each crop
         }
 
-    def _starts(self, draws: Sequence[Draw], window: tuple[int, ...]) -> list[tuple[int, ...]]:
+    def starts(self, draws: Sequence[Draw], window: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Returns the first voxel of each crop: uniform over all that fit, or around a foreground voxel, moved into the
         grid.
         """

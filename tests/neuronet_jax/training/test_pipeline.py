@@ -119,7 +119,7 @@ def test_foreground_crops_hold_labels_and_uniform_crops_reach_every_corner(make_
     assert all(batch["labels"].reshape(2, -1).any(axis=1).all() for batch in take(start(store, everywhere), 20))
     uniform = Reader(store, PROTOCOLS, (8, 8, 8))
     edges = [Draw(store.subjects[0], False, (u, u, u), 0.0) for u in (0.0, np.nextafter(1, 0))]
-    assert uniform._starts(edges, (8, 8, 8)) == [(0, 0, 0), (40, 40, 40)]
+    assert uniform.starts(edges, (8, 8, 8)) == [(0, 0, 0), (40, 40, 40)]
 
 
 def test_every_epoch_visits_every_subject_once_in_a_new_order(make_store: MakeStore, start: Any) -> None:
