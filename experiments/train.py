@@ -208,7 +208,7 @@ def spread_over_cores(config: Config) -> None:
 
     Measured on 2 cores: two devices train a batch of two in the time that one device takes for a batch of one.
     """
-    runtime.one_per_core(runtime.sharers(config.batch, runtime.cores()))
+    runtime.one_per_core(runtime.sharers(config.batch // config.accumulate, runtime.cores()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

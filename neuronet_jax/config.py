@@ -15,14 +15,16 @@ from typing import Any, Self
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 
+GROUPS = 8  # of channels with model.norm="group": two channels each at full resolution
 _MOST_FILTERS, _MOST_SCALES = 2**14, 12  # a scale halves the grid: 12 need sides of 2,048 voxels
 # No whole number of a config comes near this one. A larger one is damage, and must not become the shape of an array.
 _LARGEST = 10**12
-SCHEMA = 3  # of saved configs; raised with every added field
+SCHEMA = 4  # of saved configs; raised with every added field
 # Per schema, the fields that it added, as "group.field", and the value that keeps the behaviour of older runs.
 ADDED: dict[int, dict[str, Any]] = {
     2: {"loss.class_balance": 0.0, "loss.consistency": 0.0},
     3: {"optimizer.spike_factor": 0.0, "profile_steps": "", "sinks": ()},
+    4: {"model.norm": "batch", "optimizer.base_batch": 0, "accumulate": 1},
 }
 
 
@@ -48,6 +50,7 @@ class ModelConfig:
     family: str  # "reference": the published network exactly; "neuronet": ours
     filters: tuple[int, ...]  # channels per scale, finest first; each scale halves the grid
     compute_dtype: str  # "float32", "bfloat16" or "auto" (bfloat16 on GPU and TPU); parameters, moments, loss: float32
+    norm: str  # "batch", over the crops of all devices; "group" (eight groups of channels) or "instance", of one crop
 
     @property
     def stride(self) -> int:
@@ -85,6 +88,7 @@ class OptimizerConfig:
     clip_norm: float  # global gradient norm; 0 is no clipping
     ema_decay: float  # decay of the averaged weights used for evaluation; 0 is none
     spike_factor: float  # updates whose gradient norm exceeds this multiple of its average are skipped; 0 skips none
+    base_batch: int  # the batch that learning_rate is for: others multiply it by √(batch / base_batch); 0: none do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Config:
     optimizer: OptimizerConfig
     mesh: MeshConfig
     batch: int  # crops per step over all devices and hosts
+    accumulate: int  # parts of a batch that are computed one after the other, for batches that do not fit into memory
     steps: int
     seed: int
     log_every: int  # steps between lines of metrics
@@ -215,7 +220,7 @@ def check(config: Config) -> None:
         if isinstance(value, (int, float)):
             require(0 <= value < math.inf, path, value, "finite and not negative")
             require(type(value) is float or value <= _LARGEST, path, value, f"at most {_LARGEST:,}")
-    for path in ("batch", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+    for path in ("batch", "accumulate", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
         require(getattr(config, path) >= 1, path, getattr(config, path), "at least 1")
 
     require(
@@ -226,6 +231,10 @@ def check(config: Config) -> None:
     )
     for sink in config.sinks:
         among("sinks", sink, "wandb", "mlflow")
+
+    require(
+        config.batch % config.accumulate == 0, "accumulate", config.accumulate, f"a divisor of batch={config.batch}"
+    )
 
     names = config.protocols
     require(len(names) > 0 and len(set(names)) == len(names), "protocols", names, "one protocol or more, each once")
@@ -244,6 +253,19 @@ def check(config: Config) -> None:
     require(data.prefetch >= 1, "data.prefetch", data.prefetch, "at least 1")
 
     among("model.family", model.family, "reference", "neuronet")
+    among("model.norm", model.norm, "batch", "group", "instance")
+    require(
+        model.norm == "batch" or model.family == "neuronet",
+        "model.norm",
+        model.norm,
+        '"batch" with model.family="reference", whose decoders are folded through it',
+    )
+    require(
+        model.norm != "group" or all(filters % GROUPS == 0 for filters in model.filters),
+        "model.filters",
+        model.filters,
+        f'multiples of {GROUPS} with model.norm="group"',
+    )
     among("model.compute_dtype", model.compute_dtype, "auto", "float32", "bfloat16")
     require(
         len(model.filters) > 0 and 0 < min(model.filters) <= max(model.filters) <= _MOST_FILTERS,

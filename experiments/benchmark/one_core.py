@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -80,10 +81,11 @@ def timed(name: str, dest: str, folder: Path, side: int) -> Way:
     for draw in draws:
         drop(files)
         cold.append(_seconds(read, draw))
-    rates = (len(draws) / np.array(warm).sum(axis=0), len(draws) / np.array(cold).sum(axis=0))
+    (warm_s, warm_cpu_s), (cold_s, cold_cpu_s) = (map(float, np.sum(times, axis=0)) for times in (warm, cold))
     subjects = len(store.subjects) if name == "store" else min(SUBJECTS, len(store.split("train")))
     size = sum(file.stat().st_size for file in files) / 1e6 / subjects
-    return Way(name, *map(float, rates[0]), *map(float, rates[1]), size)
+    n = len(draws)
+    return Way(name, n / warm_s, n / warm_cpu_s, n / cold_s, n / cold_cpu_s, size)
 
 
 def drawn(store: Store, count: int) -> list[Draw]:
@@ -98,11 +100,14 @@ def drawn(store: Store, count: int) -> list[Draw]:
 
 def reader(name: str, store: Store, folder: Path, side: int) -> tuple[Read, list[Path]]:
     """Returns the function that reads a crop one way, and the files that it reads from."""
-    through = Reader(store.with_concurrency(1), store.info.protocols, (side,) * 3)
+    through = Reader(store.with_concurrency(1), store.info.protocols, (side, side, side))
     if name == "store":
-        return lambda draw: tuple(through.map([draw])[key][0] for key in ("image", "labels")), [  # type: ignore[return-value]
-            file for file in Path(store.dest).rglob("*") if file.is_file()
-        ]
+
+        def read_store(draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+            batch = through.map([draw])
+            return batch["image"][0], batch["labels"][0]
+
+        return read_store, [file for file in Path(store.dest).rglob("*") if file.is_file()]
     volumes = {"nii.gz": partial(_nifti, folder, store.info.protocols), "npy": partial(_mapped, folder)}[name]
 
     def read(draw: Draw) -> tuple[np.ndarray, np.ndarray]:
@@ -117,9 +122,8 @@ def reader(name: str, store: Store, folder: Path, side: int) -> tuple[Read, list
 
 
 def _nifti(folder: Path, protocols: tuple[str, ...], slot: int) -> tuple[np.ndarray, np.ndarray]:
-    image, *labels = (
-        np.asanyarray(nib.nifti1.load(folder / f"{slot}-{name}.nii.gz").dataobj) for name in ("image", *protocols)
-    )
+    files: list[Any] = [nib.load(folder / f"{slot}-{name}.nii.gz") for name in ("image", *protocols)]
+    image, *labels = (np.asanyarray(file.dataobj) for file in files)
     return image, np.stack(labels)
 
 

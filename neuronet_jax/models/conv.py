@@ -51,10 +51,11 @@ def native_conv3d(x: Array, kernel: Array, stride: int = 1) -> Array:
 def summed_conv3d(x: Array, kernel: Array, stride: int = 1) -> Array:
     """Computes the same sums as one 2-D convolution for each tap along x, with x folded into the batch."""
     padding = [same_padding(n, k, stride) for n, k in zip(x.shape[1:4], kernel.shape[:3], strict=True)]
-    return sum(
+    parts = [
         _in_planes(part, tap, stride, padding[1:])
         for part, tap in zip(_shifted(x, len(kernel), stride, padding[0]), kernel, strict=True)
-    )
+    ]
+    return sum(parts[1:], parts[0])
 
 
 def folded_conv3d(x: Array, kernel: Array, stride: int = 1) -> Array:
