@@ -57,7 +57,7 @@ class Collective(NamedTuple):
 
 @dataclass
 class Work:
-    """What one chip does in one run of a program."""
+    """The work of one chip in one run of a program."""
 
     hbm_bytes: float = 0.0
     flops: float = 0.0

@@ -1,4 +1,4 @@
-"""What one core delivers: random crops with all labels, from the store and from files as people keep them.
+"""Measures what one core delivers: random crops with all labels, from the store and from files as people keep them.
 
 Each way reads the same crops in a process of its own that is bound to one core, and ends with what training gets: a
 whitened float32 image and uint8 labels. Warm, everything lies in the system's page cache. Cold, the files are dropped
