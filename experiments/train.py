@@ -208,7 +208,7 @@ def spread_over_cores(config: Config) -> None:
 
     Measured on 2 cores: two devices train a batch of two in the time that one device takes for a batch of one.
     """
-    runtime.one_per_core(runtime.sharers(config.batch, runtime.cores()))
+    runtime.one_per_core(runtime.sharers(config.batch // config.accumulate, runtime.cores()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -253,7 +253,8 @@ def _train(options: argparse.Namespace) -> int:
             raise
         print(
             f"error: out of device memory with batch {config.batch} and crop {config.data.crop}; lower --config.batch "
-            f"or --config.data.crop, or split volumes with --config.mesh.space\n{error}",
+            f"or --config.data.crop, compute the batch in parts with --config.accumulate, or split volumes with "
+            f"--config.mesh.space\n{error}",
             file=sys.stderr,
         )
         return OUT_OF_MEMORY

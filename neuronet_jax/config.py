@@ -15,6 +15,7 @@ from typing import Any, Self
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 
+GROUPS = 8  # of channels with model.norm="group": two channels each at full resolution
 _MOST_FILTERS, _MOST_SCALES = 2**14, 12  # a scale halves the grid: 12 need sides of 2,048 voxels
 # No whole number of a config comes near this one. A larger one is damage, and must not become the shape of an array.
 _LARGEST = 10**12
@@ -29,6 +30,9 @@ ADDED: dict[int, dict[str, Any]] = {
         "augment.elastic": 0.0,
         "augment.resolution": 0.0,
         "augment.any_contrast": 0.0,
+        "model.norm": "batch",
+        "optimizer.base_batch": 0,
+        "accumulate": 1,
     },
 }
 
@@ -60,6 +64,7 @@ class ModelConfig:
     family: str  # "reference": the published network exactly; "neuronet": ours
     filters: tuple[int, ...]  # channels per scale, finest first; each scale halves the grid
     compute_dtype: str  # "float32", "bfloat16" or "auto" (bfloat16 on GPU and TPU); parameters, moments, loss: float32
+    norm: str  # "batch", over the crops of all devices; "group" (eight groups of channels) or "instance", of one crop
 
     @property
     def stride(self) -> int:
@@ -97,6 +102,7 @@ class OptimizerConfig:
     clip_norm: float  # global gradient norm; 0 is no clipping
     ema_decay: float  # decay of the averaged weights used for evaluation; 0 is none
     spike_factor: float  # updates whose gradient norm exceeds this multiple of its average are skipped; 0 skips none
+    base_batch: int  # the batch that learning_rate is for: others multiply it by √(batch / base_batch); 0: none do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +121,7 @@ class Config:
     optimizer: OptimizerConfig
     mesh: MeshConfig
     batch: int  # crops per step over all devices and hosts
+    accumulate: int  # parts of a batch that are computed one after the other, for batches that do not fit into memory
     steps: int
     seed: int
     log_every: int  # steps between lines of metrics
@@ -237,7 +244,7 @@ def check(config: Config) -> None:
         f"empty, or {1 + len(config.data.stores)} numbers: for data.store and each of data.stores",
     )
     require(config.augment.any_contrast <= 1, "augment.any_contrast", config.augment.any_contrast, "in [0, 1]")
-    for path in ("batch", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
+    for path in ("batch", "accumulate", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
         require(getattr(config, path) >= 1, path, getattr(config, path), "at least 1")
 
     require(
@@ -248,6 +255,10 @@ def check(config: Config) -> None:
     )
     for sink in config.sinks:
         among("sinks", sink, "wandb", "mlflow")
+
+    require(
+        config.batch % config.accumulate == 0, "accumulate", config.accumulate, f"a divisor of batch={config.batch}"
+    )
 
     names = config.protocols
     require(len(names) > 0 and len(set(names)) == len(names), "protocols", names, "one protocol or more, each once")
@@ -266,6 +277,19 @@ def check(config: Config) -> None:
     require(data.prefetch >= 1, "data.prefetch", data.prefetch, "at least 1")
 
     among("model.family", model.family, "reference", "neuronet")
+    among("model.norm", model.norm, "batch", "group", "instance")
+    require(
+        model.norm == "batch" or model.family == "neuronet",
+        "model.norm",
+        model.norm,
+        '"batch" with model.family="reference", whose decoders are folded through it',
+    )
+    require(
+        model.norm != "group" or all(filters % GROUPS == 0 for filters in model.filters),
+        "model.filters",
+        model.filters,
+        f'multiples of {GROUPS} with model.norm="group"',
+    )
     among("model.compute_dtype", model.compute_dtype, "auto", "float32", "bfloat16")
     require(
         len(model.filters) > 0 and 0 < min(model.filters) <= max(model.filters) <= _MOST_FILTERS,

@@ -6,6 +6,7 @@
     python -m experiments.benchmark --against=tensorflow@tf-2.15/bin/python    in an environment of its own
     python -m experiments.benchmark --input                 the input pipeline, alone and under a training step
     python -m experiments.benchmark --topology=v5e:2x4      a TPU slice, compiled for ahead of time (extra `tpu`)
+    python -m experiments.benchmark --topology=cpu --size=64    the same prediction for this CPU, beside its measurement
 
 Every contender runs in a separate process, so that its peak memory is its own. The runs alternate, A B A B, so that
 other load on the machine affects all of them. Before timing, the contenders must agree: equal logits and losses from
@@ -138,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/benchmark")
     parser.add_argument("--input", action="store_true", help="measure the input pipeline")
     parser.add_argument("--store", default="", help="store for --input (default: the demo cohort enlarged to 1 mm)")
-    parser.add_argument("--topology", help="compile for a TPU slice, such as v5e:2x4, and report its needs")
+    parser.add_argument("--topology", help="predict the step of a TPU slice, such as v5e:2x4, or of this cpu")
     return run(parser, _benchmark, arguments)
 
 
@@ -146,7 +147,11 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     arguments.size = arguments.size or (128 if arguments.topology else 96)
     if arguments.size < 8 or arguments.size % 8:
         raise UsageError(f"--size must be a multiple of 8, got {arguments.size}")
-    if arguments.topology:
+    if arguments.topology == "cpu":
+        from experiments.benchmark import here
+
+        here.measure(arguments.size, Path(arguments.out))
+    elif arguments.topology:
         from experiments.benchmark import topology
 
         topology.measure(arguments.topology, arguments.size, Path(arguments.out))

@@ -1,4 +1,6 @@
-"""Measures the input pipeline: its speed alone, and whether a training step ever waits for it."""
+"""Measures the input pipeline: what one core delivers, from this store and from files, and whether a training step ever
+waits for it.
+"""
 
 import contextlib
 import dataclasses
@@ -13,30 +15,64 @@ from typing import Any
 
 import numpy as np
 
+from experiments.benchmark import one_core
+from experiments.benchmark.roofline import MACHINES
+
 SUBJECTS = 8  # in the made store: enough to shuffle, few enough to stay in the disk cache
 BATCHES = 32  # read without training, per number of workers
 STEPS = 8  # trained, after two that compile and fill the pipeline
+HEADROOM = 2  # a host should deliver so many times what its chips eat
 
 
 def measure(store: str, side: int, batch: int, dtype: str, out: Path) -> None:
-    """Prints and writes crops per second of the pipeline alone, and the share of a training step spent waiting."""
+    """Prints and writes crops per second of one core and of the pipeline, and the share of a step spent waiting."""
     with contextlib.ExitStack() as stack:
         dest = store or stack.enter_context(_demo_at_1_mm())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        ways = one_core.measure(dest, folder, side)
+        lines = [f"# Input pipeline, {side}³ crops\n", *one_core.table(ways), "", *appetite(ways, out), ""]
+        print("\n".join(lines), flush=True)
         alone = {f"workers={workers}": read_alone(dest, side, batch, workers) for workers in (0, 1)}
         training = read_while_training(dest, side, batch, dtype)
-    lines = [f"# Input pipeline, {side}³ crops, batch {batch}\n", "| alone | crops/s | MB/s |", "|---|---|---|"]
-    lines += [f"| {name} | {r['crops_per_s']:.1f} | {r['mb_per_s']:.0f} |" for name, r in alone.items()]
-    lines += [
+    more = [f"| pipeline alone, batch {batch} | crops/s | MB/s |", "|---|---|---|"]
+    more += [f"| {name} | {r['crops_per_s']:.1f} | {r['mb_per_s']:.0f} |" for name, r in alone.items()]
+    more += [
         "",
         f"With one worker under a training step of {training['step_s']:.2f} s: "
         f"{100 * training['wait_fraction']:.2f} % of the time is spent waiting for data.",
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
+    print("\n".join(more))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "input.md").write_text(text)
-    (out / "input.json").write_text(json.dumps({"alone": alone, "training": training}, indent=2))
+    (out / "input.md").write_text("\n".join([*lines, *more]) + "\n")
+    rows = [dataclasses.asdict(way) for way in ways]
+    (out / "input.json").write_text(json.dumps({"one_core": rows, "alone": alone, "training": training}, indent=2))
     print(f"Written to {out / 'input.md'} and {out / 'input.json'}")
+
+
+def appetite(ways: list[one_core.Way], out: Path) -> list[str]:
+    """Returns how many cores a host's chips need, by every plan of `--topology` in the same folder."""
+    per_core = ways[0].warm_per_cpu_s
+    lines = []
+    for plan in sorted(out.glob("topology-v*.json")):
+        slice_name = plan.stem.removeprefix("topology-")
+        machine = MACHINES[slice_name.partition("-")[0]]
+        from experiments.benchmark.topology import predicted
+
+        for row in json.loads(plan.read_text()):
+            if row["space"] > 1:
+                continue
+            eaten = machine.host_chips / predicted(machine, row).step_s
+            cores = HEADROOM * eaten / per_core
+            lines.append(
+                f"| {slice_name} {row['family']} | {machine.host_chips} | {eaten:.0f} | {cores:.0f} "
+                f"| {machine.host_vcpus // 2} |"
+            )
+    if not lines:
+        return [f"How many cores a host's chips need follows from the plans of --topology; there are none in {out}."]
+    title = (
+        f"| plan | chips of a host | crops/s they eat at most | cores that deliver {HEADROOM} × that | cores it has |"
+    )
+    return [title, "|---|---|---|---|---|", *lines]
 
 
 def _config(dest: str, side: int, batch: int, workers: int, dtype: str = "float32") -> Any:

@@ -35,7 +35,7 @@ def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
                 "resolution": 0.0,
                 "any_contrast": 0.0,
             },
-            "model": {"family": "neuronet", "filters": (16, 32, 64, 128), "compute_dtype": "auto"},
+            "model": {"family": "neuronet", "filters": (16, 32, 64, 128), "compute_dtype": "auto", "norm": "batch"},
             "loss": {"cross_entropy": 1.0, "dice": 1.0, "class_balance": 0.0, "consistency": 0.0},
             "optimizer": {
                 "learning_rate": 2e-3,  # twice the published one: eight crops per step, and a warm-up
@@ -46,9 +46,11 @@ def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
                 "clip_norm": 1.0,
                 "ema_decay": 0.999,  # averages over about 1,000 steps
                 "spike_factor": 10.0,  # in the demo, the norms of sound batches stayed below twice their average
+                "base_batch": 0,
             },
             "mesh": {"space": 1},
             "batch": 8,
+            "accumulate": 1,
             "steps": 100_000,  # as published
             "seed": 0,
             "log_every": 50,

@@ -122,11 +122,15 @@ def _config(name: str) -> Config:
             "", (128, 128, 128), foreground_fraction=0.0, workers=0, read_threads=1, prefetch=1, stores=(), weights=()
         ),
         augment=AugmentConfig(flip=False, intensity=0.0, spatial=0.0, elastic=0.0, resolution=0.0, any_contrast=0.0),
-        model=ModelConfig("reference", (16, 32, 64, 128), "float32"),  # bfloat16 was never tried on these weights
+        # bfloat16 was never tried on these weights
+        model=ModelConfig("reference", (16, 32, 64, 128), "float32", "batch"),
         loss=LossConfig(cross_entropy=1.0, dice=0.0, class_balance=0.0, consistency=0.0),
-        optimizer=OptimizerConfig(1e-3, "constant", 0, 1e-5, weight_decay=0, clip_norm=0, ema_decay=0, spike_factor=0),
+        optimizer=OptimizerConfig(
+            1e-3, "constant", 0, 1e-5, weight_decay=0, clip_norm=0, ema_decay=0, spike_factor=0, base_batch=0
+        ),
         mesh=MeshConfig(space=1),
         batch=1,
+        accumulate=1,
         steps=100_000,
         seed=0,
         log_every=50,

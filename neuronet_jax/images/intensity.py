@@ -33,9 +33,13 @@ def statistics(image: np.ndarray) -> Statistics:
     return Statistics(mean, std)
 
 
-def whiten(image: np.ndarray, mean: float, std: float) -> np.ndarray:
-    """Returns float32 of the same shape, with mean 0 and variance 1 over the volume that gave `mean` and `std`."""
-    return (image.astype(np.float32) - np.float32(mean)) * np.float32(1 / std)
+def whiten(image: np.ndarray, mean: float, std: float, out: np.ndarray | None = None) -> np.ndarray:
+    """Returns float32 of the same shape, with mean 0 and variance 1 over the volume that gave `mean` and `std`.
+
+    The result goes into `out` if that is given; it may be the image itself.
+    """
+    whitened = np.subtract(image, np.float32(mean), out=out, dtype=np.float32)
+    return np.multiply(whitened, np.float32(1 / std), out=whitened)
 
 
 def clip_spikes(image: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:

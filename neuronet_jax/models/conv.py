@@ -1,9 +1,9 @@
 """3-D convolution, pooling and upsampling, in the form that runs fastest on each platform.
 
 XLA's 3-D convolution is slow on CPU (7 GFLOP/s where oneDNN reaches 150), and with 16 channels it fills an eighth of a
-TPU's lanes. Folding the first spatial axis away solves both: it becomes part of the batch, and the kernel's taps along
-it are stacked in the channels, so that one 2-D convolution of k times the channels does the work. Both forms compute
-the same sums.
+TPU's lanes. Folding the first spatial axis away solves both: it becomes part of the batch. On a CPU the kernel's taps
+along it are stacked in the channels, so that one 2-D convolution of k times the channels does the work. On a TPU, where
+the stack would go through HBM, a 2-D convolution for each tap adds to the sum. All forms compute the same sums.
 
 The folded axis is x. A mesh therefore splits y (see `mesh.py`): a split x would have to be gathered first.
 """
@@ -35,7 +35,7 @@ def conv3d(
         x,
         kernel,
         cpu=lambda x, kernel: folded_conv3d(x, kernel, stride),
-        tpu=lambda x, kernel: folded_conv3d(x, kernel, stride, blocks=False),
+        tpu=lambda x, kernel: summed_conv3d(x, kernel, stride),
         default=lambda x, kernel: native_conv3d(x, kernel, stride),
     )
 
@@ -48,30 +48,48 @@ def native_conv3d(x: Array, kernel: Array, stride: int = 1) -> Array:
     )
 
 
-def folded_conv3d(x: Array, kernel: Array, stride: int = 1, blocks: bool = True) -> Array:
+def summed_conv3d(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """Computes the same sums as one 2-D convolution for each tap along x, with x folded into the batch."""
+    padding = [same_padding(n, k, stride) for n, k in zip(x.shape[1:4], kernel.shape[:3], strict=True)]
+    parts = [
+        _in_planes(part, tap, stride, padding[1:])
+        for part, tap in zip(_shifted(x, len(kernel), stride, padding[0]), kernel, strict=True)
+    ]
+    return sum(parts[1:], parts[0])
+
+
+def folded_conv3d(x: Array, kernel: Array, stride: int = 1) -> Array:
     """Computes the same sums as one 2-D convolution, with x folded into the batch and its taps into the channels.
 
-    With `blocks`, a strided convolution whose kernel is a multiple of the stride becomes an unstrided one over blocks
-    of stride³ voxels. Its gradients are then ordinary convolutions too; on CPU, the transposed strided convolution
-    would multiply mostly zeros. On TPU, where x lies in the lanes, gathering the blocks costs more than that.
+    A strided convolution whose kernel is a multiple of the stride becomes an unstrided one over blocks of stride³
+    voxels. Its gradients are then ordinary convolutions too, where the transposed strided convolution would multiply
+    mostly zeros.
     """
     padding = [same_padding(n, k, stride) for n, k in zip(x.shape[1:4], kernel.shape[:3], strict=True)]
-    if blocks and stride > 1 and all(size % stride == 0 for size in kernel.shape[:3]):
+    if stride > 1 and all(size % stride == 0 for size in kernel.shape[:3]):
         x = _blocks_to_channels(jnp.pad(x, ((0, 0), *padding, (0, 0))), stride, first=1)
         kernel = _blocks_to_channels(kernel, stride, first=0)
         return _sum_of_taps(*_taps_in_channels(x, kernel))
-    b, n, _, _, c = x.shape
-    taps = kernel.shape[0]
-    out = (n + sum(padding[0]) - taps) // stride + 1
-    padded = jnp.pad(x, ((0, 0), padding[0], (0, 0), (0, 0), (0, 0)))
-    shifted = [jax.lax.slice_in_dim(padded, t, t + (out - 1) * stride + 1, stride, axis=1) for t in range(taps)]
-    stacked = jnp.concatenate(shifted, axis=-1)  # b u y z (taps c)
-    planes = stacked.reshape(b * out, *stacked.shape[2:])  # (b u) y z (taps c)
+    taps, c = kernel.shape[0], x.shape[-1]
+    stacked = jnp.concatenate(_shifted(x, taps, stride, padding[0]), axis=-1)  # b u y z (taps c)
     flat_kernel = jnp.moveaxis(kernel, 0, 2).reshape(*kernel.shape[1:3], taps * c, -1)  # j k (taps c) f
-    y = jax.lax.conv_general_dilated(
-        planes, flat_kernel, (stride,) * 2, padding[1:], dimension_numbers=("NYZC", "YZIO", "NYZC")
-    )
-    return y.reshape(b, out, *y.shape[1:])
+    return _in_planes(stacked, flat_kernel, stride, padding[1:])
+
+
+def _shifted(x: Array, taps: int, stride: int, padding: tuple[int, int]) -> list[Float[Array, "b u y z c"]]:
+    """Returns the planes along x that each tap of a kernel meets."""
+    padded = jnp.pad(x, ((0, 0), padding, (0, 0), (0, 0), (0, 0)))
+    length = padded.shape[1] - taps + 1
+    return [jax.lax.slice_in_dim(padded, t, t + length, stride, axis=1) for t in range(taps)]
+
+
+def _in_planes(
+    x: Float[Array, "b u y z c"], kernel: Float[Array, "j k c f"], stride: int, padding: list[tuple[int, int]]
+) -> Float[Array, "b u v w f"]:
+    """Convolves every plane."""
+    planes = x.reshape(-1, *x.shape[2:])  # (b u) y z c
+    y = jax.lax.conv_general_dilated(planes, kernel, (stride,) * 2, padding, dimension_numbers=("NYZC", "YZIO", "NYZC"))
+    return y.reshape(*x.shape[:2], *y.shape[1:])
 
 
 def _taps_in_channels(x: Array, kernel: Array) -> tuple[Array, Array]:

@@ -147,7 +147,7 @@ class _Volume:
 def _sum_blocks(what: What, platform: Platform, features: list[Array], readout: Readout, labels: Array) -> Any:
     tally, classes = what
     volume = _Volume(platform, classes, features, readout)
-    blocks, truth = volume.blocks, volume.blocks.volume(jnp.moveaxis(labels, 1, -1))
+    blocks, truth = volume.blocks, volume.blocks.truth(labels)
 
     def step(total: Any, index: Array) -> tuple[Any, None]:
         here = tally.sums(volume.groups, volume.scores(index), blocks.cut(index, truth))
@@ -162,7 +162,7 @@ def _pull_blocks(
     """Returns the sums, and the gradients by features and readout that follow from those by the sums."""
     tally, classes = what
     volume = _Volume(platform, classes, features, readout)
-    blocks, truth = volume.blocks, volume.blocks.volume(jnp.moveaxis(labels, 1, -1))
+    blocks, truth = volume.blocks, volume.blocks.truth(labels)
     fine, halves, matrix, bias = volume.fine, volume.halves, volume.matrix, volume.bias
     _, pull_halves = jax.vjp(blocks.halves, features[1:], readout)
 

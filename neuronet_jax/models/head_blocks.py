@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from neuronet_jax.models import conv
 from neuronet_jax.models.readout import Readout, half_scores
@@ -74,6 +74,10 @@ class Blocks(abc.ABC):
         j, i, b, u, y, *last = block.shape
         joined = block.transpose(2, 3, 1, 4, 0, 5, 6).reshape(b, u * i, y * j, *last)
         return jax.lax.dynamic_update_slice(volume, joined, self._start(index))
+
+    def truth(self, labels: Integer[Array, "b p x y z"]) -> Array:
+        """Orders the axes of labels as those of a volume, with a protocol in place of each channel."""
+        return self.volume(jnp.moveaxis(labels, 1, -1))
 
     def _start(self, index: Array) -> Start:
         return tuple(2 * start for start in self._half_start(index))
@@ -189,6 +193,11 @@ class XLast(Blocks):
     def volume_back(self, x: Array) -> Float[Array, "b x y z c"]:
         return x.transpose(0, 4, 2, 1, 3)
 
+    def truth(self, labels: Integer[Array, "b p x y z"]) -> Array:
+        # XLA keeps uint8 labels, 16 MiB, in vector memory around the loop over the blocks, and moves them out and in
+        # again for every block. Four times as many bytes stay in HBM, of which each block reads its own.
+        return super().truth(labels).astype(jnp.int32)
+
     def halves(self, coarse: list[Array], readout: Readout) -> Array:
         """Computes the scores as every layout does, but with x upsampled to full resolution: short rows would leave
         lanes empty.
@@ -196,16 +205,24 @@ class XLast(Blocks):
         total = None
         for scale in reversed(range(1, len(coarse) + 1)):
             features = coarse[scale - 1]
+            halo = int(scale == 1)  # the planes of zeros at half resolution, made with the rest: a copy costs 350 MiB
             upsampling = np.eye(features.shape[1], dtype=np.float32)
             for _ in range(scale):
                 upsampling = np.matmul(conv.upsampling_matrix(len(upsampling)), upsampling)
             long = jnp.einsum("bxyzc,wx->bzycw", features, upsampling.astype(features.dtype))
             matrix = readout.matrices[scale].astype(long.dtype)
             bias = jnp.outer(readout.biases[scale], jnp.asarray(upsampling.sum(axis=1)))  # k w: less at the border
-            mixed = jnp.einsum("bzycw,ck->bzykw", long, matrix) + bias.astype(long.dtype)[None, None, None]
-            total = mixed if total is None else mixed + conv.upsample_axis(conv.upsample_axis(total, 1), 2)
+            long = jnp.pad(long, ((0, 0), (halo, halo), (0, 0), (0, 0), (0, 0)))
+            within = np.pad(np.ones(features.shape[3], np.float32), halo).reshape(1, -1, 1, 1, 1)
+            mixed = jnp.einsum("bzycw,ck->bzykw", long, matrix) + (within * bias[None, None, None]).astype(long.dtype)
+            if total is not None:
+                # Along y first, while there are fewer planes; along z as a product, without interleaved copies.
+                along_z = np.pad(conv.upsampling_matrix(total.shape[1]), ((halo, halo), (0, 0)))
+                wide = conv.upsample_axis(total, 2)
+                mixed = mixed + jnp.einsum("bzykw,uz->buykw", wide, along_z.astype(wide.dtype))
+            total = mixed
         assert total is not None
-        return jnp.pad(total, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+        return total
 
     def mix(self, half: Array, block: Array, matrix: Array, bias: Array) -> Array:
         mixed = jnp.einsum("...cw,ck->...kw", block, matrix, preferred_element_type=jnp.float32)

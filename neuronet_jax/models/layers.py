@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from neuronet_jax.config import GROUPS
 from neuronet_jax.models import conv
 
 EPSILON = 1e-3  # of every normalisation (the published value)
@@ -42,15 +43,22 @@ class Conv(nnx.Module):
         return conv.conv3d(x, self.kernel[...].astype(x.dtype), self.stride)
 
 
-class BatchNorm(nnx.Module):
-    """Normalisation by moments over batch and space: the batch's own in training, moving ones otherwise.
+class Norm(nnx.Module):
+    """Normalisation by moments of a batch in training, by moving ones otherwise.
 
-    The biased variance normalises. The moving variance is updated by the unbiased one, as in the published network's
-    fused kernel.
+    `groups` 0 takes the moments over batch and space (batch norm, Ioffe and Szegedy 2015). Otherwise each crop has its
+    own, over space and over each of so many groups of channels (group norm, Wu and He 2018); as many groups as channels
+    make instance norm (Ulyanov et al. 2016).
+
+    All kinds use moving moments outside training, so that a block of a whole head has the same features as the head,
+    however it is cut. For group and instance norm that is an approximation: the mean of the crops' own moments.
+
+    The biased variance normalises. Batch norm's moving variance is updated by the unbiased one, as in the published
+    network's fused kernel.
     """
 
-    def __init__(self, channels: int, momentum: float = MOMENTUM):
-        self.momentum = momentum
+    def __init__(self, channels: int, momentum: float = MOMENTUM, groups: int = 0):
+        self.momentum, self.groups = momentum, groups
         zeros, ones = np.zeros(channels, np.float32), np.ones(channels, np.float32)
         self.gamma = nnx.Param(jnp.asarray(ones))
         self.beta = nnx.Param(jnp.asarray(zeros))
@@ -63,27 +71,58 @@ class BatchNorm(nnx.Module):
 
     def coefficients(self, x: Float[Array, "b x y z c"], train: bool) -> tuple[Array, Array]:
         """Returns the scale and shift per channel that normalise x."""
-        if train:
+        if train and self.groups:
+            mean, variance = group_moments(x, self.groups)  # b c
+            self.move(jnp.mean(mean, axis=0), jnp.mean(variance, axis=0))
+        elif train:
             mean, variance = channel_moments(x)
             self.update(mean, variance, x.size // x.shape[-1])
         else:
             mean, variance = self.mean[...], self.variance[...]
         return self.affine(mean, variance)
 
-    def affine(self, mean: Float[Array, " c"], variance: Float[Array, " c"]) -> tuple[Array, Array]:
+    def affine(self, mean: Float[Array, "*b c"], variance: Float[Array, "*b c"]) -> tuple[Array, Array]:
         """Returns the scale and shift per channel for these moments."""
-        scale = self.gamma[...] * jax.lax.rsqrt(variance + EPSILON)
-        return scale, self.beta[...] - mean * scale
+        gamma, beta = (jnp.broadcast_to(p[...], mean.shape) for p in (self.gamma, self.beta))
+        scale = gamma * jax.lax.rsqrt(variance + EPSILON)
+        return scale, beta - mean * scale
 
     def update(self, mean: Float[Array, " c"], variance: Float[Array, " c"], count: int) -> None:
         """Moves the moving moments towards the moments of a batch of `count` values per channel."""
-        mean, variance = jax.lax.stop_gradient((mean, variance * (count / max(count - 1, 1))))
+        self.move(mean, variance * (count / max(count - 1, 1)))
+
+    def move(self, mean: Float[Array, " c"], variance: Float[Array, " c"]) -> None:
+        """Moves the moving moments towards these."""
+        mean, variance = jax.lax.stop_gradient((mean, variance))
         self.mean.set_value(self.momentum * self.mean[...] + (1 - self.momentum) * mean)
         self.variance.set_value(self.momentum * self.variance[...] + (1 - self.momentum) * variance)
 
 
-def _broadcast(vector: Array, x: Array) -> Array:
-    return vector.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+def _broadcast(vector: Float[Array, "*b c"], x: Float[Array, "b x y z c"]) -> Array:
+    """Returns values per channel, of all crops or of each, with the rank of x."""
+    crops = vector.shape[0] if vector.ndim == 2 else 1
+    return vector.astype(x.dtype).reshape(crops, 1, 1, 1, -1)
+
+
+def group_moments(x: Float[Array, "b x y z c"], groups: int) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+    """Returns the mean and biased variance of each crop's groups of channels, per channel, in float32, from centred
+    values.
+    """
+    x = x.astype(jnp.float32)
+
+    def shared(of_channel: Float[Array, "b c"]) -> Float[Array, "b c"]:
+        """Averages over the channels of a group."""
+        b, c = of_channel.shape
+        of_group = jnp.mean(of_channel.reshape(b, groups, c // groups), axis=2, keepdims=True)
+        return jnp.broadcast_to(of_group, (b, groups, c // groups)).reshape(b, c)
+
+    mean = shared(jnp.mean(x, axis=(1, 2, 3)))
+    return mean, shared(jnp.mean(jnp.square(x - _broadcast(mean, x)), axis=(1, 2, 3)))
+
+
+def groups_of(norm: str, channels: int) -> int:
+    """Returns the groups of `Norm` for `model.norm`."""
+    return {"batch": 0, "group": GROUPS, "instance": channels}[norm]
 
 
 def channel_moments(x: Float[Array, "b x y z c"]) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
@@ -102,7 +141,7 @@ def channel_covariance(x: Float[Array, "b x y z c"]) -> tuple[Float[Array, " c"]
     return mean, jnp.einsum("bxyzc,bxyzd->cd", centred, centred) / count
 
 
-def normalised_conv(norm: BatchNorm, layer: Conv, x: Array, train: bool, inside: Array | None = None) -> Array:
+def normalised_conv(norm: Norm, layer: Conv, x: Array, train: bool, inside: Array | None = None) -> Array:
     """Applies normalisation, relu6 and convolution.
 
     Where x is a window of a volume, `inside` [1 x y z 1] is 1 on voxels of the volume and 0 beyond it: the convolution
@@ -128,13 +167,20 @@ class ResidualUnit(nnx.Module):
     """
 
     def __init__(
-        self, channels: int, filters: int, *, stride: int = 1, momentum: float = MOMENTUM, rng: np.random.Generator
+        self,
+        channels: int,
+        filters: int,
+        *,
+        stride: int = 1,
+        momentum: float = MOMENTUM,
+        norm: str = "batch",
+        rng: np.random.Generator,
     ):
         self.stride = stride
         self.padding = ((filters - channels) // 2, (filters - channels) - (filters - channels) // 2)
-        self.norm0 = BatchNorm(channels, momentum)
+        self.norm0 = Norm(channels, momentum, groups_of(norm, channels))
         self.conv0 = Conv(3 if stride == 1 else 2 * stride, channels, filters, stride=stride, rng=rng)
-        self.norm1 = BatchNorm(filters, momentum)
+        self.norm1 = Norm(filters, momentum, groups_of(norm, filters))
         self.conv1 = Conv(3, filters, filters, rng=rng)
 
     def __call__(self, x: Float[Array, "b x y z c"], train: bool) -> Float[Array, "b u v w f"]:

@@ -32,7 +32,7 @@ class Network(nnx.Module):
         if config.compute_dtype == "auto":
             raise ValueError('a network needs a dtype, got "auto": decide it by config.on(platform)')
         self.compute_dtype = jnp.dtype(config.compute_dtype)
-        self.encoder = family.Encoder(config.filters, rng)
+        self.encoder = family.Encoder(config.filters, config.norm, rng)
         self.decoders = family.Decoders(config.filters, dict(zip(protocols, self.classes, strict=True)), rng)
 
     def features(self, image: Float[Array, "b x y z 1"], train: bool = False) -> tuple[list[Array], Readout]:

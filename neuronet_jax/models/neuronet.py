@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from neuronet_jax.models import conv
-from neuronet_jax.models.layers import BatchNorm, Conv, ResidualUnit, fan_in_uniform, normalised_conv
+from neuronet_jax.models.layers import Conv, Norm, ResidualUnit, fan_in_uniform, groups_of, normalised_conv
 from neuronet_jax.models.readout import Readout
 
 MOMENTUM = (
@@ -28,9 +28,9 @@ class UpUnit(nnx.Module):
     convolution.
     """
 
-    def __init__(self, coarse: int, fine: int, rng: np.random.Generator):
+    def __init__(self, coarse: int, fine: int, norm: str, rng: np.random.Generator):
         self.lateral = Conv(1, coarse, fine, rng=rng)
-        self.norm = BatchNorm(fine, MOMENTUM)
+        self.norm = Norm(fine, MOMENTUM, groups_of(norm, fine))
         self.conv = Conv(3, fine, fine, rng=rng)
 
     def __call__(self, coarse: Array, fine: Array, train: bool, inside: Array | None = None) -> Array:
@@ -41,15 +41,15 @@ class UpUnit(nnx.Module):
 class Encoder(nnx.Module):
     """A downward path of residual units and an upward path of `UpUnit`s."""
 
-    def __init__(self, filters: tuple[int, ...], rng: np.random.Generator):
+    def __init__(self, filters: tuple[int, ...], norm: str, rng: np.random.Generator):
         scales = list(itertools.pairwise(filters))
         self.stem = Conv(3, 1, filters[0], rng=rng)
         self.down = nnx.List(
-            ResidualUnit(fine, coarse, stride=2, momentum=MOMENTUM, rng=rng) for fine, coarse in scales
+            ResidualUnit(fine, coarse, stride=2, momentum=MOMENTUM, norm=norm, rng=rng) for fine, coarse in scales
         )
-        self.same = nnx.List(ResidualUnit(coarse, coarse, momentum=MOMENTUM, rng=rng) for _, coarse in scales)
-        self.up = nnx.List(UpUnit(coarse, fine, rng) for fine, coarse in scales)
-        self.norms = nnx.List(BatchNorm(c, MOMENTUM) for c in filters)
+        self.same = nnx.List(ResidualUnit(c, c, momentum=MOMENTUM, norm=norm, rng=rng) for _, c in scales)
+        self.up = nnx.List(UpUnit(coarse, fine, norm, rng) for fine, coarse in scales)
+        self.norms = nnx.List(Norm(c, MOMENTUM, groups_of(norm, c)) for c in filters)
 
     def __call__(self, image: Float[Array, "b x y z 1"], train: bool) -> list[Array]:
         """Returns features per scale, finest first, normalised and rectified: [b x y z 16], [b x/2 y/2 z/2 32], …"""
@@ -97,7 +97,7 @@ def _range(x: Float[Array, "b x y z c"]) -> tuple[Array, Array]:
     return jnp.min(x, axis=(0, 1, 2, 3)), jnp.max(x, axis=(0, 1, 2, 3))
 
 
-def _rectified_range(norm: BatchNorm, low: Array, high: Array) -> tuple[Array, Array]:
+def _rectified_range(norm: Norm, low: Array, high: Array) -> tuple[Array, Array]:
     """Returns the range of relu6 after a normalisation."""
     scale, shift = norm.affine(norm.mean[...], norm.variance[...])
     ends = jax.nn.relu6(low * scale + shift), jax.nn.relu6(high * scale + shift)

@@ -13,14 +13,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from neuronet_jax.models.layers import BatchNorm, Conv, ResidualUnit, channel_covariance, fan_in_uniform
+from neuronet_jax.models.layers import Conv, Norm, ResidualUnit, channel_covariance, fan_in_uniform
 from neuronet_jax.models.readout import Readout
 
 
 class Encoder(nnx.Module):
     """A plain convolution at full resolution, then two residual units per scale, the first of stride 2."""
 
-    def __init__(self, filters: tuple[int, ...], rng: np.random.Generator):
+    def __init__(self, filters: tuple[int, ...], norm: str, rng: np.random.Generator):
+        assert norm == "batch", "the decoders are folded through batch norm (see `check` in config.py)"
         self.stem = Conv(3, 1, filters[0], rng=rng)
         self.units = nnx.List(
             unit
@@ -66,7 +67,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, filters: tuple[int, ...], classes: int, rng: np.random.Generator):
         self.projections = nnx.List(nnx.Param(fan_in_uniform(rng, (c, classes))) for c in filters)
-        self.norms = nnx.List(BatchNorm(classes) for _ in filters[:-1])
+        self.norms = nnx.List(Norm(classes) for _ in filters[:-1])
         self.last = nnx.Param(fan_in_uniform(rng, (classes, classes)))
 
     def __call__(self, features: list[Array], moments: list[tuple[Array, Array]] | None) -> list[tuple[Array, Array]]:

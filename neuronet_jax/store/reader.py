@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
+from jaxtyping import Float, Integer
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files, local_path
@@ -122,6 +124,22 @@ class Store:
         read = self._read(images + labels)
         return list(zip(read[: len(images)], read[len(images) :], strict=True))
 
+    def read_crops_into(
+        self,
+        images: Float[np.ndarray, "b x y z"],
+        labels: Integer[np.ndarray, "b p x y z"],
+        slots: Sequence[int],
+        starts: Sequence[Sequence[int]],
+        protocols: Sequence[str],
+    ) -> None:
+        """Reads `read_crops` into float32 and uint8 arrays, which give the shape of the boxes. Chunks are decoded and
+        then copied once.
+        """
+        shape = images.shape[1:]
+        views = [self._image(slot, start, shape) for slot, start in zip(slots, starts, strict=True)]
+        views += [self._labels(slot, protocols, start, shape) for slot, start in zip(slots, starts, strict=True)]
+        self._read(views, [*images, *labels])
+
     def read_foregrounds(self, slots: Sequence[int]) -> list[np.ndarray]:
         """Returns the labelled voxel positions of each slot on the stored grid, int16 [n 3]."""
         return self._read([self._view("foreground", slot) for slot in slots])
@@ -155,12 +173,18 @@ class Store:
             raise NeuronetError(f"a box must lie in the grid {self.info.grid}, got start {start} and shape {shape}")
         return box
 
-    def _read(self, views: Sequence["_View"]) -> list[np.ndarray]:
-        futures = [view.array.read() for view in views]  # all in flight before the first is awaited
+    def _read(self, views: Sequence["_View"], into: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+        """Reads views, all in flight before the first is awaited: into new arrays, or into these."""
+        if into:
+            pairs = zip(views, into, strict=True)
+            futures: list[Any] = [ts.array(place, copy=False, write=True).write(view.array) for view, place in pairs]
+        else:
+            futures = [view.array.read() for view in views]
         read = []
         for view, future in zip(views, futures, strict=True):
             try:
-                read.append(np.asarray(future.result()))
+                found = future.result()
+                read.append(np.asarray(found) if not into else into[len(read)])
             except ValueError as error:
                 raise _read_error(self.dest, view.name, view.slot, str(error)) from error
         return read

@@ -40,12 +40,12 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
         legal = [n for n in range(1, local + 1) if local % n == 0]
         raise NeuronetError(f"mesh.space must divide the {local} devices of one host, got {space}: take one of {legal}")
     data = count // space
-    if config.batch % data:
-        lower = config.batch // data * data
-        near = f"{lower} or {lower + data}" if lower else f"{data}"
-        raise NeuronetError(
-            f"batch must be a multiple of the mesh's data axis, {data}; got {config.batch}: take {near}"
-        )
+    least = data * config.accumulate
+    if config.batch % least:
+        lower = config.batch // least * least
+        near = f"{lower} or {lower + least}" if lower else f"{least}"
+        times = f" times accumulate, {least}" if config.accumulate > 1 else f", {least}"
+        raise NeuronetError(f"batch must be a multiple of the mesh's data axis{times}; got {config.batch}: take {near}")
     unit = space * config.model.stride
     side = config.data.crop[1]
     if side % unit:

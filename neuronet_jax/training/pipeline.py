@@ -83,51 +83,57 @@ class Reader(grain.transforms.Map):
             raise
 
     def _read(self, element: Sequence[Draw]) -> HostBatch:
-        batch = {
-            "image": np.zeros((len(element), *self.crop, 1), np.float32),
-            "labels": np.zeros((len(element), len(self.protocols), *self.crop), np.uint8),
-            "present": np.zeros((len(element), len(self.protocols)), bool),
-            "slot": np.array([draw.subject.slot for draw in element], np.int32),
-            "start": np.zeros((len(element), 3), np.int32),  # first voxel of each crop
-        }
-        if len(self.stores) > 1:
-            batch["painted"] = np.array([self.stores[draw.store].info.painted for draw in element])
+        if len(self.stores) == 1:
+            return self._read_from(self.stores[0], element)
+        batch: HostBatch = {"painted": np.array([self.stores[draw.store].info.painted for draw in element])}
         for number, store in enumerate(self.stores):
             rows = [row for row, draw in enumerate(element) if draw.store == number]
-            if rows:
-                self._read_from(store, element, rows, batch)
+            part = self._read_from(store, [element[row] for row in rows]) if rows else {}
+            for name, array in part.items():
+                batch.setdefault(name, np.zeros((len(element), *array.shape[1:]), array.dtype))[rows] = array
         return batch
 
-    def _read_from(self, store: Store, element: Sequence[Draw], rows: Sequence[int], batch: HostBatch) -> None:
-        """Fills the rows of the batch that come from one store, all in flight together."""
+    def _read_from(self, store: Store, element: Sequence[Draw]) -> HostBatch:
+        """Reads crops of one store, all in flight together."""
         info = store.info
         window = tuple(min(side, length) for side, length in zip(self.crop, info.grid, strict=True))
         # A grid smaller than the crop is centred in it, surrounded by background (raw 0, label 0).
         pad = tuple((side - length) // 2 for side, length in zip(self.crop, window, strict=True))
         inside = tuple(slice(before, before + length) for before, length in zip(pad, window, strict=True))
+        new = np.zeros if any(pad) else np.empty
+        image = new((len(element), *self.crop), np.float32)
+        labels = new((len(element), len(self.protocols), *self.crop), np.uint8)
+        first, slots = starts(store, element, window), [draw.subject.slot for draw in element]
         held = [p for p, name in enumerate(self.protocols) if name in info.protocols]
         names = [self.protocols[p] for p in held]
-        columns = [info.protocols.index(name) for name in names]
-        starts = _starts(store, [element[row] for row in rows], window)
-        crops = store.read_crops([element[row].subject.slot for row in rows], starts, window, names)
-        for row, start, (raw, classes) in zip(rows, starts, crops, strict=True):
-            subject = element[row].subject
-            image = np.zeros(self.crop, np.float32)
-            image[inside] = raw
-            batch["image"][row, ..., 0] = image if info.painted else whiten(image, subject.mean, subject.std)
-            for p, structures in zip(held, classes, strict=True):
-                batch["labels"][(row, p, *inside)] = structures
-            batch["present"][row, held] = np.array(subject.present)[columns]
-            batch["start"][row] = start
+        if len(held) == len(self.protocols):
+            store.read_crops_into(image[:, *inside], labels[:, :, *inside], slots, first, names)
+        else:
+            labels[:] = 0
+            of_names = np.empty((len(element), len(held), *window), np.uint8)
+            store.read_crops_into(image[:, *inside], of_names, slots, first, names)
+            labels[:, held, *inside] = of_names
+        if not info.painted:
+            for row, draw in enumerate(element):
+                whiten(image[row], draw.subject.mean, draw.subject.std, out=image[row])
+        present = np.zeros((len(element), len(self.protocols)), bool)
+        present[:, held] = np.array([d.subject.present for d in element])[:, [info.protocols.index(n) for n in names]]
+        return {
+            "image": image[..., np.newaxis],  # [b x y z] → [b x y z 1]
+            "labels": labels,
+            "present": present,
+            "slot": np.array(slots, np.int32),
+            "start": np.array(first, np.int32),  # first voxel of each crop
+        }
 
 
-def _starts(store: Store, draws: Sequence[Draw], window: tuple[int, ...]) -> list[tuple[int, ...]]:
+def starts(store: Store, draws: Sequence[Draw], window: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Returns the first voxel of each crop: uniform over all that fit, or around a foreground voxel, moved into the
     grid.
     """
     room = np.array(store.info.grid) - window
     points = iter(store.read_foregrounds([d.subject.slot for d in draws if d.at_foreground]))
-    starts = []
+    first = []
     for draw in draws:
         if draw.at_foreground:
             foreground = next(points)  # [n 3]
@@ -135,8 +141,8 @@ def _starts(store: Store, draws: Sequence[Draw], window: tuple[int, ...]) -> lis
             start = np.clip(centre - np.array(window) // 2, 0, room)
         else:
             start = (np.array(draw.position) * (room + 1)).astype(int)
-        starts.append(tuple(int(s) for s in start))
-    return starts
+        first.append(tuple(int(s) for s in start))
+    return first
 
 
 def _prepare_worker(worker_index: int, worker_count: int) -> None:

@@ -4,6 +4,7 @@ The loop that calls it is `experiments/train.py`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from neuronet_jax.config import Config, OptimizerConfig
 from neuronet_jax.models.head import sums_like
 from neuronet_jax.models.head_tallies import Together
 from neuronet_jax.models.network import Network, build
-from neuronet_jax.training import augment, generate, losses
+from neuronet_jax.training import accumulation, augment, generate, losses
 from neuronet_jax.training.mesh import batch_sharding, platform_of, replicated
 
 DeviceBatch = dict[str, jax.Array]  # the arrays of `put_batch`: image, labels, present, slot
@@ -47,12 +48,22 @@ class TrainState:
     average: Any  # moving averages of (params, moments) that evaluation uses; None without
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def peak_rate(config: OptimizerConfig, batch: int) -> float:
+    """Returns the learning rate of a batch: with `base_batch`, in proportion to the square root of its size.
+
+    A gradient averaged over n crops has 1/√n of the noise, and Adam divides by its size: the rule keeps the noise of
+    the path that the weights take (Malladi et al., NeurIPS 2022, arXiv 2205.10287). SGD's rule is linear.
+    """
+    return config.learning_rate * (math.sqrt(batch / config.base_batch) if config.base_batch else 1.0)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, batch: int) -> optax.GradientTransformation:
     """Returns Adam with the config's additions: warm-up, cosine decay, decoupled weight decay, clipping by the norm."""
-    rate: Any = config.learning_rate
+    peak = peak_rate(config, batch)
+    rate: Any = peak
     if config.schedule == "cosine":
         warmup = min(config.warmup_steps, steps // 2)
-        rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, max(steps, warmup + 1))
+        rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(optax.scale_by_adam(eps=config.epsilon))
     if config.weight_decay:  # kernels only: shrinking a norm's gain or a bias regularises nothing
@@ -90,7 +101,7 @@ def fresh_state(config: Config, params: Any, moments: Any) -> TrainState:
         norm_average=jnp.zeros((), jnp.float32),
         params=params,
         moments=moments,
-        optimizer=make_optimizer(config.optimizer, config.steps).init(params),
+        optimizer=make_optimizer(config.optimizer, config.steps, config.batch).init(params),
         average=jax.tree.map(jnp.copy, (params, moments)) if config.optimizer.ema_decay else None,
     )
 
@@ -99,7 +110,7 @@ def make_train_step(
     config: Config, graphdef: nnx.GraphDef[Network], mesh: Mesh
 ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]:
     """Compiles the update. The state is donated: use the one that comes back."""
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.batch)
     key = jax.random.key(config.seed)
 
     def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
@@ -108,12 +119,17 @@ def make_train_step(
             batch = generate.generate(batch, jax.random.fold_in(drawn, 1), config.augment.any_contrast)
         batch = augment.augment(batch, drawn, config.augment, config.protocols)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
-            network = nnx.merge(graphdef, params, state.moments, copy=True)
-            loss, parts = network_loss(network, batch, config, train=True)
-            return loss, (_split(network)[2], parts)
+        if config.accumulate > 1:
+            split = accumulation.parts_of(batch, config.accumulate, mesh)
+            loss, parts, gradient, moments = accumulation.gradient(graphdef, state.params, state.moments, split, config)
+        else:
 
-        (loss, (moments, parts)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+            def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
+                network = nnx.merge(graphdef, params, state.moments, copy=True)
+                loss, parts = network_loss(network, batch, config, train=True)
+                return loss, (_split(network)[2], parts)
+
+            (loss, (moments, parts)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradient)

@@ -1,6 +1,7 @@
 """The benchmark's bookkeeping. Every benchmark run, and the soak test, check that contenders compute the same."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import sys
@@ -13,10 +14,11 @@ import pytest
 from flax import nnx
 
 from experiments import flags
-from experiments.benchmark import contender, race, topology, work
+from experiments.benchmark import contender, here, race, topology, work
 from experiments.benchmark.contender import Job
 from experiments.benchmark.input import _split_voxels
 from neuronet_jax import dltk
+from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.models.network import build
 
 JOB = Job("jax", "float32", "inference", 16, 1, "")
@@ -108,12 +110,60 @@ def test_topology_describes_the_whole_step_on_the_slice(space):
     assert lowered.cost_analysis()["flops"] > 1e9
 
 
-def test_topology_table_is_per_chip():
-    row = {"family": "reference", "data": 4, "space": 2, "temp_gib": 1.049, "accessed_gib": 18.96, "tflop": 0.204}
-    assert topology.table([row]).splitlines()[2] == "| reference | 4 × 2 | 1.05 | 19.0 | 0.20 |"
+COSTS = {"temp_gib": 1.049, "accessed_gib": 18.96, "hbm_gib": 4.5, "tflop": 0.197, "cycles": 3e7, "collectives": []}
 
 
-COSTS = {"compile_seconds": 1.0, "temp_gib": 1.0, "accessed_gib": 2.0, "tflop": 3.0}
+def test_topology_table_is_per_chip_and_per_crop():
+    exchange = [["all-reduce", 2**20, 8, 2], ["collective-permute", 2**20, 2, 1]]
+    row = {"family": "reference", "data": 4, "space": 2, **COSTS, "collectives": exchange}
+    machine = topology.machine_of("v5e:2x4")
+    printed = topology.table(machine, [row]).splitlines()[2]
+    # 197 GFLOP at 197 TFLOP/s; 4.5 GiB at 819 GB/s; 2 · 2 · 7/8 MiB and 1 MiB at 50 GB/s; two chips share a crop
+    assert printed.startswith("| reference | 4 × 2 | 1.05 | 4.5 | 9.0 | 0.20 | 3.0 | 1.0 | 5.9 | 0.09 | 83 | ")
+    assert printed.endswith(" | 20 |")  # 30 million cycles at 1.5 GHz
+    # A lone replica of two chips reduces 1 MiB between them, twice; 256 chips wait for 2 · 2 · 15 hops of 1 µs, twice.
+    local, alone, among = 5.900 + 0.021, 2 * 0.021, 2 * 0.060  # ms
+    assert topology.efficiency(machine, row) == pytest.approx((local + alone) / (local + among), rel=1e-3)
+
+
+def test_a_slice_of_unknown_peaks_is_refused():
+    with pytest.raises(UsageError, match="peaks are known for v5e, v5p"):
+        topology.machine_of("v9:2x4")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is here")
+def test_without_its_compiler_a_slice_is_refused_with_the_remedy():
+    with pytest.raises(NeuronetError, match=r"needs libtpu, XLA's compiler for TPUs, .*pip install '.\[tpu\]'"):
+        topology.described_devices("v5e:2x4")
+
+
+def test_a_probed_machine_works_as_fast_as_its_probes(monkeypatch):
+    for name, value in {"SIDE": 64, "LENGTH": 2**12, "PROBES": 1}.items():
+        monkeypatch.setattr(here, name, value)
+    monkeypatch.setattr(here, "_best", lambda work: (work(), 0.5)[1])
+    machine = here.probe(jax.devices()[:2])
+    assert (machine.flops_per_s, machine.hbm_bytes_per_s) == (2 * 64**3 / 0.5, 3 * 4 * 2**12 / 0.5)
+    row = {"family": "reference", "side": 8, "data": 2, "measured_s": [3.0, 1.0, 2.0]} | COSTS
+    row |= {"tflop": machine.flops_per_s / 1e12, "hbm_gib": machine.hbm_bytes_per_s / 2 / 2**30}
+    cells = here.table(machine, [row]).splitlines()[-1].split(" | ")
+    assert cells[4:] == ["1.00", "0.50", "0.000", "1.00", "2.00", "1.00 to 3.00", "2.0 |"]
+
+
+@pytest.mark.soak
+def test_the_same_prediction_for_this_machine_stands_beside_its_measurement(tmp_path, monkeypatch, capsys):
+    for name, value in {"SIDE": 64, "LENGTH": 2**12, "PROBES": 1, "STEPS": 1}.items():
+        monkeypatch.setattr(here, name, value)
+    monkeypatch.setattr(here, "step_config", lambda *what: small(topology.step_config(*what)))
+    here.measure(8, tmp_path)
+    rows = json.loads((tmp_path / "topology-cpu.json").read_text())
+    assert [row["family"] for row in rows] == ["reference", "neuronet"]
+    assert all(row["hbm_gib"] > 0 and row["tflop"] > 0 and row["measured_s"][0] > 0 for row in rows)
+    assert any(kind == "all-reduce" for kind, *_ in rows[0]["collectives"])
+    assert (tmp_path / "topology-cpu.md").read_text().splitlines()[-1] in capsys.readouterr().out
+
+
+def small(config):
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, filters=(2, 4)))
 
 
 def test_a_topology_table_that_was_cut_off_keeps_its_rows_and_is_continued(tmp_path, monkeypatch, capsys):
@@ -134,12 +184,13 @@ def test_a_topology_table_that_was_cut_off_keeps_its_rows_and_is_continued(tmp_p
     assert sorted(tmp_path.iterdir()) == [content, page]
     rows = json.loads(content.read_text())
     assert [(row["family"], row["space"]) for row in rows] == compiled == list(topology.LAYOUTS[:2])
-    assert all(line in printed and line in page.read_text() for line in topology.table(rows).splitlines())
+    lines = topology.table(topology.machine_of("v5e"), rows).splitlines()
+    assert all(line in printed and line in page.read_text() for line in lines)
 
     compiled.clear()
     topology.measure("v5e:2x4", 16, tmp_path)
     assert compiled == list(topology.LAYOUTS[2:])
-    assert len(json.loads(content.read_text())) == 3 and page.read_text().count("\n| ") == 4
+    assert len(json.loads(content.read_text())) == 4 and page.read_text().count("\n| ") == 5
 
 
 def test_only_an_unfinished_topology_table_of_the_same_crop_is_continued():

@@ -213,7 +213,7 @@ def test_other_dtypes_are_refused(prefix):
 
 def published(protocols: tuple[str, ...], seed: int = 0) -> dict[str, np.ndarray]:
     """Returns random variables of a published network, with the names and shapes of its own implementation."""
-    network = build(ModelConfig("reference", (16, 32, 64, 128), "float32"), protocols, seed)
+    network = build(ModelConfig("reference", (16, 32, 64, 128), "float32", "batch"), protocols, seed)
     names: dict[Any, str] = {**dltk.variable_paths(network)}
     rng = np.random.default_rng(seed)
     variables = {"global_step": np.array(99_000, np.int64), "beta1_power": np.array(0.5, np.float32)}

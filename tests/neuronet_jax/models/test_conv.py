@@ -1,5 +1,7 @@
 """The forms of a convolution agree in value and in both gradients, and padding is TensorFlow's SAME."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +10,19 @@ import scipy.ndimage
 
 from neuronet_jax.models import conv
 
+Form = Callable[[jax.Array, jax.Array, int], jax.Array]
+
 
 def draw(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
+@pytest.mark.parametrize("folded", [conv.folded_conv3d, conv.summed_conv3d])
 @pytest.mark.parametrize("sides", [(8, 6, 10), (7, 9, 5)], ids=["even", "odd"])
 @pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (4, 1), (4, 2)])
-def test_folded_equals_native_in_value_and_gradients(sides: tuple[int, ...], size: int, stride: int) -> None:
+def test_folded_equals_native_in_value_and_gradients(
+    folded: Form, sides: tuple[int, ...], size: int, stride: int
+) -> None:
     x, kernel = draw(2, *sides, 3), draw(size, size, size, 3, 5, seed=1)
     cotangent = draw(2, *(-(-n // stride) for n in sides), 5, seed=2)
 
@@ -23,12 +30,12 @@ def test_folded_equals_native_in_value_and_gradients(sides: tuple[int, ...], siz
         y, pull = jax.vjp(lambda x, kernel: form(x, kernel, stride), x, kernel)
         return y, *pull(cotangent)
 
-    for folded, native in zip(
-        jax.jit(lambda: value_and_gradients(conv.folded_conv3d))(),
+    for found, native in zip(
+        jax.jit(lambda: value_and_gradients(folded))(),
         jax.jit(lambda: value_and_gradients(conv.native_conv3d))(),
         strict=True,
     ):
-        np.testing.assert_allclose(folded, native, rtol=1e-5, atol=1e-5 * float(jnp.std(native)))
+        np.testing.assert_allclose(found, native, rtol=1e-5, atol=1e-5 * float(jnp.std(native)))
     np.testing.assert_allclose(conv.conv3d(x, kernel, stride), conv.native_conv3d(x, kernel, stride), atol=1e-4)
 
 

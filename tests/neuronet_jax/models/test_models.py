@@ -17,7 +17,7 @@ from neuronet_jax.models.head_tallies import CrossEntropy
 from neuronet_jax.models.network import Network, build
 from neuronet_jax.models.readout import scores, spans
 
-REFERENCE = ModelConfig("reference", (16, 32, 64, 128), "float32")
+REFERENCE = ModelConfig("reference", (16, 32, 64, 128), "float32", "batch")
 ALL = tuple(PROTOCOLS)
 
 
@@ -105,7 +105,7 @@ def test_the_importer_refuses_variables_that_do_not_fit(evaluation: dict[str, np
 
 @pytest.mark.parametrize("family", ["reference", "neuronet"])
 def test_labels_are_the_argmax_of_the_logits(family: str) -> None:
-    network = build(ModelConfig(family, (4, 6, 8), "float32"), ("malp_em", "fsl_fast"), seed=1)
+    network = build(ModelConfig(family, (4, 6, 8), "float32", "batch"), ("malp_em", "fsl_fast"), seed=1)
     image = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16, 8, 12, 1)), jnp.float32)
     labels = network.labels(image)
     assert labels.shape == (2, 2, 16, 8, 12) and labels.dtype == jnp.uint8
@@ -123,7 +123,7 @@ def test_kernels_start_as_published() -> None:
 
 
 def test_a_seed_fixes_every_weight() -> None:
-    config = ModelConfig("neuronet", (4, 6), "float32")
+    config = ModelConfig("neuronet", (4, 6), "float32", "batch")
     one, same, other = (jax.tree.leaves(build(config, ("fsl_fast",), seed)) for seed in (3, 3, 4))
     assert all(jnp.array_equal(a, b) for a, b in zip(one, same, strict=True))
     assert any(not jnp.array_equal(a, b) for a, b in zip(one, other, strict=True))

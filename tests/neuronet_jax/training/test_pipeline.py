@@ -29,7 +29,7 @@ from neuronet_jax.training.pipeline import (
     HostBatch,
     Reader,
     TrainingIterator,
-    _starts,
+    starts,
     training_iterator,
     validation_subjects,
 )
@@ -120,7 +120,7 @@ def test_foreground_crops_hold_labels_and_uniform_crops_reach_every_corner(make_
     everywhere = dataclasses.replace(config, protocols=store.info.protocols)
     assert all(batch["labels"].reshape(2, -1).any(axis=1).all() for batch in take(start(store, everywhere), 20))
     edges = [Draw(store.subjects[0], False, (u, u, u), 0.0) for u in (0.0, np.nextafter(1, 0))]
-    assert _starts(store, edges, (8, 8, 8)) == [(0, 0, 0), (40, 40, 40)]
+    assert starts(store, edges, (8, 8, 8)) == [(0, 0, 0), (40, 40, 40)]
 
 
 def test_every_epoch_visits_every_subject_once_in_a_new_order(make_store: MakeStore, start: Any) -> None:

@@ -38,11 +38,12 @@ def config_of(
         protocols=NAMES,
         data=DataConfig("", crop, 0.5, 0, 1, 1, (), ()),
         augment=AugmentConfig(False, 0.0, 0.0, 0.0, 0.0, 0.0),
-        model=ModelConfig(family, (4, 6, 8), "float32"),
+        model=ModelConfig(family, (4, 6, 8), "float32", "batch"),
         loss=LossConfig(1.0, 0.0 if family == "reference" else 1.0, 0.0, 0.0),  # as published, and as ours
-        optimizer=OptimizerConfig(1e-3, "constant", 0, 1e-5, 0.0, 0.0, 0.9, 10.0),
+        optimizer=OptimizerConfig(1e-3, "constant", 0, 1e-5, 0.0, 0.0, 0.9, 10.0, 0),
         mesh=MeshConfig(space),
         batch=batch,
+        accumulate=1,
         steps=10,
         seed=0,
         log_every=1,
@@ -262,8 +263,8 @@ def test_the_loss_falls_on_one_batch() -> None:
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
-    settings = OptimizerConfig(1e-2, "cosine", 5, 1e-5, 0.1, 1.0, 0.0, 0.0)
-    optimizer = make_optimizer(settings, steps=20)
+    settings = OptimizerConfig(1e-2, "cosine", 5, 1e-5, 0.1, 1.0, 0.0, 0.0, 0)
+    optimizer = make_optimizer(settings, steps=20, batch=1)
     params: Any = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     state, sizes, updates = optimizer.init(params), [], {}
     for _ in range(21):
