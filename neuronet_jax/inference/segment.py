@@ -70,6 +70,11 @@ def segment(
     return _segment(model, volume, protocols, options, confidence=False).maps
 
 
+def check_request(model: Model, protocols: Sequence[str], options: Options) -> None:
+    """Raises NeuronetError if the model cannot give these protocols with these options, before any image is read."""
+    _plan(model, protocols, options, confidence=False)
+
+
 def segment_volume(
     model: Model, volume: space.Volume, protocols: Sequence[str] | None = None, options: Options = DEFAULT
 ) -> Segmentation:

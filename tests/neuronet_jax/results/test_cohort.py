@@ -233,10 +233,10 @@ def test_ctrl_c_ends_with_a_summary(tiny_run, noisy_heads, tmp_path, monkeypatch
         if row.output == "sub-head2":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cohort, "_report", interrupted)
+    monkeypatch.setattr(cohort, "report", interrupted)
     assert main(_command(tiny_run, noisy_heads, tmp_path)) == 130
     assert "run the same command again to continue" in capsys.readouterr().err
-    assert len(_summary(tmp_path / "summary.tsv")) == 2
+    assert {"sub-head0", "sub-head1"} <= {row["output"] for row in _summary(tmp_path / "summary.tsv")}
 
 
 def test_scans_overlap_in_order_and_a_limited_number_waits():
