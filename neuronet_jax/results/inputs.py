@@ -36,7 +36,7 @@ class Refused(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a command line names."""
+    """The inputs that a command line names."""
 
     scans: list[Scan]  # each once, in the order given
     refused: list[Refused]

@@ -32,7 +32,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What tells the rows of a folder apart: the results, or the file where no name for results could be made."""
+        """The name that tells rows of a folder apart: of the results, or of the file where results can have no name."""
         return self.input if self.output == "n/a" else self.output
 
 
