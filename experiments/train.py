@@ -234,8 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="refuse to train without a store (the demo cohort is meant by :demo) and, with --resume, from anything but "
-        "the latest checkpoint",
+        help="refuse to train without a store and, with --resume, to pass over a damaged checkpoint",
     )
     parser.add_argument("--reset-data", action="store_true", help="with --resume: restart the data")
     return run(parser, _train, arguments)

@@ -133,6 +133,12 @@ class _Plan:
 
 def _plan(model: Model, protocols: Sequence[str] | None, options: Options, confidence: bool) -> _Plan:
     known = model.config.protocols
+    if isinstance(protocols, Options):
+        raise NeuronetError("the third argument of segment is protocols: give the options by name, options=Options(…)")
+    if isinstance(protocols, str):
+        raise NeuronetError(f"protocols takes a sequence of names, such as [{protocols!r}], got one string")
+    if not isinstance(options, Options):
+        raise NeuronetError(f"options takes Options(…), got {options!r:.80}")
     if options.fast and model.others:
         raise NeuronetError("fast runs one network once, got an ensemble: give one run, or leave fast out")
     if options.consistent_tissue:

@@ -26,6 +26,8 @@ class Options:
             raise NeuronetError(f"crops must be at least 1, got {self.crops}")
         if self.fast and (self.flip or self.crops > 1 or self.posteriors):
             raise NeuronetError("fast leaves out averages and posteriors: give fast, or flip, crops and posteriors")
+        if isinstance(self.posteriors, str):
+            raise NeuronetError(f"posteriors takes a tuple of names, such as ({self.posteriors!r},), got one string")
         for text in self.posteriors:
             posterior(text)
 

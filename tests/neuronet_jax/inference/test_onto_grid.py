@@ -311,3 +311,14 @@ def test_the_name_of_the_weights_is_theirs_alone():
     name = weights_sha256(tree, {})
     assert name == weights_sha256({"b": [np.ones((2, 2), np.float32)], "a": np.arange(4, dtype=np.float32)}, {})
     assert len({name, weights_sha256({**tree, "a": jnp.arange(4.0) + 1e-6}, {}), weights_sha256({}, tree)}) == 3
+
+
+def test_misplaced_arguments_are_answered_by_what_to_write(model):
+    for call, message in (
+        (lambda: segment(model, np.ones((8, 8, 8)), Options()), r"give the options by name, options=Options\(…\)"),
+        (lambda: segment(model, np.ones((8, 8, 8)), "fsl_fast"), r"such as \['fsl_fast'\], got one string"),
+        (lambda: Options(posteriors="malp_em:X"), r"such as \('malp_em:X',\), got one string"),  # type: ignore
+    ):
+        with pytest.raises(NeuronetError, match=message):
+            call()
+    assert len(repr(model)) < 200 and ", ".join(model.config.protocols) in repr(model)
