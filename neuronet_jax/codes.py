@@ -23,7 +23,7 @@ CODES = {
     "E_CONSTANT": Code("The image has the same value everywhere.", "Check that the right file was exported."),
     "E_CRC": Code(
         "The bytes differ from their checksum: the file, or a part of the store, is damaged.",
-        "Copy or download the file again; rebuild the damaged shard of a store.",
+        "Copy or download the file again; build the shard of a store again with `data_prep.build … --repair`.",
     ),
     "E_DTYPE": Code(
         "The voxels are not plain integers or floats.", "Convert the image, for instance to 16-bit integers."
@@ -171,13 +171,17 @@ CODES = {
     "E_INCOMPLETE": Code("The store is not finished.", "Run the same `data_prep.build` command again."),
     "E_LEASE": Code("A different process uses this run or store.", "Wait for it, or stop it first."),
     "E_MISMATCH": Code(
-        "The parts of the store do not fit together: one was changed or exchanged.", "Build the store again."
+        "The parts of the store do not fit together: one was changed or exchanged.",
+        "Build the store again; for a changed subject, `data_prep.build … --repair` is enough.",
     ),
     "E_READ_ONLY": Code("A finished store is not written to.", "Build a new store at a different place."),
     "E_SCHEMA": Code(
         "The store was written by a release with a different format.", "Build it again, or use that release."
     ),
-    "E_SHARD_MISSING": Code("A shard of the store is not there.", "Run the same `data_prep.build` command again."),
+    "E_SHARD_MISSING": Code(
+        "A shard of the store is not there.",
+        "Run the same `data_prep.build` command again, with `--repair` if the store was finished.",
+    ),
     "E_SYMLINK": Code("A link in the store leads out of it.", "Replace the link by the files."),
 }
 

@@ -19,6 +19,7 @@ SCHEMA_VERSION = 1
 FOREGROUND_POINTS = (
     2048  # 12 kB per subject, less than a chunk; enough that crops rarely repeat over some hundred epochs
 )
+REPAIR = "the data_prep.build command of the store, with --repair, builds that shard again"
 SPLITS = ("train", "validation", "test")
 _ID = re.compile(r"[A-Za-z0-9]+")  # what BIDS accepts as a label, and every file system as a name
 

@@ -414,6 +414,18 @@ def test_a_missing_store_is_reported_once(
     assert "DEMO COHORT of synthetic heads with the settings of tissue:demo" in said and "--strict refuses" in said
 
 
+def test_B02_a_damaged_store_ends_the_training_with_the_remedy(
+    in_process, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shard in (path for path in (store / "image" / "c").rglob("*") if path.is_file()):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 3] ^= 1
+        shard.write_bytes(content)
+    assert in_process() == 1
+    error = capsys.readouterr().err
+    assert "E_CRC: image of the subject in slot" in error and "with --repair, builds that shard again" in error
+
+
 @pytest.mark.parametrize("option", ["--strict", "--workdir=run"])
 def test_the_command_of_a_study_without_its_store_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str

@@ -239,6 +239,24 @@ def test_ctrl_c_ends_with_a_summary(tiny_run, noisy_heads, tmp_path, monkeypatch
     assert {"sub-head0", "sub-head1"} <= {row["output"] for row in _summary(tmp_path / "summary.tsv")}
 
 
+def test_ctrl_c_ends_the_program_at_once(tiny_run, noisy_heads, tmp_path):
+    """The network cannot be interrupted within a scan; the program does not wait for it."""
+    slow = (
+        "import sys, time; from neuronet_jax.results import cohort; from neuronet_jax.cli import main\n"
+        "def segment_volume(*arguments): print('segmenting', file=sys.stderr, flush=True); time.sleep(250)\n"
+        "cohort.segment_volume = segment_volume; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", slow, *_command(tiny_run, noisy_heads, tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "segmenting" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "stopped by Ctrl-C; run the same command again to continue" in errors
+    assert not list(tmp_path.iterdir())
+
+
 def test_scans_overlap_in_order_and_a_limited_number_waits():
     both = threading.Barrier(2, timeout=20)
     begun, lock, most = set(), threading.Lock(), [0]
