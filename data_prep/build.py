@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import sys
 import time
@@ -28,7 +29,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 import neuronet_jax
 from data_prep import cluster
 from data_prep.shard import ShardRows, build_shard
-from data_prep.sources.manifest import Source, assign_splits, check_sources, ids_hash, read_ids, read_manifest
+from data_prep.sources.manifest import (
+    Source,
+    assign_splits,
+    check_sources,
+    ids_hash,
+    read_ids,
+    read_manifest,
+    unknown_lines,
+)
 from data_prep.subject import Settings, image_hash
 from data_prep.verify import damaged
 from neuronet_jax.codes import explain
@@ -48,6 +57,8 @@ HEAD_MM = (
     192,
 )  # holds an adult brain with room for a crop to move; the published work cropped to about this size
 _MAX_REJECT_FRACTION = 0.05
+
+log = logging.getLogger(__name__)
 
 
 class TooManyRejects(NeuronetError):
@@ -87,8 +98,12 @@ def build(
     **options: Any,
 ) -> BuildReport:
     """Builds the store of a manifest (columns in `data_prep.sources.manifest`); `options` as for `build_sources`."""
-    excluded = read_ids(Path(exclude)) if exclude else set()
+    excluded = read_ids(Path(exclude)) if exclude else {}
     sources = assign_splits(read_manifest(Path(manifest)), Path(splits) if splits else None)
+    if unknown := unknown_lines(excluded, {source.id for source in sources}, "the manifest"):
+        log.warning(unknown)
+    if absent := [name for name in PROTOCOLS if not any(name in source.labels for source in sources)]:
+        log.warning("the manifest has no map of %s: the store will lack these protocols", ", ".join(absent))
     return build_sources(sources, store, voxel_size_mm=voxel_size_mm, grid=grid, excluded=excluded, **options)
 
 

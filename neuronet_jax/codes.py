@@ -132,6 +132,9 @@ CODES = {
     "E_ID": Code("An id holds other characters than ASCII letters and digits.", "Rename it."),
     "E_LABEL_EMPTY": Code("A label map is all background.", "Run the segmentation tool again."),
     "E_LABEL_FLOAT": Code("A label map holds values that are not integers.", "Export it without interpolation."),
+    "E_LABEL_IMAGE": Code(
+        "The file in the column `t1` is a label map.", "Check whether the columns of the manifest were exchanged."
+    ),
     "E_LABEL_SET": Code(
         "A label map holds ids that its tool does not use.",
         "Check that the map is in the right column of the manifest.",

@@ -32,10 +32,12 @@ def test_A31_purge_removes_voxels_rows_and_names(make_cohort, build, tmp_path, t
 
 def test_A31_the_purge_command(make_cohort, build, tmp_path, capsys):
     build(make_cohort(), shard_subjects=1)
-    (tmp_path / "withdrawn.csv").write_text("1003\n")
+    (tmp_path / "withdrawn.csv").write_text("1003\n10O2\n")
     arguments = [f"--store={tmp_path / 'store'}", f"--exclude={tmp_path / 'withdrawn.csv'}"]
     assert purge_module.main(arguments) == 0
-    assert "1 subjects removed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 subjects removed" in said and "10O2" not in said  # a participant is named by the line alone
+    assert "1 of 2 ids to exclude are not in the store; lines of the list: 2" in said
     (tmp_path / "withdrawn.csv").write_text("1001\n1002\n1003\n")
     assert purge_module.main(arguments) == 1
     assert [row.id for row in Store.open(tmp_path / "store").subjects] == ["1001", "1002"]  # and still finished
