@@ -147,6 +147,11 @@ These three tell of all scans in the folder, also of those of earlier commands.
     command.add_argument(
         "--assume-ras", action="store_true", help="accept files without orientation; left and right are then a guess"
     )
+    command.add_argument(
+        "--no-clean-up",
+        action="store_true",
+        help="keep labels that lie apart from the brain (see summary.tsv: removed_ml)",
+    )
     command.add_argument("--no-report", action="store_true", help="write no HTML pages")
     command.set_defaults(command=_segment)
 
@@ -179,7 +184,9 @@ def _segment(args: argparse.Namespace) -> int:
     from neuronet_jax.runtime import keep_compiled
 
     with _wrong_options():
-        options = Options(args.flip, args.crops, args.fast, args.posteriors, args.consistent_tissue)
+        options = Options(
+            args.flip, args.crops, args.fast, args.posteriors, args.consistent_tissue, not args.no_clean_up
+        )
     found = scans.find(args.inputs)
 
     keep_compiled()

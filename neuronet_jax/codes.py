@@ -84,7 +84,8 @@ CODES = {
         "The two MALP-EM outputs contradict each other.", "Check both on the picture; the network is unsure."
     ),
     "W_BRAIN_VOLUME": Code(
-        "The labelled volume fits no adult brain.", "Check that the brain is whole and that nothing else is labelled."
+        "The labelled volume is too small or too large for an adult brain (less than 0.6 or more than 2.1 litres).",
+        "Too small: check that the brain is whole. Too large: neck or face is labelled; crop the scan to the head.",
     ),
     "W_CONTRAST": Code(
         "The image does not look T1-weighted: intensity should rise from CSF over grey to white matter.",
@@ -96,6 +97,10 @@ CODES = {
     "W_NO_BRAIN": Code(
         "No brain is visible, or the share of grey matter does not fit a brain.",
         "Check that the file holds a head; discard the labels if it does not.",
+    ),
+    "W_PIECES": Code(
+        "More than 10 ml of labels lay apart from the brain and were removed.",
+        "Check the labels on the picture; `--no-clean-up` keeps such pieces.",
     ),
     "W_QUALITY": Code(
         "The predicted Dice is below the threshold from the run's validation subjects.",

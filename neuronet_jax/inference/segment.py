@@ -21,6 +21,7 @@ from nibabel.spatialimages import SpatialImage
 
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.images import intensity, nifti, space
+from neuronet_jax.inference.cleanup import clean_up
 from neuronet_jax.inference.onto_grid import Reading
 from neuronet_jax.inference.segmentation import Confidence, Options, Segmentation, posterior
 from neuronet_jax.inference.volume import Result, read_volume
@@ -108,12 +109,18 @@ def _segment(
         return np.ascontiguousarray(found.transpose(np.argsort(order)))
 
     classes = {name: home(found) for name, found in zip(plan.read, result.classes, strict=True)}
+    removed: dict[str, int] = {}
+    if options.clean_up:
+        for name, found in classes.items():
+            classes[name], removed[name] = clean_up(PROTOCOLS[name], found)
     if plan.reading.tissue_of is not None:
         classes["malp_em_tissue"] = MALP_EM_TO_TISSUE[classes["malp_em"]]
+        removed["malp_em_tissue"] = removed.get("malp_em", 0)
     return Segmentation(
         {name: PROTOCOLS[name].to_ids(classes[name]) for name in plan.protocols},
         _confidence(plan, result.sums) if confidence else {},
         {name: home(found) for name, found in zip(options.posteriors, result.posteriors, strict=True)},
+        {name: removed[name] for name in plan.protocols} if options.clean_up else {},
     )
 
 

@@ -29,6 +29,7 @@ class Row:
     agreement: str = "n/a"  # between the two MALP-EM outputs: mean Dice over tissues
     predicted_dice: str = "n/a"  # mean over protocols and structures, see `quality`
     calibrated: str = "n/a"  # "yes" or "no": whether predicted_dice is calibrated on the run's validation subjects
+    removed_ml: str = "n/a"  # apart from the brain, in the protocol with most of it; n/a without the clean-up
 
     @property
     def key(self) -> str:

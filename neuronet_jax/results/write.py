@@ -1,7 +1,7 @@
 """Writes the results of one scan."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from neuronet_jax.codes import CODES
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.evaluation import agreement, plausibility, quality
 from neuronet_jax.images import nifti
-from neuronet_jax.images.space import Volume
+from neuronet_jax.images.space import Volume, voxel_mm3
 from neuronet_jax.inference.segmentation import Segmentation
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.results import reports
@@ -38,13 +38,16 @@ def write_results(
     maps = result.maps
     compared = agreement.compare(maps, volume.affine)
     expected = quality.assess(result.confidence, calibration)
-    warnings = sorted({*volume.warnings, *plausibility.check(volume, maps, compared), *expected.warnings})
+    removed_ml = {name: voxels * voxel_mm3(volume.affine) / 1000 for name, voxels in result.removed.items()}
+    pieces = ["W_PIECES"] if any(ml > plausibility.MOST_APART_ML for ml in removed_ml.values()) else []
+    warnings = sorted({*volume.warnings, *plausibility.check(volume, maps, compared), *expected.warnings, *pieces})
     try:
         target.folder.mkdir(parents=True, exist_ok=True)
         for name, ids in maps.items():
             nifti.write_labels(target.labels(name), ids, volume, overwrite)
             what = f"Labels in the style of {PROTOCOLS[name].tool}, predicted by {GENERATOR}"
-            _write_sidecar(target.labels(name), what, name, volume, warnings, provenance)
+            cleaned = {"RemovedMillilitres": round(removed_ml[name], 3)} if name in removed_ml else None
+            _write_sidecar(target.labels(name), what, name, volume, warnings, provenance, cleaned)
         for wanted, probability in result.posteriors.items():
             nifti.write_posterior(target.posterior(wanted), probability, volume, overwrite)
             name, _, structure = wanted.partition(":")
@@ -60,7 +63,9 @@ def write_results(
         if expected.predicted:
             write_text(target.table("quality"), tsv(quality.table(expected)))
         if report:
-            page = reports.ScanPage(target.stem, volume, maps, compared, expected, tuple(warnings), provenance)
+            page = reports.ScanPage(
+                target.stem, volume, maps, compared, expected, tuple(warnings), provenance, removed_ml
+            )
             write_text(target.report, reports.render_scan(page))
     except OSError as error:
         raise NeuronetError(
@@ -74,6 +79,7 @@ def write_results(
         agreement=_number(compared.consistency),
         predicted_dice=_number(expected.score),
         calibrated="n/a" if np.isnan(expected.score) else "yes" if calibration.heads else "no",
+        removed_ml=f"{max(removed_ml.values()):.3f}" if removed_ml else "n/a",
     )
 
 
@@ -82,7 +88,13 @@ def _number(value: float) -> str:
 
 
 def _write_sidecar(
-    path: Path, what: str, protocol: str, volume: Volume, warnings: Sequence[str], provenance: Provenance
+    path: Path,
+    what: str,
+    protocol: str,
+    volume: Volume,
+    warnings: Sequence[str],
+    provenance: Provenance,
+    cleaned: Mapping[str, float] | None = None,
 ) -> None:
     members = provenance.members
     content = {
@@ -95,6 +107,7 @@ def _write_sidecar(
         "Version": __version__,
         "Warnings": list(warnings),
         "Repairs": [CODES[code].meaning for code in sorted(volume.warnings) if CODES[code].repair],
+        **(cleaned or {}),
     }
     _write_json(path, content, provenance)
 

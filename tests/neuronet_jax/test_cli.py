@@ -33,7 +33,7 @@ def _summary(out: Path) -> list[dict[str, str]]:
 def test_F03_a_cohort_continues_past_bad_files(run, heads, tmp_path, capsys):
     out = tmp_path / "out"
     inputs = [str(heads / f"{name}.nii.gz") for name in ("b", "a", "c", "missing")]
-    assert main(["segment", *inputs, run, f"--out={out}"]) == 3
+    assert main(["segment", *inputs, run, f"--out={out}", "--no-clean-up"]) == 3
     rows = _summary(out)
     assert [(row["input"], row["status"], row["code"]) for row in rows] == [
         ("a.nii.gz", "done", "n/a"),  # sorted by name
