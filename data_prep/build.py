@@ -46,7 +46,7 @@ from neuronet_jax.files import Files
 from neuronet_jax.images.nifti import DEFAULT_LIMITS, Limits
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.lease import lease
-from neuronet_jax.programs import DONE, PARTIAL, Parser, run
+from neuronet_jax.programs import DONE, PARTIAL, Parser, number, run
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Reject, StoreInfo, Subject, rejects_from_tsv, rejects_to_tsv
 from neuronet_jax.store.writer import StoreWriter
@@ -342,18 +342,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--workers", type=int, help="processes on this machine (default: one per core; 0: in this process)"
+        "--workers", type=number(int, 0), help="processes on this machine (default: one per core; 0: in this process)"
     )
     where.add_argument("--scheduler", help="address of a Dask scheduler, e.g. of dask-jobqueue on Slurm")
     add("--repair", action="store_true", help="read a finished store, and build shards with damage or rejects again")
-    add("--voxel-size-mm", type=float, default=1.0)
+    add("--voxel-size-mm", type=number(float, 0.2, 10), default=1.0)  # as the limits of an image
     add("--grid", type=_grid, help="voxels X,Y,Z of the stored volumes (default: 192x224x192 mm)")
     add(
         "--shard-subjects",
-        type=int,
+        type=number(int, 1),
         help="subjects per shard, the unit of writing (default: 8, fewer in a small cohort)",
     )
-    add("--max-reject-fraction", type=float, default=_MAX_REJECT_FRACTION)
+    add("--max-reject-fraction", type=number(float, 0, 1), default=_MAX_REJECT_FRACTION)
     add("--missing", choices=("keep", "reject"), default="keep", help="subjects that lack some of the label maps")
     add("--resample-labels", action="store_true", help="accept label maps on a different grid than the image's")
     add("--transform", choices=("sform", "qform", "reject"), default="sform", help="which one to use if the two differ")
@@ -399,8 +399,10 @@ def _explained(codes: Iterable[str]) -> list[str]:
 def _grid(text: str) -> tuple[int, int, int]:
     try:
         x, y, z = (int(side) for side in text.split(","))
+        if min(x, y, z) < 1:
+            raise ValueError
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a grid is X,Y,Z, got {text!r}") from error
+        raise argparse.ArgumentTypeError(f"a grid is X,Y,Z in voxels, such as 192,224,192; got {text!r}") from error
     return x, y, z
 
 

@@ -18,7 +18,7 @@ from rich.progress import track
 from data_prep.shard import ShardRows
 from data_prep.subject import content_hash
 from neuronet_jax.files import Files, local_path
-from neuronet_jax.programs import DONE, FAILED, Parser, run
+from neuronet_jax.programs import DONE, FAILED, Parser, number, run
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import REPAIR, StoreError, StoreInfo, Subject
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     statuses = {DONE: "the store is sound", FAILED: "something is damaged or missing, or the store cannot be read"}
     parser = Parser("python -m data_prep.verify", description=__doc__, statuses=statuses)
     parser.add_argument("--store", required=True, help="a local path, gs://bucket/path or s3://bucket/path")
-    parser.add_argument("--threads", type=int, default=4, help="subjects read at the same time")
+    parser.add_argument("--threads", type=number(int, 1), default=4, help="subjects read at the same time")
     parser.add_argument("--fix", action="store_true", help="delete lock files of killed writers (none may be running)")
     return run(parser, _verify, arguments)
 

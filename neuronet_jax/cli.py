@@ -331,10 +331,10 @@ results:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    sides = tuple(int(side) for side in text.split(","))
-    if len(sides) != 3:
-        raise ValueError
-    return sides
+    sides = text.split(",")
+    if len(sides) != 3 or not all(side.strip().isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape: write X,Y,Z, such as 192,224,192")
+    return tuple(int(side) for side in sides)
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import io
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -105,6 +106,23 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """Returns a type for `add_argument` that takes a number of this kind from `least` to `most`, and says so."""
+    takes = f"{'a whole number' if kind is int else 'a number'} from {least:g}"
+    takes += f" to {most:g}" if most < math.inf else ""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"it takes {takes}, got {text!r}")
+        return value
+
+    return parse
 
 
 def run(parser: Parser, command: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None) -> int:

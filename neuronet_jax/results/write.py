@@ -46,7 +46,7 @@ def write_results(
         for name, ids in maps.items():
             nifti.write_labels(target.labels(name), ids, volume, overwrite)
             what = f"Labels in the style of {PROTOCOLS[name].tool}, predicted by {GENERATOR}"
-            cleaned = {"RemovedMillilitres": round(removed_ml[name], 3)} if name in removed_ml else None
+            cleaned = {"RemovedMillilitres": round(removed_ml[name], 1)} if name in removed_ml else None
             _write_sidecar(target.labels(name), what, name, volume, warnings, provenance, cleaned)
         for wanted, probability in result.posteriors.items():
             nifti.write_posterior(target.posterior(wanted), probability, volume, overwrite)
@@ -79,7 +79,7 @@ def write_results(
         agreement=_number(compared.consistency),
         predicted_dice=_number(expected.score),
         calibrated="n/a" if np.isnan(expected.score) else "yes" if calibration.heads else "no",
-        removed_ml=f"{max(removed_ml.values()):.3f}" if removed_ml else "n/a",
+        removed_ml=f"{max(removed_ml.values()):.1f}" if removed_ml else "n/a",
     )
 
 

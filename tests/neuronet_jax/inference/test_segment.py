@@ -14,6 +14,7 @@ from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.evaluation.metrics import dice_per_class, mean_dice
 from neuronet_jax.inference import tiling
 from neuronet_jax.inference.segment import predict, segment
+from neuronet_jax.inference.segmentation import Options
 from neuronet_jax.inference.tiling import receptive_margin
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
