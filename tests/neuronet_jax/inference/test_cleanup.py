@@ -1,4 +1,4 @@
-"""What lies apart from the brain is removed, measured and recorded, and nothing of a reference map is."""
+"""Removes, measures and records labels that lie apart from the brain, and leaves reference maps as they are."""
 
 import csv
 import json
