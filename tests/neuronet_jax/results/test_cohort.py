@@ -249,10 +249,13 @@ def test_ctrl_c_ends_the_program_at_once(tiny_run, noisy_heads, tmp_path):
     command = [sys.executable, "-c", slow, *_command(tiny_run, noisy_heads, tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    while "segmenting" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    try:
+        while "segmenting" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "stopped by Ctrl-C; run the same command again to continue" in errors
     assert not list(tmp_path.iterdir())
 
