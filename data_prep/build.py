@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import sys
 import time
@@ -28,15 +29,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 import neuronet_jax
 from data_prep import cluster
 from data_prep.shard import ShardRows, build_shard
-from data_prep.sources.manifest import Source, assign_splits, check_sources, ids_hash, read_ids, read_manifest
+from data_prep.sources.manifest import (
+    Source,
+    assign_splits,
+    check_sources,
+    ids_hash,
+    read_ids,
+    read_manifest,
+    unknown_lines,
+)
 from data_prep.subject import Settings, image_hash
+from data_prep.verify import damaged
 from neuronet_jax.codes import explain
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.images.nifti import DEFAULT_LIMITS, Limits
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.lease import lease
-from neuronet_jax.programs import DONE, PARTIAL, Parser, run
+from neuronet_jax.programs import DONE, PARTIAL, Parser, number, run
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Reject, StoreInfo, Subject, rejects_from_tsv, rejects_to_tsv
 from neuronet_jax.store.writer import StoreWriter
@@ -47,6 +57,8 @@ HEAD_MM = (
     192,
 )  # holds an adult brain with room for a crop to move; the published work cropped to about this size
 _MAX_REJECT_FRACTION = 0.05
+
+log = logging.getLogger(__name__)
 
 
 class TooManyRejects(NeuronetError):
@@ -66,6 +78,8 @@ class BuildReport:
     warnings: dict[str, int]  # subjects per W_… code
     excluded: int
     seconds: float
+    already: bool = False  # whether the store was finished, and sound as far as `repair` asked, so nothing was built
+    repaired: int = 0  # damaged subjects that were built again
 
     @property
     def rejected(self) -> dict[str, int]:
@@ -84,8 +98,12 @@ def build(
     **options: Any,
 ) -> BuildReport:
     """Builds the store of a manifest (columns in `data_prep.sources.manifest`); `options` as for `build_sources`."""
-    excluded = read_ids(Path(exclude)) if exclude else set()
+    excluded = read_ids(Path(exclude)) if exclude else {}
     sources = assign_splits(read_manifest(Path(manifest)), Path(splits) if splits else None)
+    if unknown := unknown_lines(excluded, {source.id for source in sources}, "the manifest"):
+        log.warning(unknown)
+    if absent := [name for name in PROTOCOLS if not any(name in source.labels for source in sources)]:
+        log.warning("the manifest has no map of %s: the store will lack these protocols", ", ".join(absent))
     return build_sources(sources, store, voxel_size_mm=voxel_size_mm, grid=grid, excluded=excluded, **options)
 
 
@@ -104,10 +122,11 @@ def build_sources(
     resample_labels: bool = False,
     limits: Limits = DEFAULT_LIMITS,
     note: str = "",
+    repair: bool = False,
     progress: bool = False,
 ) -> BuildReport:
     """Builds the store at `store` from `sources`, or continues it. A store finished from the same input is left as it
-    is.
+    is; with `repair` it is read, and its shards with damage or rejects are built again.
 
     Subjects in `excluded` are left out without a trace; `note` is kept in the store's provenance. Raises NeuronetError
     for a bad cohort, a place that holds a different store, or failed writing, and TooManyRejects.
@@ -123,16 +142,22 @@ def build_sources(
     provenance = _provenance(kept, settings, excluded, note)
 
     files = Files(store)
+    finished, faults = None, {}
     if files.read("COMPLETE") is not None:
         finished = Store.open(store)
         if finished.info.provenance != provenance or finished.info.shard_subjects != shard_subjects:
             raise NeuronetError(
                 f"E_EXISTS: {store} holds a finished store of different input or settings; choose a different place"
             )
-        rejects = read_rejects(files)
-        _tidy(files)
-        return _report(finished.subjects, rejects, len(sources) - len(kept), time.monotonic() - start)
+        faults = damaged(finished) if repair else {}
+        if not faults:
+            rejects = read_rejects(files)
+            _tidy(files)
+            excluded_now = len(sources) - len(kept)
+            return _report(finished.subjects, rejects, excluded_now, time.monotonic() - start, already=True)
     with lease(files, "unfinished-build.lease"):
+        if finished is not None:
+            _reopen(finished, faults)
         writer = _writer(store, settings, len(kept), shard_subjects, provenance)
         shards = {slot: tuple(kept[slot : slot + shard_subjects]) for slot in range(0, len(kept), shard_subjects)}
         with _progress(progress, len(kept)) as advance:
@@ -153,7 +178,18 @@ def build_sources(
             )
         writer.finalize(subjects, rejects)
         _tidy(files)
-    return _report(subjects, rejects, len(sources) - len(kept), time.monotonic() - start)
+    return _report(subjects, rejects, len(sources) - len(kept), time.monotonic() - start, repaired=len(faults))
+
+
+def _reopen(store: Store, faults: Collection[int]) -> None:
+    """Makes a finished store unfinished, as if its shards with a faulty slot or a hole had not been built yet."""
+    files, info = Files(store.dest), store.info
+    for first in range(0, info.slots, info.shard_subjects):
+        rows = tuple(subject for subject in store.subjects if info.shard_of(subject.slot) == first)
+        whole = len(rows) == min(info.shard_subjects, info.slots - first)
+        if whole and not any(subject.slot in faults for subject in rows):
+            ShardRows(first, rows, ()).write(files)
+    StoreWriter.reopen(store.dest)  # last: a build that is killed before finds the store still finished
 
 
 def _build_shards(
@@ -255,10 +291,12 @@ def _tidy(files: Files) -> None:
         files.delete(name)
 
 
-def _report(subjects: Sequence[Subject], rejects: Sequence[Reject], excluded: int, seconds: float) -> BuildReport:
+def _report(
+    subjects: Sequence[Subject], rejects: Sequence[Reject], excluded: int, seconds: float, **outcome: Any
+) -> BuildReport:
     splits = collections.Counter(subject.split for subject in subjects)
     warnings = collections.Counter(code for subject in subjects for code in subject.warnings)
-    return BuildReport(dict(splits), tuple(rejects), dict(sorted(warnings.items())), excluded, seconds)
+    return BuildReport(dict(splits), tuple(rejects), dict(sorted(warnings.items())), excluded, seconds, **outcome)
 
 
 class _Rate(ProgressColumn):
@@ -304,17 +342,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--workers", type=int, help="processes on this machine (default: one per core; 0: in this process)"
+        "--workers", type=number(int, 0), help="processes on this machine (default: one per core; 0: in this process)"
     )
     where.add_argument("--scheduler", help="address of a Dask scheduler, e.g. of dask-jobqueue on Slurm")
-    add("--voxel-size-mm", type=float, default=1.0)
+    add("--repair", action="store_true", help="read a finished store, and build shards with damage or rejects again")
+    add("--voxel-size-mm", type=number(float, 0.2, 10), default=1.0)  # as the limits of an image
     add("--grid", type=_grid, help="voxels X,Y,Z of the stored volumes (default: 192x224x192 mm)")
     add(
         "--shard-subjects",
-        type=int,
+        type=number(int, 1),
         help="subjects per shard, the unit of writing (default: 8, fewer in a small cohort)",
     )
-    add("--max-reject-fraction", type=float, default=_MAX_REJECT_FRACTION)
+    add("--max-reject-fraction", type=number(float, 0, 1), default=_MAX_REJECT_FRACTION)
     add("--missing", choices=("keep", "reject"), default="keep", help="subjects that lack some of the label maps")
     add("--resample-labels", action="store_true", help="accept label maps on a different grid than the image's")
     add("--transform", choices=("sform", "qform", "reject"), default="sform", help="which one to use if the two differ")
@@ -331,6 +370,8 @@ def _build(args: argparse.Namespace) -> int:
         print("\n".join([f"python -m data_prep.build: error: {error}", *_explained(error.codes)]), file=sys.stderr)
         return PARTIAL
     print(summary(report))
+    if report.already and not options["repair"]:
+        print("nothing was built; data_prep.verify checks the store, and --repair builds damaged shards again")
     return DONE
 
 
@@ -341,8 +382,11 @@ def summary(report: BuildReport) -> str:
         return ", ".join(f"{name} {n}" for name, n in table.items()) or "none"
 
     total = sum(report.subjects.values())
+    took = "the store is finished already" if report.already else f"in {report.seconds:.1f} s"
+    if report.repaired:
+        took += f", {report.repaired} of them damaged and built again"
     lines = [
-        f"{total} subjects ({counts(report.subjects)}) in {report.seconds:.1f} s",
+        f"{total} subjects ({counts(report.subjects)}) {took}",
         f"rejected: {counts(report.rejected)}; warnings: {counts(report.warnings)}; excluded: {report.excluded}",
     ]
     return "\n".join([*lines, *_explained(report.rejected | report.warnings)])
@@ -355,8 +399,10 @@ def _explained(codes: Iterable[str]) -> list[str]:
 def _grid(text: str) -> tuple[int, int, int]:
     try:
         x, y, z = (int(side) for side in text.split(","))
+        if min(x, y, z) < 1:
+            raise ValueError
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a grid is X,Y,Z, got {text!r}") from error
+        raise argparse.ArgumentTypeError(f"a grid is X,Y,Z in voxels, such as 192,224,192; got {text!r}") from error
     return x, y, z
 
 

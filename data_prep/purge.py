@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.build import read_rejects
-from data_prep.sources.manifest import ids_hash, read_ids
+from data_prep.sources.manifest import ids_hash, read_ids, unknown_lines
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.programs import DONE, Parser, run
@@ -83,9 +83,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(parser, _purge, arguments)
 
 
+def _known_ids(store: str) -> set[str]:
+    """Returns the ids of a store's subjects and rejects; none if there is no store."""
+    files = Files(store)
+    table = files.read("subjects.tsv")
+    subjects = subjects_from_tsv(table) if table else ()
+    return {row.id for row in (*subjects, *read_rejects(files))}
+
+
 def _purge(options: argparse.Namespace) -> int:
-    count = purge(options.store, read_ids(options.exclude))
+    excluded, known = read_ids(options.exclude), _known_ids(options.store)
+    count = purge(options.store, excluded)
     print(f"{count} subjects removed from {options.store}")
+    if unknown := unknown_lines(excluded, known, "the store"):
+        print(unknown)
     return DONE
 
 

@@ -33,7 +33,7 @@ def prepare(source: Source, slot: int, settings: Settings) -> Record:
     """Returns the record of one subject.
 
     Raises RejectError if its files cannot be trusted (codes of `nifti` and `labels`, and E_MISSING_MAP, E_GEOMETRY,
-    E_LABEL_EMPTY, E_CONSTANT).
+    E_LABEL_IMAGE, E_LABEL_EMPTY, E_CONSTANT).
     """
     absent = [name for name in settings.protocols if name not in source.labels]
     if len(absent) == len(settings.protocols):
@@ -48,6 +48,8 @@ def prepare(source: Source, slot: int, settings: Settings) -> Record:
     image, notes = intensity.clip_spikes(conformed.data)
     warnings += notes
     statistics = intensity.statistics(image)  # before padding, as in inference
+    if intensity.is_label_map(volume.data):
+        raise RejectError("E_LABEL_IMAGE", "the t1 image is a label map: few whole numbers, in patches of one value")
 
     maps = {}
     for name in settings.protocols:

@@ -3,7 +3,7 @@
     python -m data_prep.verify --store=stores/cohort
 
 Chunks are checked by their crc32c, subjects by their hash at preparation. Subjects are named by slot (subjects.tsv
-gives the id).
+gives the id). `data_prep.build … --repair` builds the damaged shards again.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from rich.progress import track
 from data_prep.shard import ShardRows
 from data_prep.subject import content_hash
 from neuronet_jax.files import Files, local_path
-from neuronet_jax.programs import DONE, FAILED, Parser, run
+from neuronet_jax.programs import DONE, FAILED, Parser, number, run
 from neuronet_jax.store.reader import Store
-from neuronet_jax.store.schema import StoreError, StoreInfo, Subject
+from neuronet_jax.store.schema import REPAIR, StoreError, StoreInfo, Subject
 
 
 def verify(store: str, threads: int = 4) -> Iterator[str]:
@@ -37,21 +37,26 @@ def verify(store: str, threads: int = 4) -> Iterator[str]:
             if ShardRows.read(files, slot) is None:
                 yield f"E_SHARD_MISSING: the shard at slot {slot} has not been written yet"
         return
-    opened = Store.open(store)
+    yield from damaged(Store.open(store), threads).values()
+
+
+def damaged(store: Store, threads: int = 4) -> dict[int, str]:
+    """Reads every subject of a finished store. Returns the faults by slot."""
 
     def fault(subject: Subject) -> str | None:
         try:
-            image = opened.read_image(subject.slot)
-            labels = opened.read_labels(subject.slot, opened.info.protocols)
-            foreground = opened.read_foreground(subject.slot)
+            image = store.read_image(subject.slot)
+            labels = store.read_labels(subject.slot, store.info.protocols)
+            foreground = store.read_foreground(subject.slot)
         except StoreError as error:
             return str(error)
         if content_hash(image, labels, foreground) != subject.content_hash:
-            return f"E_MISMATCH: slot {subject.slot} has changed since it was prepared; rebuild the store"
+            return f"E_MISMATCH: slot {subject.slot} has changed since it was prepared; {REPAIR}"
         return None
 
     with ThreadPoolExecutor(threads) as pool:  # reading, decompressing and hashing all release the interpreter
-        yield from filter(None, pool.map(fault, opened.subjects))
+        faults = zip(store.subjects, pool.map(fault, store.subjects), strict=True)
+        return {subject.slot: text for subject, text in faults if text is not None}
 
 
 def remove_locks(store: str) -> int:
@@ -67,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     statuses = {DONE: "the store is sound", FAILED: "something is damaged or missing, or the store cannot be read"}
     parser = Parser("python -m data_prep.verify", description=__doc__, statuses=statuses)
     parser.add_argument("--store", required=True, help="a local path, gs://bucket/path or s3://bucket/path")
-    parser.add_argument("--threads", type=int, default=4, help="subjects read at the same time")
+    parser.add_argument("--threads", type=number(int, 1), default=4, help="subjects read at the same time")
     parser.add_argument("--fix", action="store_true", help="delete lock files of killed writers (none may be running)")
     return run(parser, _verify, arguments)
 

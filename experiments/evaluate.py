@@ -43,6 +43,7 @@ from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Subject
 
 COLUMNS = ("subject", "protocol", "index", "name", "dice", "reference_voxels", "predicted_voxels")
+TABLES = ("dice.tsv", "summary.json")
 SURFACE_COLUMNS = ("hd95_mm", "nsd")
 PICTURED = 2  # subjects: enough to illustrate the numbers
 
@@ -58,14 +59,21 @@ class Evaluation:
     tolerance_mm: float  # of the surface Dice
 
 
-def evaluate(model: Model, store: Store, split: str, out: Path, surfaces: bool = False) -> Evaluation:
+def evaluate(
+    model: Model, store: Store, split: str, out: Path, surfaces: bool = False, overwrite: bool = False
+) -> Evaluation:
     """Predicts every subject of a split and writes dice.tsv, summary.json and pictures below `out`.
 
     Only foreground structures are scored. `index` is the tool's id, and `dice` is `nan` if a structure is empty in both
     maps. The tolerance of the surface Dice is one voxel, because a grid cannot resolve less. Raises NeuronetError for
-    an empty split, for a voxel size other than the model's, and if `out` cannot be written.
+    an empty split, for a voxel size other than the model's, for an evaluation in `out` without `overwrite`, and if
+    `out` cannot be written.
     """
     check(model, store, split)
+    if not overwrite and (there := [name for name in TABLES if (out / name).exists()]):
+        raise NeuronetError(
+            f"{out} holds an evaluation already ({there[0]}): add --overwrite to replace it, or choose another --out"
+        )
     subjects = store.split(split)
     try:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
@@ -95,8 +103,8 @@ def evaluate(model: Model, store: Store, split: str, out: Path, surfaces: bool =
         tolerance_mm,
     )
     files = Files(str(out.absolute()))
-    files.write("dice.tsv", ("\n".join(lines) + "\n").encode())
-    files.write("summary.json", (json.dumps(_describe(model, store, split, result), indent=2) + "\n").encode())
+    files.write(TABLES[0], ("\n".join(lines) + "\n").encode())
+    files.write(TABLES[1], (json.dumps(_describe(model, store, split, result), indent=2) + "\n").encode())
     return result
 
 
@@ -182,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo.add_argument("--out", type=Path, metavar="DIR", help="output folder")
     todo.add_argument("--calibrate", action="store_true", help="write RUN/quality.json from the validation subjects")
     parser.add_argument("--surfaces", action="store_true", help="also HD95 and surface Dice (about 20 s per 1 mm scan)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an evaluation that --out holds already")
     return run(parser, _evaluate, arguments)
 
 
@@ -197,7 +206,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         save_calibration(args.run, calibration)
         print(f"predicted Dice: {calibration.describe()}")
         return DONE
-    result = evaluate(model, store, args.split, args.out, args.surfaces)
+    result = evaluate(model, store, args.split, args.out, args.surfaces, args.overwrite)
     note = store.info.provenance.get("note", "")
     Console().print(table(result, f"{model.config.name}, {args.split} split" + (f" ({note})" if note else "")))
     print(f"written to {args.out}")

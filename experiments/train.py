@@ -61,9 +61,17 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    config: Config, workdir: str, resume: bool = False, reset_data: bool = False, strict: bool = False
+    config: Config,
+    workdir: str,
+    resume: bool = False,
+    reset_data: bool = False,
+    strict: bool = False,
+    begin: bool = False,
 ) -> TrainState:
-    """Trains from step 0 or the latest checkpoint to `config.steps`, or until asked to stop. Returns the state."""
+    """Trains from step 0 or the latest checkpoint to `config.steps`, or until asked to stop. Returns the state.
+
+    With `resume`, the folder must hold a run, unless `begin` allows to begin one.
+    """
     # --- The places: the mesh, the data, the run's folder.
     spent = Goodput()
     require_sinks(config.sinks)
@@ -76,7 +84,7 @@ def train(
 
     with (
         contextlib.closing(data),
-        RunDirectory(workdir).hold(config, TrainingData.of_store(store.info), resume) as check_owner,
+        RunDirectory(workdir).hold(config, TrainingData.of_store(store.info), resume, begin) as check_owner,
         Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
         StopRequest() as stop,
         Watchdog(STALL_S) as watchdog,
@@ -192,7 +200,7 @@ def open_store(config: Config) -> Store:
         )
     log.warning(
         "NO STORE GIVEN: training on the DEMO COHORT of synthetic heads with the settings of %s. "
-        "Give your own with --config.data.store=…",
+        "Give your own with --config.data.store=…; --strict refuses to train without one",
         config.name,
     )
     return Store.open(str(ensure_demo_store()))
@@ -218,7 +226,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workdir", help="the run's folder (default: runs/NAME-TIME)")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --workdir")
-    parser.add_argument("--strict", action="store_true", help="with --resume: refuse a damaged checkpoint")
+    parser.add_argument(
+        "--begin",
+        action="store_true",
+        help="with --resume: begin at step 0 if --workdir holds no run yet, for scripts that start again by themselves",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse to train without a store and, with --resume, to pass over a damaged checkpoint",
+    )
     parser.add_argument("--reset-data", action="store_true", help="with --resume: restart the data")
     return run(parser, _train, arguments)
 
@@ -227,7 +244,14 @@ def _train(options: argparse.Namespace) -> int:
     runtime.plain()
     log.setLevel(logging.INFO)
     config = flags.load(options.config, options.overrides)
+    if options.begin and not options.resume:
+        raise UsageError("--begin goes with --resume; without it every run begins at step 0")
     if not config.data.store and ":" not in options.config:
+        if options.strict or options.workdir:  # the command of a study, whose store was forgotten
+            raise UsageError(
+                f"--config={options.config} names no store: add --config.data.store=…, or train on the synthetic heads "
+                f"of the demo with --config={options.config}:demo"
+            )
         # The full settings are for thousands of 1 mm scans on accelerators; the demo cohort has sixteen 2 mm phantoms.
         config = flags.load(f"{options.config}:demo", options.overrides)
     if options.resume and not options.workdir:
@@ -240,7 +264,7 @@ def _train(options: argparse.Namespace) -> int:
         runtime.plain(runtime.my_prefix())
     workdir = options.workdir or runtime.agreed(time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S"))
     try:
-        train(config, workdir, options.resume, options.reset_data, options.strict)
+        train(config, workdir, options.resume, options.reset_data, options.strict, options.begin)
     except TooManySkippedError as error:
         print(
             f"error: {error}: loss or gradient were not finite, or far above their average. The last good checkpoint "

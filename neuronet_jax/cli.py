@@ -5,17 +5,25 @@ declares its arguments and examples, `_NAME` runs it.
 """
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from neuronet_jax.errors import NeuronetError
-from neuronet_jax.programs import DONE, FAILED, PARTIAL, Parser, run
+from neuronet_jax.errors import NeuronetError, UsageError
+from neuronet_jax.programs import DONE, FAILED, INTERRUPTED, PARTIAL, Parser, run, shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
-    return run(_parser(), _command, arguments)
+    status = run(_parser(), _command, arguments)
+    if status == INTERRUPTED and arguments is None:  # a program, which need not wait for the scans in its threads:
+        sys.stdout.flush()  # files of results appear only when they are complete
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _command(args: argparse.Namespace) -> int:
@@ -47,7 +55,7 @@ def _add_segment(commands: Any) -> None:
         "segment",
         help="segment T1-weighted scans of heads, each on its own grid",
         description="Writes label maps and volumes of T1-weighted heads: raw scans in any orientation and voxel size.",
-        statuses={FAILED: "an error; nothing was segmented", PARTIAL: "some inputs were rejected; see summary.tsv"},
+        statuses={FAILED: "an error, or no input could be used", PARTIAL: "some inputs were rejected; see summary.tsv"},
         epilog="""\
 examples:
   one scan, all protocols of the run
@@ -87,6 +95,7 @@ results, a BIDS derivative dataset:
   labels/volumes.tsv                                 a row for each scan, a column for each structure
   labels/report.html                                 all scans on one page
   labels/summary.tsv                                 a row for each input; for a shard: summary_shard-1-of-8.tsv
+These three tell of all scans in the folder, also of those of earlier commands.
 """,
     )
     command.add_argument(
@@ -138,6 +147,11 @@ results, a BIDS derivative dataset:
     command.add_argument(
         "--assume-ras", action="store_true", help="accept files without orientation; left and right are then a guess"
     )
+    command.add_argument(
+        "--no-clean-up",
+        action="store_true",
+        help="keep labels that lie apart from the brain (see summary.tsv: removed_ml)",
+    )
     command.add_argument("--no-report", action="store_true", help="write no HTML pages")
     command.set_defaults(command=_segment)
 
@@ -159,17 +173,20 @@ def _segment(args: argparse.Namespace) -> int:
 
     from neuronet_jax import runtime
     from neuronet_jax.images import nifti
+    from neuronet_jax.inference.segment import check_request
     from neuronet_jax.inference.segmentation import Options
-    from neuronet_jax.results import bids, cohort, reports, tables
+    from neuronet_jax.results import bids, cohort, dataset, reports, tables
     from neuronet_jax.results import inputs as scans
     from neuronet_jax.results.resume import Records
-    from neuronet_jax.results.write import prepare, write_cohort
     from neuronet_jax.runs.calibration import load_calibration, uncalibrated
     from neuronet_jax.runs.provenance import Provenance
     from neuronet_jax.runs.restore import restore
     from neuronet_jax.runtime import keep_compiled
 
-    options = Options(args.flip, args.crops, args.fast, args.posteriors, args.consistent_tissue)
+    with _wrong_options():
+        options = Options(
+            args.flip, args.crops, args.fast, args.posteriors, args.consistent_tissue, not args.no_clean_up
+        )
     found = scans.find(args.inputs)
 
     keep_compiled()
@@ -177,48 +194,59 @@ def _segment(args: argparse.Namespace) -> int:
     console.print(runtime.start(), highlight=False)
     model = restore(*args.run)
     derived = ("malp_em_tissue",) if options.consistent_tissue else ()
-    protocols = _choose(args.protocols, (*model.config.protocols, *derived))
+    protocols = tuple(dict.fromkeys(args.protocols or (*model.config.protocols, *derived)))
+    with _wrong_options():
+        check_request(model, protocols, options)
     if len(args.run) == 1:
         calibration = load_calibration(args.run[0], model.origin.step)
     else:
         calibration = uncalibrated("an ensemble cannot use the calibration of one of its runs")
     provenance = Provenance(model.provenance.members, calibration.sha256, options.changed())
-    targets = bids.plan(found, args.out, protocols, options.posteriors)
-    summary = "summary.tsv"
+    results = dataset.Dataset(args.out, protocols, provenance, args.overwrite)
+    results.check()
+    targets = bids.plan(found.scans, args.out, protocols, options.posteriors, found.lists)
+    refused = [tables.refused_row(*refusal) for refusal in found.refused]
     if args.shard is not None:
         targets = cohort.shard(targets, *args.shard)
-        summary = "summary_shard-{}-of-{}.tsv".format(*args.shard)
+        refused = refused if args.shard[0] == 1 else []  # one of the shards tells of them
     records = Records(provenance, protocols, options.posteriors)
     todo, rows = records.unfinished(targets, args.overwrite)
-    prepare(args.out, protocols, provenance, args.overwrite)
 
     there = len(rows)
     limits = nifti.Limits(assume_ras=args.assume_ras)
-    work = cohort.Cohort(model, protocols, options, limits, records, calibration, not args.no_report)
+    work = cohort.Cohort(model, results, options, limits, records, calibration, not args.no_report)
+    for row in refused:
+        cohort.report(row, console)
     try:
         for row in work.run(todo, console):
             rows[row.output] = row
     finally:
-        ordered = [rows[target.stem] for target in targets if target.stem in rows]
-        tables.write_summary(args.out / summary, ordered)
-    if (
-        args.shard is None
-    ):  # a shard does not know the others; the command without --shard writes the shared tables and pages
-        write_cohort(args.out, ordered, provenance, calibration, not args.no_report)
-    done = sum(row.status == "done" for row in ordered)
-    print(f"{done} of {len(targets)} scans segmented in {args.out}" + (f", {there} of them earlier" if there else ""))
+        ordered = [*refused, *(rows[target.stem] for target in targets if target.stem in rows)]
+        if results.exists():  # nothing is written before there is a result
+            if args.shard is None:
+                dataset.update_summary(args.out, ordered)
+            else:
+                name = "summary_shard-{}-of-{}.tsv".format(*args.shard)
+                tables.write_text(args.out / name, tables.summary_table(ordered))
+    if results.exists() and args.shard is None:  # a shard does not know the others, and leaves the rest to the command
+        dataset.write_cohort(args.out, provenance, calibration, not args.no_report)  # without --shard
+    done, of = sum(row.status == "done" for row in ordered), len(targets) + len(refused)
+    where = f" in {args.out}" if results.exists() else f"; nothing was written to {args.out}"
+    print(shown(f"{done} of {of} scans segmented{where}" + (f", {there} of them earlier" if there else "")))
     for code, meaning, count in reports.explained(ordered):
         print(f"{code} ({count} {'scan' if count == 1 else 'scans'}): {meaning}")
     if todo:
         print(work.timing(len(todo)))
-    return DONE if done == len(targets) else PARTIAL
+    return DONE if done == of else PARTIAL if done else FAILED
 
 
-def _choose(wanted: tuple[str, ...] | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the wanted protocols, each once, or all of `known` if none are given."""
-    if unknown := [name for name in wanted or () if name not in known]:
-        raise NeuronetError(f"--protocols: this run predicts {', '.join(known)}, not {unknown[0]!r}")
-    return tuple(dict.fromkeys(wanted or known))
+@contextlib.contextmanager
+def _wrong_options() -> Iterator[None]:
+    """Reports requests that no input could fulfil as wrong options."""
+    try:
+        yield
+    except NeuronetError as error:
+        raise UsageError(str(error)) from error
 
 
 def _add_import_dltk(commands: Any) -> None:
@@ -303,10 +331,10 @@ results:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    sides = tuple(int(side) for side in text.split(","))
-    if len(sides) != 3:
-        raise ValueError
-    return sides
+    sides = text.split(",")
+    if len(sides) != 3 or not all(side.strip().isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape: write X,Y,Z, such as 192,224,192")
+    return tuple(int(side) for side in sides)
 
 
 def _export(args: argparse.Namespace) -> int:

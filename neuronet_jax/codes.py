@@ -23,7 +23,7 @@ CODES = {
     "E_CONSTANT": Code("The image has the same value everywhere.", "Check that the right file was exported."),
     "E_CRC": Code(
         "The bytes differ from their checksum: the file, or a part of the store, is damaged.",
-        "Copy or download the file again; rebuild the damaged shard of a store.",
+        "Copy or download the file again; build the shard of a store again with `data_prep.build … --repair`.",
     ),
     "E_DTYPE": Code(
         "The voxels are not plain integers or floats.", "Convert the image, for instance to 16-bit integers."
@@ -84,7 +84,8 @@ CODES = {
         "The two MALP-EM outputs contradict each other.", "Check both on the picture; the network is unsure."
     ),
     "W_BRAIN_VOLUME": Code(
-        "The labelled volume fits no adult brain.", "Check that the brain is whole and that nothing else is labelled."
+        "The labelled volume is too small or too large for an adult brain (less than 0.6 or more than 2.1 litres).",
+        "Too small: check that the brain is whole. Too large: neck or face is labelled; crop the scan to the head.",
     ),
     "W_CONTRAST": Code(
         "The image does not look T1-weighted: intensity should rise from CSF over grey to white matter.",
@@ -96,6 +97,10 @@ CODES = {
     "W_NO_BRAIN": Code(
         "No brain is visible, or the share of grey matter does not fit a brain.",
         "Check that the file holds a head; discard the labels if it does not.",
+    ),
+    "W_PIECES": Code(
+        "More than 10 ml of labels lay apart from the brain and were removed.",
+        "Check the labels on the picture; `--no-clean-up` keeps such pieces.",
     ),
     "W_QUALITY": Code(
         "The predicted Dice is below the threshold from the run's validation subjects.",
@@ -132,6 +137,9 @@ CODES = {
     "E_ID": Code("An id holds other characters than ASCII letters and digits.", "Rename it."),
     "E_LABEL_EMPTY": Code("A label map is all background.", "Run the segmentation tool again."),
     "E_LABEL_FLOAT": Code("A label map holds values that are not integers.", "Export it without interpolation."),
+    "E_LABEL_IMAGE": Code(
+        "The file in the column `t1` is a label map.", "Check whether the columns of the manifest were exchanged."
+    ),
     "E_LABEL_SET": Code(
         "A label map holds ids that its tool does not use.",
         "Check that the map is in the right column of the manifest.",
@@ -171,13 +179,17 @@ CODES = {
     "E_INCOMPLETE": Code("The store is not finished.", "Run the same `data_prep.build` command again."),
     "E_LEASE": Code("A different process uses this run or store.", "Wait for it, or stop it first."),
     "E_MISMATCH": Code(
-        "The parts of the store do not fit together: one was changed or exchanged.", "Build the store again."
+        "The parts of the store do not fit together: one was changed or exchanged.",
+        "Build the store again; for a changed subject, `data_prep.build … --repair` is enough.",
     ),
     "E_READ_ONLY": Code("A finished store is not written to.", "Build a new store at a different place."),
     "E_SCHEMA": Code(
         "The store was written by a release with a different format.", "Build it again, or use that release."
     ),
-    "E_SHARD_MISSING": Code("A shard of the store is not there.", "Run the same `data_prep.build` command again."),
+    "E_SHARD_MISSING": Code(
+        "A shard of the store is not there.",
+        "Run the same `data_prep.build` command again, with `--repair` if the store was finished.",
+    ),
     "E_SYMLINK": Code("A link in the store leads out of it.", "Replace the link by the files."),
 }
 

@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import io
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -59,12 +61,20 @@ class Parser(argparse.ArgumentParser):
         for argument in arguments:
             name = argument.partition("=")[0]
             if self._subparsers is not None and not name.startswith("-"):
+                self._refuse_unknown_command(argument)
                 return  # the options of a command follow
             if name in known or not name.startswith("-") or _is_number(name) or name == "-":
                 continue
             if not (self._settings and name.startswith(SETTING)):
                 near = difflib.get_close_matches("--" + name.lstrip("-"), known, 1)
                 self.error(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+    def _refuse_unknown_command(self, name: str) -> None:
+        commands = [c for action in self._subparsers._group_actions for c in action.choices or ()]  # type: ignore
+        if name not in commands:
+            near = difflib.get_close_matches(name, commands, 1)
+            hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
+            self.error(f"there is no command {name}; {hint}")
 
 
 def spelled(argument: str) -> str:
@@ -75,6 +85,21 @@ def spelled(argument: str) -> str:
     return (name.replace("_", "-") if name.startswith("--") else name) + equals + value
 
 
+def shown(text: str) -> str:
+    """Returns the text as a terminal, a table or a page may show it.
+
+    File names may hold control characters and bytes that are not UTF-8. These become `\\xNN`; line ends stay.
+    """
+    return "".join(c if c == "\n" or c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # Python's stand-in for a byte of a file name that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -83,14 +108,33 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """Returns a type for `add_argument` that takes a number of this kind from `least` to `most`, and says so."""
+    takes = f"{'a whole number' if kind is int else 'a number'} from {least:g}"
+    takes += f" to {most:g}" if most < math.inf else ""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"it takes {takes}, got {text!r}")
+        return value
+
+    return parse
+
+
 def run(parser: Parser, command: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None) -> int:
     """Runs `command` with the options in `arguments` and returns the exit status. An error becomes one message."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name that is not UTF-8 must not end the program
     options = parser.parse_args(arguments)
     try:
         namesakes.require()
         return command(options)
     except NeuronetError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {shown(str(error))}", file=sys.stderr)
         return USAGE if isinstance(error, UsageError) else FAILED
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped by Ctrl-C; run the same command again to continue", file=sys.stderr)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import neuronet_jax
+from data_prep import build, verify
+from neuronet_jax import cli
 from neuronet_jax.programs import DONE, FAILED, PARTIAL, USAGE, Parser, run, spelled
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,3 +158,21 @@ def test_other_exceptions_are_defects_and_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run(_parser(), command, [])
     assert run(_parser(), lambda _: PARTIAL, []) == PARTIAL
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (build.main, ["--voxel-size-mm=-1"], "--voxel-size-mm: it takes a number from 0.2 to 10, got '-1'"),
+        (build.main, ["--workers=-3"], "--workers: it takes a whole number from 0, got '-3'"),
+        (build.main, ["--shard-subjects=0"], "a whole number from 1, got '0'"),
+        (build.main, ["--max-reject-fraction=nan"], "a number from 0 to 1, got 'nan'"),
+        (build.main, ["--grid=0,1,2"], "a grid is X,Y,Z in voxels"),
+        (verify.main, ["--threads=many"], "a whole number from 1, got 'many'"),
+        (cli.main, ["export", "--shape=3"], "'3' is not a shape: write X,Y,Z"),
+    ],
+)
+def test_a_wrong_value_is_status_2_before_anything_is_read(main, arguments, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2 and message in capsys.readouterr().err

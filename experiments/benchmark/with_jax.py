@@ -118,11 +118,12 @@ class Jax(Contender):
             image = self.jax.device_put(random_batch(job.batch, (job.side,) * 3)[0])
             return lambda: self.jax.block_until_ready(labels(image))
         from neuronet_jax.inference.segment import segment
+        from neuronet_jax.inference.segmentation import Options
 
         if job.weights:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, family="neuronet"))
         model = Model(self.network(config), config, voxel_size_mm=1.0)
-        return lambda: segment(model, job.head)
+        return lambda: segment(model, job.head, options=Options(clean_up=False))
 
     def label_maps(self, found: Any) -> dict[str, np.ndarray]:
         return {name: np.asarray(image.dataobj) for name, image in found.items()}

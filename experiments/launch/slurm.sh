@@ -19,8 +19,8 @@ set -euo pipefail
 # the queue. So it does where the signal ended a training that had not begun: 138 is 128 + USR1.
 stopped=no
 trap 'stopped=yes; [ -z "${!-}" ] || kill -USR1 "$!"' USR1
-# --resume starts a fresh run where the workdir holds none yet.
-srun --kill-on-bad-exit=1 python -m experiments.train "$@" --resume &
+# --begin starts a fresh run where the workdir holds none yet.
+srun --kill-on-bad-exit=1 python -m experiments.train "$@" --resume --begin &
 training=$!
 status=0
 wait "$training" || status=$?

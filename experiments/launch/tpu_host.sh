@@ -31,7 +31,7 @@ train)
     # When the host shuts down, SIGTERM ends this shell too: the training saves, but is not reported as ended.
     status=0
     # shellcheck disable=SC2016 # the inner shell expands these
-    bash -c 'echo $$ >training.pid; exec "$@"' train .venv/bin/python -m experiments.train "$@" --resume || status=$?
+    bash -c 'echo $$ >training.pid; exec "$@"' train .venv/bin/python -m experiments.train "$@" --resume --begin || status=$?
     echo "$status" >training.ended
     ;;
 report)

@@ -10,6 +10,9 @@ import numpy as np
 
 from neuronet_jax.errors import RejectError
 
+MOST_LABELS = 256  # values of a label map: the largest table, of MALP-EM, has 139
+LEAST_EQUAL = 0.5  # share of equal neighbours in a label map, see `is_label_map`
+
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
@@ -62,3 +65,18 @@ def clip_spikes(image: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     if clipped:
         image = np.clip(image, min(lowest, 0), highest, dtype=image.dtype)
     return image, ("W_INTENSITY",) if clipped or negative else ()
+
+
+def is_label_map(image: np.ndarray) -> bool:
+    """Tells whether an image [x y z] holds labels instead of intensities: few whole numbers, in patches of one value.
+
+    Of neighbours along x that are not zero, label maps have .53 (4 mm) to .98 equal, T1-weighted scans up to .11 and,
+    reduced to 8 bits, .25: measured on 15 maps of five protocols, two of whole heads, and six scans.
+    """
+    sample = image[:, ::3, ::3]
+    first, second = sample[:-1], sample[1:]
+    both = (first != 0) & (second != 0)
+    if not both.any() or np.mean(first[both] == second[both]) <= LEAST_EQUAL:
+        return False
+    values = np.unique(sample)
+    return len(values) <= MOST_LABELS and bool(np.all(values == np.rint(values)))

@@ -12,8 +12,10 @@ import io
 import itertools
 import logging
 import math
+import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -32,6 +34,7 @@ _SILENT.propagate = False
 _NIFTI = {348: nib.Nifti1Header, 540: nib.Nifti2Header}  # by sizeof_hdr
 _MGH_HEADER_BYTES = 284
 _DEFLATE_ERROR: type[Exception] = getattr(isal_zlib, "error")  # noqa: B009 (its stub types it as an instance)
+_Part = TypeVar("_Part")
 _CONVERT = "convert it with dcm2niix (DICOM) or mri_convert, and give a .nii, .nii.gz or .mgz file"
 
 
@@ -58,7 +61,7 @@ def read_image(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Volume:
     Raises RejectError with E_FORMAT, E_TRUNCATED, E_CRC, E_TRAILING, E_HEADER, E_HEADER_SIZE, E_NDIM, E_DTYPE, E_SCALE,
     E_UNITS, E_NO_XFORM, E_XFORM, E_AFFINE, E_ZOOM or E_NAN, and with E_IO if the file cannot be read at all.
     """
-    return _image(_read(path, limits), limits)
+    return _image(_read(path, limits, _volume), limits)
 
 
 def check_image(image: SpatialImage, limits: Limits = Limits()) -> Volume:
@@ -71,7 +74,15 @@ def check_image(image: SpatialImage, limits: Limits = Limits()) -> Volume:
         raise RejectError("E_DTYPE", f"the image cannot be stored as NIfTI: {error}") from error
     except (OSError, EOFError) as error:  # nibabel reads the voxels from the file only now
         raise RejectError("E_IO", f"the voxels of the image cannot be read: {error}") from error
-    return _image(_parse(io.BytesIO(content), "image.nii", limits), limits)
+    return _image(_parse(io.BytesIO(content), "image.nii", limits, _volume), limits)
+
+
+def read_grid(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> tuple[tuple[int, ...], np.ndarray]:
+    """Returns the voxels along x, y, z and the spacing in mm from the header alone, which is checked as by
+    `read_image`.
+    """
+    header = _read(path, limits, _header)
+    return header.shape, spacing_mm(header.affine)
 
 
 def _image(volume: Volume, limits: Limits) -> Volume:
@@ -86,7 +97,7 @@ def read_labels(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Volume:
 
     Raises RejectError as `read_image` does, and E_LABEL_FLOAT if voxels are not integers.
     """
-    volume = _read(path, limits)
+    volume = _read(path, limits, _volume)
     data, warnings = volume.data, ()
     if data.dtype.kind == "f":
         data, warnings = _finite(data, limits)
@@ -174,18 +185,22 @@ _TRANSFORM_FIELDS = (
 # ---- reading, in the order of the checks ----------------------------------------------------------------------------
 
 
-def _read(path: str | Path, limits: Limits) -> Volume:
+def _read(path: str | Path, limits: Limits, part: Callable[..., _Part]) -> _Part:
+    """Returns a `part` of the file, `_header` or `_volume`."""
     path = Path(path)
     try:
-        if path.is_dir():
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
             raise RejectError("E_FORMAT", f"this is a folder, not an image; {_CONVERT}")
+        if not stat.S_ISREG(mode):  # opening a pipe waits until somebody writes to it
+            raise RejectError("E_FORMAT", "this is a pipe, a socket or a device; save the image as a file first")
         with path.open("rb") as file:
-            return _parse(file, path.name, limits)
+            return _parse(file, path.name, limits, part)
     except OSError as error:
         raise RejectError("E_IO", f"the file cannot be read: {error.strerror}") from error
 
 
-def _parse(file: IO[bytes], name: str, limits: Limits) -> Volume:
+def _parse(file: IO[bytes], name: str, limits: Limits, part: Callable[..., _Part]) -> _Part:
     suffix = next((s for s in (".nii.gz", ".nii", ".mgz") if name.lower().endswith(s)), None)
     if suffix is None:
         raise RejectError("E_FORMAT", f"unknown file type {Path(name).suffix!r}; {_CONVERT}")
@@ -195,11 +210,11 @@ def _parse(file: IO[bytes], name: str, limits: Limits) -> Volume:
         found = "gzip data" if magic == b"\x1f\x8b" else "data that are not gzip" if magic else "no data"
         raise RejectError("E_FORMAT", f"this {suffix} file holds {found}; rename it or export it again")
     if suffix == ".nii":
-        return _inflate(file, _read_nifti_header, limits)
+        return part(file, _read_nifti_header, limits)
     stream: Any = igzip.IGzipFile(fileobj=file, mode="rb")
     try:
         try:
-            return _inflate(stream, _read_mgh_header if suffix == ".mgz" else _read_nifti_header, limits)
+            return part(stream, _read_mgh_header if suffix == ".mgz" else _read_nifti_header, limits)
         except RejectError as error:
             if error.code != "E_TRAILING":  # the header may be wrong because the stream is damaged; the CRC tells
                 _drain(stream, limits.bytes)
@@ -210,7 +225,20 @@ def _parse(file: IO[bytes], name: str, limits: Limits) -> Volume:
         raise RejectError("E_CRC", f"the gzip stream is damaged ({error}); copy or download the file again") from error
 
 
-def _inflate(stream: IO[bytes], read_header: Any, limits: Limits) -> Volume:
+class _Header(NamedTuple):
+    """A header that has passed all checks."""
+
+    header: Any  # nibabel's
+    shape: tuple[int, ...]  # along x, y, z
+    dtype: np.dtype
+    offset: int  # bytes between header and voxels
+    affine: np.ndarray
+    slope: float
+    intercept: float
+    warnings: tuple[str, ...]
+
+
+def _header(stream: IO[bytes], read_header: Any, limits: Limits) -> _Header:
     header, shape, dtype, offset = read_header(stream)
     warnings: list[str] = []
     voxels = 1
@@ -228,10 +256,15 @@ def _inflate(stream: IO[bytes], read_header: Any, limits: Limits) -> Volume:
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise RejectError("E_DTYPE", f"voxels must be plain integers or floats, got {dtype}")
     affine, notes = _affine(header, shape, limits)
-    warnings += notes
-    slope, inter = _scaling(header)
+    slope, intercept = _scaling(header)
+    header.set_data_shape(shape)
+    return _Header(header, shape, dtype, offset, affine, slope, intercept, (*warnings, *notes))
+
+
+def _volume(stream: IO[bytes], read_header: Any, limits: Limits) -> Volume:
+    header, shape, dtype, offset, affine, slope, intercept, warnings = _header(stream, read_header, limits)
     _skip(stream, offset)
-    buffer = np.empty(voxels * dtype.itemsize, np.uint8)
+    buffer = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
     _fill(stream, buffer.data)
     if _drain(stream, limits.trailing_bytes) > limits.trailing_bytes:
         raise RejectError(
@@ -239,10 +272,9 @@ def _inflate(stream: IO[bytes], read_header: Any, limits: Limits) -> Volume:
         )
     data = buffer.view(dtype).reshape(shape, order="F")
     data = data.astype(dtype.newbyteorder("="), copy=False)
-    if (slope, inter) != (1.0, 0.0):
-        data = data * np.float64(slope) + np.float64(inter)
-    header.set_data_shape(shape)
-    return Volume(data, affine, header, tuple(warnings))
+    if (slope, intercept) != (1.0, 0.0):
+        data = data * np.float64(slope) + np.float64(intercept)
+    return Volume(data, affine, header, warnings)
 
 
 def _read_nifti_header(stream: IO[bytes]) -> tuple[Any, tuple[int, ...], np.dtype, int]:

@@ -21,6 +21,7 @@ from nibabel.spatialimages import SpatialImage
 
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.images import intensity, nifti, space
+from neuronet_jax.inference.cleanup import clean_up
 from neuronet_jax.inference.onto_grid import Reading
 from neuronet_jax.inference.segmentation import Confidence, Options, Segmentation, posterior
 from neuronet_jax.inference.volume import Result, read_volume
@@ -70,6 +71,11 @@ def segment(
     return _segment(model, volume, protocols, options, confidence=False).maps
 
 
+def check_request(model: Model, protocols: Sequence[str], options: Options) -> None:
+    """Raises NeuronetError if the model cannot give these protocols with these options, before any image is read."""
+    _plan(model, protocols, options, confidence=False)
+
+
 def segment_volume(
     model: Model, volume: space.Volume, protocols: Sequence[str] | None = None, options: Options = DEFAULT
 ) -> Segmentation:
@@ -103,12 +109,18 @@ def _segment(
         return np.ascontiguousarray(found.transpose(np.argsort(order)))
 
     classes = {name: home(found) for name, found in zip(plan.read, result.classes, strict=True)}
+    removed: dict[str, int] = {}
+    if options.clean_up:
+        for name, found in classes.items():
+            classes[name], removed[name] = clean_up(PROTOCOLS[name], found)
     if plan.reading.tissue_of is not None:
         classes["malp_em_tissue"] = MALP_EM_TO_TISSUE[classes["malp_em"]]
+        removed["malp_em_tissue"] = removed.get("malp_em", 0)
     return Segmentation(
         {name: PROTOCOLS[name].to_ids(classes[name]) for name in plan.protocols},
         _confidence(plan, result.sums) if confidence else {},
         {name: home(found) for name, found in zip(options.posteriors, result.posteriors, strict=True)},
+        {name: removed[name] for name in plan.protocols} if options.clean_up else {},
     )
 
 
@@ -128,6 +140,12 @@ class _Plan:
 
 def _plan(model: Model, protocols: Sequence[str] | None, options: Options, confidence: bool) -> _Plan:
     known = model.config.protocols
+    if isinstance(protocols, Options):
+        raise NeuronetError("the third argument of segment is protocols: give the options by name, options=Options(…)")
+    if isinstance(protocols, str):
+        raise NeuronetError(f"protocols takes a sequence of names, such as [{protocols!r}], got one string")
+    if not isinstance(options, Options):
+        raise NeuronetError(f"options takes Options(…), got {options!r:.80}")
     if options.fast and model.others:
         raise NeuronetError("fast runs one network once, got an ensemble: give one run, or leave fast out")
     if options.consistent_tissue:

@@ -1,7 +1,7 @@
 """The request and the result of a segmentation, as plain data shared by inference and output files."""
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ class Options:
     fast: bool = False  # a tight box around the head, no interpolation of scores, no averaging, no confidence
     posteriors: tuple[str, ...] = ()  # names "PROTOCOL:STRUCTURE" of requested probability maps
     consistent_tissue: bool = False  # derive malp_em_tissue from malp_em, so that the two agree exactly
+    clean_up: bool = True  # remove labels that lie apart from the brain, see `cleanup`
 
     def __post_init__(self) -> None:
         """Raises NeuronetError for options that contradict each other and for structures that no label table has."""
@@ -26,6 +27,8 @@ class Options:
             raise NeuronetError(f"crops must be at least 1, got {self.crops}")
         if self.fast and (self.flip or self.crops > 1 or self.posteriors):
             raise NeuronetError("fast leaves out averages and posteriors: give fast, or flip, crops and posteriors")
+        if isinstance(self.posteriors, str):
+            raise NeuronetError(f"posteriors takes a tuple of names, such as ({self.posteriors!r},), got one string")
         for text in self.posteriors:
             posterior(text)
 
@@ -74,3 +77,4 @@ class Segmentation:
     maps: dict[str, np.ndarray]  # per protocol uint8 [x y z] of the tool's ids
     confidence: dict[str, Confidence]  # per protocol; empty with Options.fast
     posteriors: dict[str, np.ndarray]  # per requested "PROTOCOL:STRUCTURE" float32 [x y z], 0 to 1
+    removed: dict[str, int] = field(default_factory=dict)  # per protocol voxels that the clean-up turned to background

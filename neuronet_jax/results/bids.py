@@ -19,15 +19,17 @@ BIDS values are letters and digits only, so a protocol's label is its name witho
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.results.inputs import Scan
+from neuronet_jax.results.inputs import Scan, bare
 
 GENERATOR = "NeuroNet-JAX"
 _DROPPED = ("space", "hemi", "seg", "scale", "res", "den", "label", "desc")  # these describe the image, not the subject
+_SHARED = r"summary.*\.tsv|volumes\.tsv|report\.html|.*_dseg\.tsv|.*_lut\.txt|dataset_description\.json"  # files in OUT
 _ENTITY = re.compile(r"([a-z]+)-[A-Za-z0-9]+")
 
 
@@ -74,47 +76,79 @@ class Target:
         return self.folder / f"{self.stem}_provenance.json"
 
     def results(self, protocols: Sequence[str], posteriors: Sequence[str] = ()) -> list[Path]:
+        """Returns the files without which the results are not complete."""
         return [*map(self.labels, protocols), *map(self.posterior, posteriors), self.volumes]
+
+    def written(self, protocols: Sequence[str], posteriors: Sequence[str] = ()) -> list[Path]:
+        """Returns every file that a command may write for this input, without the sidecars."""
+        tables = [self.table(name) for name in ("agreement", "quality")]
+        return [*self.results(protocols, posteriors), self.votes, *tables, self.report, self.record]
 
 
 def bids_label(protocol: str) -> str:
     return protocol.replace("_", "")
 
 
-def plan(scans: Sequence[Scan], out: Path, protocols: Sequence[str], posteriors: Sequence[str] = ()) -> list[Target]:
+def plan(
+    scans: Sequence[Scan],
+    out: Path,
+    protocols: Sequence[str],
+    posteriors: Sequence[str] = (),
+    lists: Sequence[Path] = (),
+) -> list[Target]:
     """Returns where each scan's results go. A BIDS name keeps its entities; any other becomes sub-<its letters and
     digits>.
 
-    Raises NeuronetError, before anything is read or written, if two scans have one name or a result would replace an
-    input.
+    Raises NeuronetError, before anything is read or written, if two scans have one name, or if a result would replace
+    an input or one of the `lists` that name them.
     """
     names = [_stem(scan.name) for scan in scans]
+    counts = Counter(names)
     stems = [
         # many subjects' folders may each hold a T1.nii.gz: the folder's name tells them apart
         _stem(f"{scan.path.absolute().parent.name}{scan.name}")
-        if names.count(name) > 1 and name != _bids(scan.name)
+        if counts[name] > 1 and name != _bids(scan.name)
         else name
         for scan, name in zip(scans, names, strict=True)
     ]
-    inputs = {scan.path.resolve() for scan in scans}
-    targets: dict[str, Target] = {}
-    for (path, _), stem in zip(scans, stems, strict=True):
-        if stem in targets:
-            raise NeuronetError(
-                f"{targets[stem].source} and {path} would both be named {stem}: use two --out folders, or name "
-                "them in the column `id` of a list"
-            )
-        target = targets[stem] = Target(path, out, stem)
-        for result in target.results(protocols, posteriors):
-            if result.resolve() in inputs:
-                raise NeuronetError(f"{result} is an input and would be overwritten: choose a different --out folder")
-    return list(targets.values())
+    inputs = {path.resolve() for path in (*(scan.path for scan in scans), *lists)}
+    folders = {path.parent for path in inputs}
+    for path in inputs:
+        if path.parent == out.resolve() and re.fullmatch(_SHARED, path.name):
+            raise NeuronetError(f"{path} is an input and would be overwritten: choose a different --out folder")
+    first: dict[str, Scan] = {}
+    targets = []
+    for scan, stem in zip(scans, stems, strict=True):
+        if (earlier := first.setdefault(stem, scan)) is not scan:
+            raise NeuronetError(_twice(earlier, scan, stem))
+        target = Target(scan.path, out, stem)
+        targets.append(target)
+        if (folder := target.folder.resolve()) in folders:
+            for result in target.written(protocols, posteriors):
+                if folder / result.name in inputs:
+                    raise NeuronetError(
+                        f"{result} is an input and would be overwritten: choose a different --out folder"
+                    )
+    return targets
+
+
+def _twice(one: Scan, other: Scan, stem: str) -> str:
+    """Says that the results of two scans would have one name, and what to do about it."""
+    if one.row and other.row:
+        return (
+            f"{one.row} and {other.row} would both be named {stem}: give each its own id in the column `id` "
+            "(sub-01 and 01 are one id), or remove one of them"
+        )
+    return (
+        f"{one.path} and {other.path} would both be named {stem}: segment one of them into a different --out folder, "
+        "or give @LIST.csv with the columns `id` and `t1`, and an id of its own to each"
+    )
 
 
 def _stem(name: str) -> str:
     if bids := _bids(name):
         return bids
-    letters = re.sub("[^A-Za-z0-9]", "", _bare(name))
+    letters = re.sub("[^A-Za-z0-9]", "", bare(name))
     if not letters:
         raise NeuronetError(
             f"E_ID: names of results use letters and digits (A-Z, a-z, 0-9), and {name!r} has none: rename it"
@@ -124,14 +158,10 @@ def _stem(name: str) -> str:
 
 def _bids(name: str) -> str:
     """Returns the entities of a BIDS file name that identify subject and scan, or an empty string for other names."""
-    *entities, suffix = _bare(name).split("_")
+    *entities, suffix = bare(name).split("_")
     if not entities or not entities[0].startswith("sub-") or not suffix.isalnum():
         return ""
     keys = [match[1] for entity in entities if (match := _ENTITY.fullmatch(entity))]
     if len(keys) < len(entities):
         return ""
     return "_".join(entity for key, entity in zip(keys, entities, strict=True) if key not in _DROPPED)
-
-
-def _bare(name: str) -> str:
-    return re.sub(r"(\.nii\.gz|\.nii|\.mgz)$", "", name, flags=re.IGNORECASE)

@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import nibabel as nib
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -18,9 +17,11 @@ from neuronet_jax.images import nifti
 from neuronet_jax.inference import cost
 from neuronet_jax.inference.segment import segment_volume
 from neuronet_jax.inference.segmentation import Options
+from neuronet_jax.programs import shown
 from neuronet_jax.results.bids import Target
+from neuronet_jax.results.dataset import Dataset
 from neuronet_jax.results.resume import Records, identify
-from neuronet_jax.results.tables import Row
+from neuronet_jax.results.tables import Row, file_cell
 from neuronet_jax.results.write import write_results
 from neuronet_jax.runs.calibration import UNKNOWN, Calibration
 from neuronet_jax.runs.model import Model
@@ -45,10 +46,10 @@ def shard(targets: Sequence[Target], index: int, count: int) -> list[Target]:
 
 @dataclass
 class Cohort:
-    """The model, options and records with which each scan is segmented."""
+    """The model, options and records with which each scan is segmented, and the dataset that gets the results."""
 
     model: Model
-    protocols: Sequence[str]
+    dataset: Dataset
     options: Options
     limits: nifti.Limits
     records: Records
@@ -61,7 +62,8 @@ class Cohort:
         """Reads one scan, segments it and writes its results. Raises RejectError for a file that cannot be used."""
         volume = nifti.read_image(target.source, self.limits)
         source = identify(target.source)
-        result = segment_volume(self.model, volume, self.protocols, self.options)
+        result = segment_volume(self.model, volume, self.dataset.protocols, self.options)
+        self.dataset.begin()
         self.records.begin(target, source)
         row = write_results(target, volume, result, True, self.records.provenance, self.calibration, self.report)
         self.records.complete(target, row)
@@ -91,7 +93,7 @@ class Cohort:
                 progress.advance(bar)
                 left_s = self.elapsed_s / number * (len(targets) - number)
                 left = f"; about {duration(left_s)} left" if number < len(targets) else ""
-                _report(row, console, f"[{number}/{len(targets)}]", left)
+                report(row, console, f"[{number}/{len(targets)}] ", left)
                 yield row
 
     def timing(self, scans: int) -> str:
@@ -104,9 +106,8 @@ class Cohort:
         """Estimates how long the first scan will take, from its header. Returns "" if that is unknown or negligible."""
         passes = len(self.model.members) * self.options.passes
         try:
-            header: Any = nib.load(targets[0].source).header  # type: ignore[attr-defined]
-            shape, spacing_mm = header.get_data_shape()[:3], header.get_zooms()[:3]
-            expected = cost.expected_s(shape, spacing_mm, self.model.voxel_size_mm, passes)
+            shape, spacing_mm = nifti.read_grid(targets[0].source, self.limits)
+            expected = cost.expected_s(shape, spacing_mm.tolist(), self.model.voxel_size_mm, passes)
         except Exception:  # reading the scan will report the fault
             return ""
         if expected is None:
@@ -123,12 +124,12 @@ def _row(target: Target, future: "Future[Row]", console: Console) -> Row:
     if not isinstance(error, Exception) or (isinstance(error, NeuronetError) and not isinstance(error, RejectError)):
         raise error  # nothing can be written, or the program must end
     if not isinstance(error, RejectError):  # an unforeseen fault: the next scan may still succeed
-        console.print("".join(traceback.format_exception(error)), **_PLAIN)
+        console.print(shown("".join(traceback.format_exception(error))), **_PLAIN)
         error = RejectError("E_INTERNAL", f"{type(error).__name__}: {error}; please report it")
-    return Row(target.source.name, target.stem, "rejected", error.code, error.reason)
+    return Row(file_cell(target.source.name), target.stem, "rejected", error.code, shown(error.reason))
 
 
-def _report(row: Row, console: Console, number: str, left: str) -> None:
+def report(row: Row, console: Console, number: str = "", left: str = "") -> None:
     """Prints a line for each scan, or only for scans with problems if there is a progress bar."""
     if row.status == "rejected":
         text = f"{row.output} ({row.input}): rejected, {row.code}: {row.reason}"
@@ -136,7 +137,7 @@ def _report(row: Row, console: Console, number: str, left: str) -> None:
         warned = f", with {row.warnings.replace(',', ', ')}" if row.warnings != "n/a" else ""
         text = f"{row.output} ({row.input}): done{warned}"
     if not console.is_terminal:
-        console.print(f"{number} {text}{left}", **_PLAIN)
+        console.print(f"{number}{text}{left}", **_PLAIN)
     elif row.status == "rejected" or row.warnings != "n/a":
         console.print(text, style="red" if row.status == "rejected" else "yellow", **_PLAIN)
 

@@ -1,17 +1,22 @@
 """Finds the scans that a command line names: files, folders, BIDS datasets and lists."""
 
 import csv
+import difflib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.store.schema import is_id
 
 IMAGES = (".nii.gz", ".nii", ".mgz")
+TABLES = (".csv", ".tsv")
+_LISTS = (*TABLES, ".txt", ".list", ".lst")  # names that no image has: somebody forgot the @
 _NOT_SCANS = ("derivatives", "sourcedata")  # in a BIDS dataset: results, and the data before conversion
+_NAMED = 3  # files that an error names: enough to see the problem
 
 
 class Scan(NamedTuple):
@@ -19,26 +24,76 @@ class Scan(NamedTuple):
 
     path: Path
     name: str  # the results take this name: the file name, or the id from a list
+    row: str = ""  # where a list names it, such as "row 3 of cohort.csv"
 
 
-def find(inputs: Sequence[str]) -> list[Scan]:
-    """Returns the scans of files, folders, BIDS datasets and lists (`@FILE`), each once, in the order given.
+class Refused(NamedTuple):
+    """An input that cannot be segmented whatever its file holds, because its results can have no name."""
 
-    A file need not exist; a missing one is rejected later like any other bad input. Raises NeuronetError for a folder
-    or list without scans.
+    path: Path
+    code: str
+    reason: str
+
+
+class Found(NamedTuple):
+    """The inputs that a command line names."""
+
+    scans: list[Scan]  # each once, in the order given
+    refused: list[Refused]
+    lists: list[Path]
+
+
+def find(inputs: Sequence[str]) -> Found:
+    """Finds the scans of files, folders, BIDS datasets and lists (`@FILE`).
+
+    A file among others need not exist: it is rejected later like any other bad input. Raises NeuronetError for a folder
+    or list without scans, and if none of the files exists; UsageError for a list without its @.
     """
     found: dict[str, Scan] = {}
+    refused: list[Refused] = []
+    lists: list[Path] = []
     for text in inputs:
         path = Path(text)
         if text.startswith("@"):
-            scans = _listed(Path(text[1:]))
+            scans, bad = _listed(Path(text[1:]))
+            refused += bad
+            lists.append(Path(text[1:]))
         elif path.is_dir():
             scans = [Scan(file, file.name) for file in _in_folder(path)]
+        elif path.suffix.lower() in _LISTS:
+            raise UsageError(f"{text} is not an image; to segment the scans that it lists, write @{text}")
         else:
             scans = [Scan(path, path.name)]
         for scan in scans:
-            found.setdefault(os.path.abspath(scan.path), scan)
-    return list(found.values())
+            if not re.search("[A-Za-z0-9]", bare(scan.name)):
+                refused.append(
+                    Refused(
+                        scan.path,
+                        "E_ID",
+                        "names of results use letters and digits (A-Z, a-z, 0-9), and this file's name has none: "
+                        "rename it, or give it an id in a list",
+                    )
+                )
+                continue
+            earlier = found.setdefault(os.path.abspath(scan.path), scan)
+            if earlier.row and scan.row and earlier.name != scan.name:
+                raise NeuronetError(f"{earlier.row} and {scan.row} are one file with two ids: remove one of them")
+    scans = list(found.values())
+    if scans and not any(os.path.exists(scan.path) for scan in scans):
+        named = [f"{scan.path}{_hint(scan.path)}" for scan in scans[:_NAMED]]
+        more = [f"and {len(scans) - _NAMED} more"] if len(scans) > _NAMED else []
+        raise NeuronetError(f"none of the inputs exists: {', '.join([*named, *more])}")
+    return Found(scans, refused, lists)
+
+
+def _hint(path: Path) -> str:
+    """Returns the nearest name beside a missing file, or the folder that is missing already."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return f" (there is no folder {path.parent})"
+    near = difflib.get_close_matches(path.name, names, 1)
+    return f" (did you mean {path.with_name(near[0])}?)" if near else ""
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -80,34 +135,44 @@ def _is_raw_bids(folder: Path) -> bool:
     return True
 
 
-def _listed(path: Path) -> list[Scan]:
+def _listed(path: Path) -> tuple[list[Scan], list[Refused]]:
     """Reads a list: one path per line, or a table (.csv, .tsv) with the column `t1` and, optionally, `id` for result
     names.
 
-    Paths are absolute or relative to the list. The manifest of `data_prep.build` is such a table.
+    Paths are absolute or relative to the list. The manifest of `data_prep.build` is such a table. A row with an id that
+    cannot name results is refused alone.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # -sig drops the byte order mark that spreadsheets add
     except (OSError, ValueError) as error:
         raise NeuronetError(f"the list {path} cannot be read: {error}") from error
-    if path.suffix in (".csv", ".tsv"):
+    if path.suffix in TABLES:
         table = csv.DictReader(text.splitlines(), delimiter="," if path.suffix == ".csv" else "\t")
         if "t1" not in (table.fieldnames or []):
             raise NeuronetError(
                 f"{path} has the columns {table.fieldnames}, but no 't1': give the scans' column that name"
             )
-        rows = [((row["t1"] or "").strip(), (row.get("id") or "").strip()) for row in table]
+        rows = [(table.line_num, (row["t1"] or "").strip(), (row.get("id") or "").strip()) for row in table]
     else:
-        rows = [(line.strip(), "") for line in text.splitlines() if not line.startswith("#")]
-    scans = [Scan(path.parent / file, _name(identity) or Path(file).name) for file, identity in rows if file]
-    if not scans:
+        lines = enumerate(text.splitlines(), start=1)
+        rows = [(number, line.strip(), "") for number, line in lines if not line.startswith("#")]
+    scans, refused = [], []
+    for number, file, identity in rows:
+        row = f"row {number} of {path.name}"
+        if not file:
+            continue
+        label = identity.removeprefix("sub-")
+        if identity and not is_id(label):
+            reason = f"the id in {row} must consist of letters and digits (A-Z, a-z, 0-9): change it there"
+            refused.append(Refused(path.parent / file, "E_ID", reason))
+        else:
+            name = f"sub-{label}_T1w.nii.gz" if identity else Path(file).name
+            scans.append(Scan(path.parent / file, name, row))
+    if not scans and not refused:
         raise NeuronetError(f"the list {path} names no scans")
-    return scans
+    return scans, refused
 
 
-def _name(identity: str) -> str:
-    """Returns the BIDS name of a subject's scan, or an empty string without an id."""
-    label = identity.removeprefix("sub-")
-    if identity and not is_id(label):
-        raise NeuronetError(f"E_ID: an id must consist of letters and digits (A-Z, a-z, 0-9), got {identity!r}")
-    return f"sub-{label}_T1w.nii.gz" if identity else ""
+def bare(name: str) -> str:
+    """Returns the name without the suffix of an image."""
+    return re.sub(r"(\.nii\.gz|\.nii|\.mgz)$", "", name, flags=re.IGNORECASE)

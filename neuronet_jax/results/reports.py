@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import numpy as np
 from neuronet_jax import __version__
 from neuronet_jax.codes import explain
 from neuronet_jax.evaluation.agreement import Agreement
+from neuronet_jax.evaluation.plausibility import BRAIN_MM3
 from neuronet_jax.evaluation.quality import Quality
 from neuronet_jax.images.space import Volume, voxel_mm3
 from neuronet_jax.labels import PROTOCOLS, REGIONS
@@ -49,6 +50,7 @@ class ScanPage:
     quality: Quality
     warnings: tuple[str, ...]
     provenance: Provenance
+    removed_ml: Mapping[str, float] = field(default_factory=dict)  # per protocol, by the clean-up; empty without it
 
 
 @cache
@@ -83,12 +85,13 @@ def render_scan(page: ScanPage) -> str:
     return environment().get_template("scan.html").render(
         scan=page.name,
         note=page.provenance.note,
-        warnings=[(code, explain(code)) for code in page.warnings],
+        warnings=[(code, _measured(code, mm3) + explain(code)) for code in page.warnings],
         score=page.quality.score,
         calibration=page.quality.calibration,
         unanimous=page.agreement.unanimous(),
         consistency=page.agreement.consistency,
         brain_mm3=max(float(volumes[1:].sum()) for volumes in mm3.values()),
+        removed_ml=max(page.removed_ml.values(), default=math.nan),
         pictures=_pictures(slices, page),
         thumbnail=embed(slices.png(page.maps[first], colors_of(PROTOCOLS[first]), count=1)),
         protocols=list(page.maps),
@@ -96,6 +99,18 @@ def render_scan(page: ScanPage) -> str:
         everything=[_everything(name, page.quality, volumes) for name, volumes in mm3.items()],
         provenance=_facts(page.provenance),
     )  # fmt: skip
+
+
+def _measured(code: str, mm3: Mapping[str, np.ndarray]) -> str:
+    """Returns the figures behind a warning, where there are some."""
+    if code != "W_BRAIN_VOLUME":
+        return ""
+    found = []
+    for name in mm3.keys() - {"fsl_first"}:
+        volume_mm3 = float(mm3[name][1:].sum())
+        if size := "too small" if volume_mm3 < BRAIN_MM3[0] else "too large" if volume_mm3 > BRAIN_MM3[1] else "":
+            found.append(f"{name}: {_ml(volume_mm3)} ml, {size}")
+    return f"{'; '.join(sorted(found))}. "
 
 
 def place_among(page: str, scan: str, volumes: Volumes) -> str:

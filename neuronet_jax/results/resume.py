@@ -15,8 +15,9 @@ from typing import Any
 from neuronet_jax import __version__
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
+from neuronet_jax.programs import shown
 from neuronet_jax.results.bids import GENERATOR, Target
-from neuronet_jax.results.tables import Row
+from neuronet_jax.results.tables import Row, row_of
 from neuronet_jax.runs.provenance import Provenance
 
 PROGRAM = f"{GENERATOR} {__version__}"
@@ -91,17 +92,30 @@ class Records:
         sizes = {name: _size(target.folder / name) for name in record["files"]}
         if changed := [name for name, size in sizes.items() if size not in (None, record["files"][name])]:
             return None, f"{changed[0]} was changed since it was written"
-        return None if None in sizes.values() else Row(**record["row"]), ""
+        return None if None in sizes.values() else row_of(record["row"]), ""
 
     def _write(self, target: Target, record: dict[str, Any]) -> None:
         target.folder.mkdir(parents=True, exist_ok=True)
         Files(str(target.folder.absolute())).write(target.record.name, json.dumps(record, indent=2).encode() + b"\n")
 
 
+def finished_rows(out: Path) -> list[Row]:
+    """Returns the rows of all scans below `out` whose results are complete, of whatever model and input."""
+    rows = []
+    for path in (*out.glob("sub-*/anat/*_provenance.json"), *out.glob("sub-*/ses-*/anat/*_provenance.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and (row := row_of(record.get("row"))) is not None:
+            rows.append(row)
+    return rows
+
+
 def identify(path: Path) -> dict[str, Any]:
     """Returns the properties that identify an input file, without its folder, which may reveal more than its name."""
     with path.open("rb") as file:
-        return {"file": path.name, **_stamp(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"file": shown(path.name), **_stamp(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _is_input(path: Path, known: dict[str, Any]) -> bool:

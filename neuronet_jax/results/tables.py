@@ -5,12 +5,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from neuronet_jax.files import Files
 from neuronet_jax.images.space import voxel_mm3
 from neuronet_jax.labels import PROTOCOLS, Protocol
+from neuronet_jax.programs import shown
 from neuronet_jax.results.pictures import votes_colors
 
 
@@ -18,8 +20,8 @@ from neuronet_jax.results.pictures import votes_colors
 class Row:
     """One line of summary.tsv."""
 
-    input: str  # file name
-    output: str  # stem of the results
+    input: str  # file name, from `file_cell`
+    output: str  # stem of the results; "n/a" for an input whose results can have no name
     status: str  # "done" or "rejected"
     code: str = "n/a"  # E_… of a rejected input
     reason: str = "n/a"
@@ -27,6 +29,12 @@ class Row:
     agreement: str = "n/a"  # between the two MALP-EM outputs: mean Dice over tissues
     predicted_dice: str = "n/a"  # mean over protocols and structures, see `quality`
     calibrated: str = "n/a"  # "yes" or "no": whether predicted_dice is calibrated on the run's validation subjects
+    removed_ml: str = "n/a"  # apart from the brain, in the protocol with most of it; n/a without the clean-up
+
+    @property
+    def key(self) -> str:
+        """The name that tells rows of a folder apart: of the results, or of the file where results can have no name."""
+        return self.input if self.output == "n/a" else self.output
 
 
 @dataclass(frozen=True)
@@ -106,10 +114,35 @@ def volumes_of(out: Path) -> Volumes:
     return Volumes(tuple(scans), tuple(columns), np.array(values, np.float64).reshape(len(scans), len(columns)))
 
 
-def write_summary(path: Path, rows: Sequence[Row]) -> None:
-    """Writes the outcome of every input, in the order given."""
+def summary_table(rows: Sequence[Row]) -> str:
+    """Returns the outcome of every input, in the order given."""
     header = [field.name for field in fields(Row)]
-    write_text(path, tsv([header, *([" ".join(v.split()) for v in asdict(row).values()] for row in rows)]))
+    return tsv([header, *([" ".join(shown(v).split()) for v in asdict(row).values()] for row in rows)])
+
+
+def rows_of(summary: str) -> list[Row]:
+    """Reads the text of `summary_table`, also of a release with fewer columns. Leaves out lines that make no row."""
+    table = csv.DictReader(summary.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return [row for line in table if (row := row_of(line)) is not None]
+
+
+def row_of(content: Any) -> Row | None:
+    """Returns the row with these fields, as summary.tsv or the record of a scan has them, or None if it is damaged."""
+    names = [field.name for field in fields(Row)]
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), str) for name in names[:3]):
+        return None
+    return Row(**{name: content[name] for name in names if isinstance(content.get(name), str)})
+
+
+def refused_row(path: Path, code: str, reason: str) -> Row:
+    """Returns the row of an input whose results can have no name."""
+    return Row(file_cell(path.name), "n/a", "rejected", code, shown(reason))
+
+
+def file_cell(name: str) -> str:
+    """Returns a file name as a cell of a table: printable, and never computed as a formula by a spreadsheet."""
+    text = shown(name).replace("\n", "\\n")
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def read_tsv(path: Path) -> list[dict[str, str]]:

@@ -90,7 +90,9 @@ class RunDirectory:
         return records(self.files.read(METRICS))
 
     @contextlib.contextmanager
-    def hold(self, config: Config, data: TrainingData, resume: bool = False) -> Iterator[Callable[[], None]]:
+    def hold(
+        self, config: Config, data: TrainingData, resume: bool = False, begin: bool = False
+    ) -> Iterator[Callable[[], None]]:
         """Holds the run for the duration of the block and claims it, before anything else in its folder is opened.
 
         Every process of the run calls it; the first one holds the lease for all. Gives a function that raises
@@ -110,15 +112,15 @@ class RunDirectory:
                 multihost_utils.broadcast_one_to_all(np.bool(False))
             if refusal is not None:
                 raise refusal
-            self.claim(config, data, resume)
+            self.claim(config, data, resume, begin)
             yield held.check if held else lambda: None
 
-    def claim(self, config: Config, data: TrainingData, resume: bool = False) -> None:
+    def claim(self, config: Config, data: TrainingData, resume: bool = False, begin: bool = False) -> None:
         """Makes this the folder of a run with these settings, or checks that the run in it is the one to continue.
 
         Every process of a run calls it while the run is held. Raises NeuronetError if the folder holds a run and
-        `resume` is not asked for, if that run has different settings or different data, and if it is an imported
-        network.
+        `resume` is not asked for, if it holds none to resume and `begin` does not allow that, if the run in it has
+        different settings or different data, and if it is an imported network.
         """
         earlier, earlier_data = self.config(), self.training_data()
         # after reading and before writing: the processes wait for each other here
@@ -140,8 +142,12 @@ class RunDirectory:
                     "or begin a new run with a different --workdir"
                 )
             return
+        if resume and not begin:
+            raise NeuronetError(
+                f"--resume: {self.path} holds no run to continue; correct --workdir, or add --begin to begin one there"
+            )
         if resume:
-            log.warning("--resume: %s holds no run yet, starting at step 0", self.path)
+            log.warning("--resume --begin: %s holds no run yet, starting at step 0", self.path)
         if jax.process_index() == 0:
             self.describe(config, data)
 

@@ -24,6 +24,14 @@ class Model:
     max_voxels: int = 0  # larger volumes are tiled; 0: as many as the device's memory allows
     others: tuple["Model", ...] = ()  # further members of an ensemble, whose scores are averaged with this one's
 
+    def __repr__(self) -> str:
+        """Describes the model without its weights."""
+        members = f"ensemble of {len(self.members)}, " if self.others else ""
+        return (
+            f"Model({members}{self.config.name}, step {self.origin.step}, {self.voxel_size_mm:g} mm, "
+            f"protocols {', '.join(self.config.protocols)})"
+        )
+
     @cached_property
     def parts(self) -> tuple[Any, Any]:
         """Structure and arrays of the network, as a compiled program takes them."""

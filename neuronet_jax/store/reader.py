@@ -15,7 +15,15 @@ from jaxtyping import Float, Integer
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files, local_path
 from neuronet_jax.store import arrays
-from neuronet_jax.store.schema import StoreError, StoreInfo, Subject, check_subjects, split_hash, subjects_from_tsv
+from neuronet_jax.store.schema import (
+    REPAIR,
+    StoreError,
+    StoreInfo,
+    Subject,
+    check_subjects,
+    split_hash,
+    subjects_from_tsv,
+)
 
 
 class Store:
@@ -203,9 +211,9 @@ def _read_error(dest: str, name: str, slot: int, text: str) -> StoreError:
     place = f"{name} of the subject in slot {slot} (see subjects.tsv) in {dest}"
     status = text.split(":", 1)[0]
     if status == "NOT_FOUND":
-        return StoreError("E_SHARD_MISSING", f"{place} is missing; rebuild that shard. {text}")
+        return StoreError("E_SHARD_MISSING", f"{place} is missing; {REPAIR}. {text}")
     if status in ("DATA_LOSS", "FAILED_PRECONDITION", "OUT_OF_RANGE", "INVALID_ARGUMENT"):
-        return StoreError("E_CRC", f"{place} is damaged; rebuild that shard. {text}")
+        return StoreError("E_CRC", f"{place} is damaged; {REPAIR}. {text}")
     return StoreError("E_IO", f"cannot read {place}. {text}")
 
 

@@ -20,6 +20,7 @@ FOREGROUND_POINTS = (
     2048  # 12 kB per subject, less than a chunk; enough that crops rarely repeat over some hundred epochs
 )
 PAINTED = "painted"  # provenance["image"] of a store of painted volumes
+REPAIR = "the data_prep.build command of the store, with --repair, builds that shard again"
 SPLITS = ("train", "validation", "test")
 _ID = re.compile(r"[A-Za-z0-9]+")  # what BIDS accepts as a label, and every file system as a name
 

@@ -330,6 +330,24 @@ def test_an_unforeseen_error_stops_one_subject_only(make_cohort, build, monkeypa
     assert report.rejects[0].reason.startswith("ZeroDivisionError at test_build.py:")
 
 
+def test_a_label_map_in_the_column_of_the_image_is_rejected(make_cohort, build, brain):
+    manifest = make_cohort(protocols=("fsl_fast", "malp_em"))
+    for protocol in ("fsl_fast", "malp_em"):
+        brain.write(manifest.parent / "1" / "T1.nii.gz", brain.ids(protocol))
+        report, _ = build(manifest, f"store-{protocol}")
+        assert only_reject(report) == "E_LABEL_IMAGE"
+
+
+def test_what_a_manifest_lacks_and_a_withdrawal_list_has_too_much_is_said(make_cohort, tmp_path, caplog, capsys):
+    manifest = make_cohort(protocols=("fsl_fast",))
+    (tmp_path / "withdrawn.csv").write_text("eid\n1002\n9999\n")
+    command = [f"--manifest={manifest}", f"--store={tmp_path / 'store'}", f"--exclude={tmp_path / 'withdrawn.csv'}"]
+    assert main([*command, "--voxel-size-mm=4", "--grid=48,56,48", "--workers=0"]) == 0
+    assert "no map of fsl_first, spm_tissue, malp_em, malp_em_tissue: the store will lack these" in caplog.text
+    assert "1 of 2 ids to exclude are not in the manifest; lines of the list: 3" in caplog.text
+    assert "9999" not in caplog.text + capsys.readouterr().out
+
+
 def test_A40_bad_ids_stop_the_command(make_cohort, tmp_path, capsys):
     manifest = make_cohort(("1001", "../../1002"))
     assert main([f"--manifest={manifest}", f"--store={tmp_path / 'store'}"]) == 1

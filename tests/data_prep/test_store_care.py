@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from data_prep import build as build_module
 from data_prep import purge as purge_module
 from data_prep import verify
 from data_prep.purge import purge
@@ -31,10 +32,12 @@ def test_A31_purge_removes_voxels_rows_and_names(make_cohort, build, tmp_path, t
 
 def test_A31_the_purge_command(make_cohort, build, tmp_path, capsys):
     build(make_cohort(), shard_subjects=1)
-    (tmp_path / "withdrawn.csv").write_text("1003\n")
+    (tmp_path / "withdrawn.csv").write_text("1003\n10O2\n")
     arguments = [f"--store={tmp_path / 'store'}", f"--exclude={tmp_path / 'withdrawn.csv'}"]
     assert purge_module.main(arguments) == 0
-    assert "1 subjects removed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 subjects removed" in said and "10O2" not in said  # a participant is named by the line alone
+    assert "1 of 2 ids to exclude are not in the store; lines of the list: 2" in said
     (tmp_path / "withdrawn.csv").write_text("1001\n1002\n1003\n")
     assert purge_module.main(arguments) == 1
     assert [row.id for row in Store.open(tmp_path / "store").subjects] == ["1001", "1002"]  # and still finished
@@ -73,6 +76,45 @@ def test_verify_finds_damage_and_gaps(make_cohort, build, tmp_path, capsys):
     assert not list(store.rglob("*.__lock"))
     (store / "store.json").write_text("{}")
     assert verify.main([f"--store={store}"]) == 1
+
+
+def _damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _shard(store, name, index):
+    (path,) = (path for path in (store / name / "c" / str(index)).rglob("*") if path.is_file())
+    return path
+
+
+def test_B02_repair_builds_the_damaged_shards_again_and_no_others(make_cohort, tmp_path, capsys, tree, killed_at):
+    """The commands that somebody with a damaged store types, until it is sound again."""
+    store, manifest = tmp_path / "store", make_cohort(("1001", "1002", "1003", "1004"), protocols=("fsl_fast",))
+    command = [f"--store={store}", f"--manifest={manifest}", "--voxel-size-mm=4", "--grid=48,56,48", "--workers=0"]
+    command += ["--shard-subjects=1"]
+    assert build_module.main(command) == 0
+    whole = tree(store)
+    _damage(_shard(store, "image", 1))
+    _shard(store, "labels", 2).unlink()
+    kept = _shard(store, "image", 3).stat().st_mtime_ns
+    capsys.readouterr()
+    assert verify.main([f"--store={store}"]) == 1
+    said = capsys.readouterr().out
+    assert "E_CRC: image of the subject in slot 1" in said and "with --repair, builds that shard again" in said
+    assert build_module.main(command) == 0
+    assert "the store is finished already" in (said := capsys.readouterr().out) and "--repair" in said
+    assert verify.main([f"--store={store}"]) == 1
+    for operation in (1, 4, 6, 9, 12):  # killed on the way, the next one goes on
+        with killed_at(operation):
+            build_module.main([*command, "--repair"])
+    capsys.readouterr()
+    assert build_module.main([*command, "--repair"]) == 0
+    assert verify.main([f"--store={store}"]) == 0
+    assert tree(store) == whole and _shard(store, "image", 3).stat().st_mtime_ns == kept
+    assert build_module.main([*command, "--repair"]) == 0
+    assert "the store is finished already" in capsys.readouterr().out
 
 
 def test_verify_lists_the_gaps_of_an_unfinished_store(make_cohort, build, tmp_path, monkeypatch, killed_at):

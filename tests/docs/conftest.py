@@ -40,6 +40,7 @@ TINY = {
     "data_prep.build": "--voxel_size_mm=4 --grid=24,32,24 --workers=0",
     "experiments.train": "--config.model.filters=2,4 --config.data.crop=8 --config.batch=2 --config.steps=1"
     " --config.data.workers=0 --config.evaluate_subjects=1 --config.augment.intensity=0 --config.augment.flip=false",
+    "experiments.evaluate": "--overwrite",  # the folder holds an evaluation already, as after the Train page
 }
 # Understood, not run: what it takes.
 UNDERSTOOD = {

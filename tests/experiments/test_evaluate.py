@@ -126,7 +126,13 @@ def test_surfaces_add_two_columns_and_count_missed_structures(model, store, tmp_
     assert summary["surfaces"]["fsl_first"]["missed"] == 2 and summary["nsd_tolerance_mm"] == 2.0
     assert summary["surfaces"]["fsl_first"]["hd95_mm"] is None  # half of them are infinite, and so is the median
     assert "missed structures" in capsys.readouterr().out
+    before = (out / "dice.tsv").read_bytes()
+    again = ["--run=x", f"--store={store.dest}", f"--out={out}"]
+    assert evaluate.main(again) == 1  # it would have fewer columns
+    assert "holds an evaluation already (dice.tsv): add --overwrite" in capsys.readouterr().err
+    assert (out / "dice.tsv").read_bytes() == before
     assert report.main([f"--run={tmp_path}", f"--eval={out}", f"--out={tmp_path / 'report.html'}"]) == 0
+    assert evaluate.main([*again, "--overwrite"]) == 0 and (out / "dice.tsv").read_bytes() != before
     assert "surface Dice at 2.0 mm" in (tmp_path / "report.html").read_text()
 
 

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch", reason="the benchmark's contender needs the
 from experiments.benchmark import heads, torch_neuronet, torch_pipeline
 from experiments.flags import load
 from neuronet_jax.inference.segment import segment
+from neuronet_jax.inference.segmentation import Options
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import Network, build
 from neuronet_jax.runs.model import Model
@@ -88,7 +89,7 @@ def test_the_pipeline_finds_the_labels_that_segment_finds(tmp_path, side, spacin
     nib.save(nib.Nifti1Image(head[:, ::-1], np.diag([spacing_mm, -spacing_mm, spacing_mm, 1])), path)
     config = load("all_targets")
     config = replace(config, model=replace(config.model, filters=FILTERS, compute_dtype="float32"))
-    ours = segment(Model(network, config, 2.0), path)
+    ours = segment(Model(network, config, 2.0), path, options=Options(clean_up=False))
     with torch.inference_mode():
         theirs = torch_pipeline.segment(
             _twin(network), path, 2.0, 64, lambda tile: torch.from_numpy(np.moveaxis(tile, -1, 1).copy())

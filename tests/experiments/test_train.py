@@ -409,9 +409,41 @@ def test_a_missing_store_is_reported_once(
         raise NeuronetError("that is enough")
 
     monkeypatch.setattr(train, "ensure_demo_store", stop)
-    assert train.main(["--config=tissue", f"--workdir={tmp_path}"]) == 1
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--config=tissue"]) == 1
     (said,) = (message for message in caplog.messages if "NO STORE" in message)
-    assert "DEMO COHORT of synthetic heads with the settings of tissue:demo" in said
+    assert "DEMO COHORT of synthetic heads with the settings of tissue:demo" in said and "--strict refuses" in said
+
+
+def test_B02_a_damaged_store_ends_the_training_with_the_remedy(
+    in_process, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shard in (path for path in (store / "image" / "c").rglob("*") if path.is_file()):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 3] ^= 1
+        shard.write_bytes(content)
+    assert in_process() == 1
+    error = capsys.readouterr().err
+    assert "E_CRC: image of the subject in slot" in error and "with --repair, builds that shard again" in error
+
+
+@pytest.mark.parametrize("option", ["--strict", "--workdir=run"])
+def test_the_command_of_a_study_without_its_store_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    monkeypatch.setattr(train, "ensure_demo_store", lambda: pytest.fail("the demo cohort must not be used"))
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--config=tissue", option]) == 2
+    assert "--config=tissue names no store: add --config.data.store=" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resuming_a_folder_without_a_run_is_refused(
+    in_process, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_process("--resume") == 1
+    assert f"{tmp_path / 'run'} holds no run to continue; correct --workdir, or add --begin" in capsys.readouterr().err
+    assert in_process("--begin") == 2  # without --resume it means nothing
 
 
 def test_a_run_that_cannot_train_fails_with_one_line(

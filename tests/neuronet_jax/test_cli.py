@@ -15,43 +15,14 @@ import numpy as np
 import pytest
 
 import neuronet_jax
-from experiments.flags import load
 from neuronet_jax.cli import _parser, main
 from neuronet_jax.codes import explain
 from neuronet_jax.errors import RejectError
 from neuronet_jax.inference.segmentation import Options
 from neuronet_jax.results import cohort
 from neuronet_jax.runs import restore as restoring
-from neuronet_jax.runs.model import Model
-from neuronet_jax.runs.provenance import Origin
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path, threshold_network) -> str:
-    config = replace(load("tissue:demo"), protocols=("fsl_fast", "fsl_first"))
-    model = Model(threshold_network, config, 2.0, Origin("test"))
-    monkeypatch.setattr(restoring, "restore", lambda run: model)
-    return f"--run={tmp_path}"
-
-
-@pytest.fixture
-def heads(tmp_path) -> Path:
-    """Returns a folder with 2 mm scans: a is good, b truncated, c constant, and d without orientation."""
-    rng = np.random.default_rng(0)
-    for name in "abc":
-        data = np.zeros((60, 70, 64), np.int16)
-        data[10:50, 10:60, 10:54] = 7 if name == "c" else rng.integers(500, 900, (40, 50, 44))
-        data = np.full_like(data, 5) if name == "c" else data
-        nib.save(nib.Nifti1Image(data, np.diag([-2.0, 2, 2, 1])), tmp_path / f"{name}.nii.gz")
-    whole = (tmp_path / "b.nii.gz").read_bytes()
-    (tmp_path / "b.nii.gz").write_bytes(whole[: len(whole) // 2])
-    lost = nib.Nifti1Image(data * 0 + rng.integers(0, 900, data.shape, np.int16), np.diag([2.0, 2, 2, 1]))
-    lost.set_sform(None, code=0)
-    lost.set_qform(None, code=0)
-    nib.save(lost, tmp_path / "d.nii.gz")
-    return tmp_path
 
 
 def _summary(out: Path) -> list[dict[str, str]]:
@@ -62,11 +33,11 @@ def _summary(out: Path) -> list[dict[str, str]]:
 def test_F03_a_cohort_continues_past_bad_files(run, heads, tmp_path, capsys):
     out = tmp_path / "out"
     inputs = [str(heads / f"{name}.nii.gz") for name in ("b", "a", "c", "missing")]
-    assert main(["segment", *inputs, run, f"--out={out}"]) == 3
+    assert main(["segment", *inputs, run, f"--out={out}", "--no-clean-up"]) == 3
     rows = _summary(out)
     assert [(row["input"], row["status"], row["code"]) for row in rows] == [
+        ("a.nii.gz", "done", "n/a"),  # sorted by name
         ("b.nii.gz", "rejected", "E_TRUNCATED"),
-        ("a.nii.gz", "done", "n/a"),
         ("c.nii.gz", "rejected", "E_CONSTANT"),
         ("missing.nii.gz", "rejected", "E_IO"),
     ]
@@ -149,13 +120,15 @@ def test_a_choice_of_protocols(run, heads, tmp_path, capsys):
     command = ["segment", str(heads / "a.nii.gz"), run, f"--out={tmp_path / 'out'}"]
     assert main([*command, "--protocols=fsl_first"]) == 0
     assert len(list((tmp_path / "out").rglob("*_dseg.nii.gz"))) == 1
-    assert main([*command, "--protocols=malp_em"]) == 1
-    assert "this run predicts fsl_fast, fsl_first, not 'malp_em'" in capsys.readouterr().err
+    assert main([*command, "--protocols=malp_em"]) == 2
+    assert "this model predicts fsl_fast, fsl_first, not 'malp_em'" in capsys.readouterr().err
 
 
 def test_options_reach_the_network(run, heads, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(restoring, "restore", lambda *runs, one=restoring.restore: asked.append(runs) or one(""))
+    model = restoring.restore("")
+    model = replace(model, config=replace(model.config, protocols=("fsl_fast", "fsl_first", "malp_em")))
+    monkeypatch.setattr(restoring, "restore", lambda *runs: asked.append(runs) or model)
 
     def segment_volume(model, volume, protocols, options):
         asked.append((protocols, options))
@@ -164,12 +137,12 @@ def test_options_reach_the_network(run, heads, tmp_path, monkeypatch):
     monkeypatch.setattr(cohort, "segment_volume", segment_volume)
     out = f"--out={tmp_path / 'out'}"
     options = ["--run=second", "--flip", "--crops=3", "--posteriors=fsl_fast:GM,fsl_first:LeftCaudate"]
-    assert main(["segment", str(heads / "a.nii.gz"), run, out, *options, "--consistent_tissue"]) == 3
-    assert main(["segment", str(heads / "a.nii.gz"), run, f"{out}-fast", "--fast", "--protocols=fsl_fast"]) == 3
+    assert main(["segment", str(heads / "a.nii.gz"), run, out, *options, "--consistent_tissue"]) == 1
+    assert main(["segment", str(heads / "a.nii.gz"), run, f"{out}-fast", "--fast", "--protocols=fsl_fast"]) == 1
     assert asked == [
         (run.removeprefix("--run="), "second"),
         (
-            ("fsl_fast", "fsl_first", "malp_em_tissue"),
+            ("fsl_fast", "fsl_first", "malp_em", "malp_em_tissue"),
             Options(True, 3, False, ("fsl_fast:GM", "fsl_first:LeftCaudate"), True),
         ),
         (run.removeprefix("--run="),),
@@ -177,16 +150,17 @@ def test_options_reach_the_network(run, heads, tmp_path, monkeypatch):
     ]
 
 
-def test_A09_a_file_without_orientation_needs_an_option(run, heads, tmp_path):
+def test_A09_a_file_without_orientation_needs_an_option(run, heads, tmp_path, capsys):
     command = ["segment", str(heads / "d.nii.gz"), run, f"--out={tmp_path / 'out'}"]
-    assert main(command) == 3
-    assert _summary(tmp_path / "out")[0]["code"] == "E_NO_XFORM"
+    assert main(command) == 1
+    said = capsys.readouterr()
+    assert "sub-d (d.nii.gz): rejected, E_NO_XFORM" in said.err and "nothing was written" in said.out
     assert main([*command, "--assume_ras"]) == 0
     assert "W_LR_UNSAFE" in _summary(tmp_path / "out")[0]["warnings"]
 
 
-def test_no_run_is_one_message(tmp_path, capsys):
-    assert main(["segment", "a.nii.gz", f"--run={tmp_path}", f"--out={tmp_path / 'out'}"]) == 1
+def test_no_run_is_one_message(heads, tmp_path, capsys):
+    assert main(["segment", str(heads / "a.nii.gz"), f"--run={tmp_path}", f"--out={tmp_path / 'out'}"]) == 1
     assert "--run takes the --workdir of a training run" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -23,6 +23,7 @@ from experiments.flags import load
 from neuronet_jax import cli, export, restore, segment
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.images import intensity
+from neuronet_jax.inference.segmentation import Options
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
 from neuronet_jax.runs.calibration import Calibration, Line, Threshold, load_calibration, save_calibration
@@ -30,6 +31,8 @@ from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.provenance import Origin
 
 SHAPE = (64, 96, 32)
+
+RAW = Options(clean_up=False)  # what the exported program gives
 
 
 def _model(family: str) -> Model:
@@ -62,7 +65,7 @@ def head() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def labels(model: Model, head: np.ndarray) -> dict[str, np.ndarray]:
-    labels = segment(model, head)
+    labels = segment(model, head, options=RAW)
     assert all(len(np.unique(ids)) > 1 for ids in labels.values())  # something to compare
     return labels
 
@@ -112,7 +115,7 @@ def test_the_published_network_is_exported_too_and_for_one_shape(tmp_path, head)
     model = _model("reference")
     export.export(model, tmp_path / "release", [SHAPE])
     found = _call(tmp_path / "release", head, "segment-64-96-32.jax_export")
-    for name, expected in segment(model, head).items():
+    for name, expected in segment(model, head, options=RAW).items():
         np.testing.assert_array_equal(found[name], expected, err_msg=name)
 
 
@@ -152,7 +155,7 @@ def test_whitening_is_that_of_intensity_to_the_last_bit(name):
 
 def test_one_program_serves_all_sizes(folder, model, head):
     found = _call(folder, head[:20, :40])
-    for name, expected in segment(model, head[:20, :40]).items():
+    for name, expected in segment(model, head[:20, :40], options=RAW).items():
         np.testing.assert_array_equal(found[name], expected, err_msg=name)
 
 

@@ -33,7 +33,8 @@ def test_reads_the_real_manifest(real_data):
     ("content", "message"),
     [
         ("id,fsl_fast\n1,a\n", "'t1' is missing"),
-        ("id,t1,freesurfer\n1,a,b\n", "unknown column 'freesurfer'"),
+        ("id,t1,fsl_fats\n1,a,b\n", "the column 'fsl_fats'; did you mean 'fsl_fast'"),
+        ("id,t1,malpem\n1,a,b\n", "did you mean 'malp_em'"),
         ("id,t1\n1\n", "must have 2 cells"),
         ("id,t1\n1,a,b\n", "must have 2 cells"),
         ("id,t1\n1,\n", "row 2 .* no t1"),
@@ -103,4 +104,40 @@ def test_hashed_splits_are_stable_and_near_90_5_5():
 )
 def test_withdrawal_lists(tmp_path, text):
     (tmp_path / "withdrawn.csv").write_text(text, encoding="utf-8")
-    assert read_ids(tmp_path / "withdrawn.csv") == {"1001", "1002"}
+    ids = read_ids(tmp_path / "withdrawn.csv")
+    assert set(ids) == {"1001", "1002"}
+    lines = text.lstrip("\ufeff").splitlines()
+    assert all(lines[number - 1].startswith(id_) for id_, number in ids.items())
+
+
+def test_all_bad_rows_are_named_up_to_twenty(tmp_path):
+    rows = ["1,a,,,,,,train", "b/d,b,,,,,,train", "1,c,,,,,,train", "2,,,,,,,train", "3,d,,,,,,dev"]
+    with pytest.raises(NeuronetError) as caught:
+        read_manifest(manifest(tmp_path, *rows))
+    said = str(caught.value).splitlines()
+    assert said[0] == "4 rows cannot be used:" and len(said) == 5
+    for text in (
+        "row 5 of the manifest has no t1",
+        "E_ID: the id in row 3",
+        "E_DUPLICATE: rows 2 and 4",
+        "E_SPLIT: row 6",
+    ):
+        assert any(text in line for line in said)
+    with pytest.raises(NeuronetError, match=r"E_ID: the id in row 21 .*\n  and 5 more") as caught:
+        read_manifest(manifest(tmp_path, *["-,a,,,,,,train"] * 25))
+    assert "row 22" not in str(caught.value)
+    (tmp_path / "splits.csv").write_text("id,split\n1,train\n2,dev\n-,test\n")
+    with pytest.raises(NeuronetError, match="2 rows cannot be used"):
+        assign_splits([Source("1", Path("a"), {})], tmp_path / "splits.csv")
+
+
+def test_a_manifest_takes_what_a_list_takes(tmp_path, caplog):
+    """The table of `neuronet segment @cohort.csv` may be a manifest, and the other way round."""
+    header = "id,t1,age,fsl_fast\n"
+    (one,) = read_manifest(manifest(tmp_path, "sub-01,a,77,b", header=header))
+    assert one == Source("01", tmp_path / "a", {"fsl_fast": tmp_path / "b"})
+    assert "columns of the manifest that are not used: 'age'" in caplog.text and "77" not in caplog.text
+    with pytest.raises(NeuronetError, match="E_DUPLICATE: rows 2 and 3"):
+        read_manifest(manifest(tmp_path, "sub-01,a,,b", "01,c,,d", header=header))
+    (tmp_path / "withdrawn.csv").write_text("sub-01\n")
+    assert read_ids(tmp_path / "withdrawn.csv") == {"01": 1}

@@ -61,7 +61,15 @@ def run(folder: Path, warned: bool = False, **variables: str) -> tuple[int, list
 def test_a_training_that_ends_by_itself_ends_the_job_with_its_status(tmp_path: Path, status: int) -> None:
     ended, given, requeued = run(tmp_path, STATUS=str(status))
     assert (ended, requeued) == (status, False)
-    assert given[1:] == ["python", "-m", "experiments.train", "--config=tissue", "--workdir=a folder", "--resume"]
+    assert given[1:] == [
+        "python",
+        "-m",
+        "experiments.train",
+        "--config=tissue",
+        "--workdir=a folder",
+        "--resume",
+        "--begin",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_a_run_makes_a_slice_trains_on_all_hosts_and_deletes_it(pod: Pod) -> Non
     assert "--force" in pod.calls("delete")[0]
     for host in ("host0", "host1"):
         given = (pod.folder / host / "arguments").read_text().splitlines()
-        assert given == ["-m", "experiments.train", *TRAINING, "--resume"]  # the blank and the quote too
+        assert given == ["-m", "experiments.train", *TRAINING, "--resume", "--begin"]  # the blank and the quote too
     assert all(call[-1] != "pod" and "--zone=europe-west4-b" in call for call in pod.calls("ssh"))
 
 

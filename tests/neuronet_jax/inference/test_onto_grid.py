@@ -198,7 +198,8 @@ def test_F05_tiles_give_the_labels_and_sums_of_the_whole_volume(model):
 def test_a_mirrored_head_gives_the_mirrored_result_when_both_are_averaged(model):
     head = _volume(_noise((37, 30, 33)), (1.5, 2.0, 2.0))  # 28 voxels of 2 mm
     mirrored = replace(head, data=head.data[::-1])
-    options = Options(flip=True, posteriors=("fsl_first:LeftHippocampus", "fsl_first:RightHippocampus"))
+    posteriors = ("fsl_first:LeftHippocampus", "fsl_first:RightHippocampus")
+    options = Options(flip=True, posteriors=posteriors, clean_up=False)
     first, second = (segment_volume(model, volume, options=options) for volume in (head, mirrored))
     for name in NAMES:
         protocol = PROTOCOLS[name]
@@ -311,3 +312,15 @@ def test_the_name_of_the_weights_is_theirs_alone():
     name = weights_sha256(tree, {})
     assert name == weights_sha256({"b": [np.ones((2, 2), np.float32)], "a": np.arange(4, dtype=np.float32)}, {})
     assert len({name, weights_sha256({**tree, "a": jnp.arange(4.0) + 1e-6}, {}), weights_sha256({}, tree)}) == 3
+
+
+def test_misplaced_arguments_are_answered_by_what_to_write(model):
+    misplaced: Any = Options()
+    for call, message in (
+        (lambda: segment(model, np.ones((8, 8, 8)), misplaced), r"give the options by name, options=Options\(…\)"),
+        (lambda: segment(model, np.ones((8, 8, 8)), "fsl_fast"), r"such as \['fsl_fast'\], got one string"),
+        (lambda: Options(posteriors="malp_em:X"), r"such as \('malp_em:X',\), got one string"),  # type: ignore
+    ):
+        with pytest.raises(NeuronetError, match=message):
+            call()
+    assert len(repr(model)) < 200 and ", ".join(model.config.protocols) in repr(model)

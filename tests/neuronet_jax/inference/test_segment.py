@@ -14,6 +14,7 @@ from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.evaluation.metrics import dice_per_class, mean_dice
 from neuronet_jax.inference import tiling
 from neuronet_jax.inference.segment import predict, segment
+from neuronet_jax.inference.segmentation import Options
 from neuronet_jax.inference.tiling import receptive_margin
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.network import build
@@ -76,7 +77,8 @@ def test_an_array_gives_tool_ids_of_its_shape(labels, head):
         assert found <= set(PROTOCOLS[name].ids.tolist()) and len(found) > 1  # something to compare below
 
 
-def test_labels_are_those_of_the_network_itself(model, head, labels):
+def test_labels_are_those_of_the_network_itself(model, head):
+    labels = segment(model, head, options=Options(clean_up=False))
     whitened = (head - head.mean()) / head.std()
     padded = np.pad(whitened, [(0, -n % 32) for n in head.shape], constant_values=-head.mean() / head.std())
     logits = model.network.logits(padded.astype(np.float32)[None, ..., None])["fsl_first"]  # type: ignore[attr-defined]

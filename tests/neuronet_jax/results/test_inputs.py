@@ -21,7 +21,7 @@ def make(tmp_path):
 
 
 def _found(folder: Path, *inputs: object) -> list[str]:
-    return [str(scan.path.relative_to(folder)) for scan in find([str(text) for text in inputs])]
+    return [str(scan.path.relative_to(folder)) for scan in find([str(text) for text in inputs]).scans]
 
 
 def test_a_raw_bids_dataset_gives_its_T1w_images_only(make):
@@ -78,7 +78,7 @@ def test_a_folder_without_scans_says_what_to_give(make):
 def test_each_scan_once_in_the_order_given(make, monkeypatch):
     folder = make("b.nii.gz", "a.nii.gz")
     monkeypatch.chdir(folder)
-    assert [str(scan.path) for scan in find(["b.nii.gz", str(folder), "missing.nii"])] == [
+    assert [str(scan.path) for scan in find(["b.nii.gz", str(folder), "missing.nii"]).scans] == [
         "b.nii.gz",
         str(folder / "a.nii.gz"),
         "missing.nii",  # one bad input among others
@@ -89,7 +89,7 @@ def test_a_list_holds_paths_relative_to_itself(make):
     folder = make("a.nii.gz", "b c.nii.gz")
     (folder / "lists").mkdir()
     (folder / "lists" / "heads.txt").write_text(f"\ufeff../a.nii.gz\n\n# not this\n  {folder}/b c.nii.gz \n")
-    scans = find([f"@{folder}/lists/heads.txt"])
+    scans = find([f"@{folder}/lists/heads.txt"]).scans
     assert [(scan.path.resolve(), scan.name) for scan in scans] == [
         (folder / "a.nii.gz", "a.nii.gz"),
         (folder / "b c.nii.gz", "b c.nii.gz"),
@@ -97,15 +97,17 @@ def test_a_list_holds_paths_relative_to_itself(make):
 
 
 def test_a_table_names_the_results_by_id(make):
-    folder = make()
+    folder = make("a.nii")
     (folder / "cohort.csv").write_text("id,t1,malp_em\n1000,1000/T1.nii.gz,x\nsub-A7,a.nii,\n,b.nii,\nnone,,\n")
-    (folder / "cohort.tsv").write_text("t1\tid\n1000/T1.nii.gz\t1000\n")
-    assert [(str(scan.path.relative_to(folder)), scan.name) for scan in find([f"@{folder}/cohort.csv"])] == [
-        ("1000/T1.nii.gz", "sub-1000_T1w.nii.gz"),
-        ("a.nii", "sub-A7_T1w.nii.gz"),
-        ("b.nii", "b.nii"),
+    (folder / "cohort.tsv").write_text("t1\tid\na.nii\t1000\n")
+    found = find([f"@{folder}/cohort.csv"])
+    assert [(str(scan.path.relative_to(folder)), scan.name, scan.row) for scan in found.scans] == [
+        ("1000/T1.nii.gz", "sub-1000_T1w.nii.gz", "row 2 of cohort.csv"),
+        ("a.nii", "sub-A7_T1w.nii.gz", "row 3 of cohort.csv"),
+        ("b.nii", "b.nii", "row 4 of cohort.csv"),
     ]
-    assert find([f"@{folder}/cohort.tsv"])[0].name == "sub-1000_T1w.nii.gz"
+    assert found.lists == [folder / "cohort.csv"] and not found.refused
+    assert find([f"@{folder}/cohort.tsv"]).scans[0].name == "sub-1000_T1w.nii.gz"
 
 
 @pytest.mark.parametrize(
@@ -113,15 +115,28 @@ def test_a_table_names_the_results_by_id(make):
     [
         ("a.csv", "subject,image\n1,x.nii\n", r"columns \['subject', 'image'\], but no 't1'"),
         ("a.csv", "", "no 't1'"),
-        ("a.csv", "id,t1\n../1,x.nii\n", r"E_ID: .*'\.\./1'"),
+        ("a.csv", "id,t1\n1,a.nii\n2,a.nii\n", "row 2 of a.csv and row 3 of a.csv are one file with two ids"),
         ("a.txt", "# nothing\n\n", "names no scans"),
+        (
+            "a.txt",
+            "nowhere/a.nii\nb.nii\nc.nii\nd.nii\n",
+            r"(?s)none of the inputs exists.*no folder .*nowhere.*1 more",
+        ),
     ],
 )
 def test_A40_a_list_that_cannot_be_used_is_an_error(make, name, text, message):
-    folder = make()
+    folder = make("a.nii")
     (folder / name).write_text(text)
     with pytest.raises(NeuronetError, match=message):
         find([f"@{folder}/{name}"])
+
+
+def test_A40_a_bad_id_is_refused_alone_and_names_its_row(make):
+    folder = make("a.nii", "b.nii")
+    (folder / "a.csv").write_text("id,t1\n../1,a.nii\n2,b.nii\n")
+    scans, (refused,), _ = find([f"@{folder}/a.csv"])
+    assert [scan.name for scan in scans] == ["sub-2_T1w.nii.gz"]
+    assert refused.code == "E_ID" and "the id in row 2 of a.csv" in refused.reason and refused.path == folder / "a.nii"
 
 
 def test_a_list_that_is_missing_is_an_error(tmp_path):

@@ -16,8 +16,9 @@ from neuronet_jax.images.space import Volume
 from neuronet_jax.inference.segmentation import Confidence, Segmentation
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.results import bids, reports, tables
+from neuronet_jax.results.dataset import update_summary, write_cohort
 from neuronet_jax.results.pictures import Slices, votes_colors
-from neuronet_jax.results.write import write_cohort, write_results
+from neuronet_jax.results.write import write_results
 from neuronet_jax.runs.provenance import Origin, Provenance
 
 ATTACK = "<script>alert(1)</script>"
@@ -50,7 +51,8 @@ def test_G05_names_and_provenance_never_become_markup(tmp_path):
     provenance = Provenance((Origin(ATTACK, note=f"demonstration {ATTACK}"),))
     row = _write(tmp_path, "sub-01", provenance)
     rejected = tables.Row(ATTACK, f"sub-{ATTACK}", "rejected", "E_CRC", ATTACK)
-    write_cohort(tmp_path, [row, rejected], provenance)
+    update_summary(tmp_path, [row, rejected])
+    write_cohort(tmp_path, provenance)
     cohort = (tmp_path / "report.html").read_text()
     head = (tmp_path / "sub-01" / "anat" / "sub-01_report.html").read_text()
     for page in (cohort, head):
@@ -63,7 +65,8 @@ def test_G05_names_and_provenance_never_become_markup(tmp_path):
 
 def test_pages_are_self_contained(tmp_path):
     rows = [_write(tmp_path, f"sub-0{number}", Provenance((Origin(note="demonstration"),))) for number in (1, 2)]
-    write_cohort(tmp_path, rows, Provenance((Origin(note="demonstration"),)))
+    update_summary(tmp_path, rows)
+    write_cohort(tmp_path, Provenance((Origin(note="demonstration"),)))
     for path in tmp_path.rglob("*report.html"):
         page = path.read_text()
         assert not re.findall(r"https?:|@import|<link|url\(", page)
@@ -90,7 +93,8 @@ def test_a_scan_can_be_compared_with_the_others_repeatedly(tmp_path):
     ]  # each head larger than the one before
     pages = []
     for _ in range(2):
-        write_cohort(tmp_path, rows, Provenance())
+        update_summary(tmp_path, rows)
+        write_cohort(tmp_path, Provenance())
         pages.append((tmp_path / "sub-02" / "anat" / "sub-02_report.html").read_text())
     assert pages[0] == pages[1] and pages[0].count("Comparison with the other scans in this folder") == 1
     assert "3 scans, including this one" in pages[0]

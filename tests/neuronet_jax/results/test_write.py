@@ -22,8 +22,9 @@ from neuronet_jax.images.space import Volume
 from neuronet_jax.inference.segmentation import Options, Segmentation
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
 from neuronet_jax.results import bids, tables
+from neuronet_jax.results.dataset import Dataset
 from neuronet_jax.results.inputs import Scan
-from neuronet_jax.results.write import prepare, write_results
+from neuronet_jax.results.write import write_results
 from neuronet_jax.runs.provenance import Origin, Provenance
 
 NAMES = ("fsl_fast", "malp_em", "malp_em_tissue")
@@ -58,6 +59,12 @@ def _scans(*paths: Path) -> list[Scan]:
 
 def _result(maps: dict[str, np.ndarray]) -> Segmentation:
     return Segmentation(maps, {}, {})
+
+
+def prepare(out: Path, protocols: tuple[str, ...], provenance: Provenance, overwrite: bool) -> None:
+    dataset = Dataset(out, protocols, provenance, overwrite)
+    dataset.check()
+    dataset.begin()
 
 
 @pytest.fixture
@@ -295,7 +302,7 @@ def test_G06_the_tree_passes_the_bids_validator(target, written):
     validator = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent))
     if validator is None:
         pytest.skip("needs bids-validator-deno, as the dev extra brings it")
-    tables.write_summary(target.out / "summary.tsv", [written[2]])
+    tables.write_text(target.out / "summary.tsv", tables.summary_table([written[2]]))
     found = subprocess.run([validator, "--json", str(target.out)], capture_output=True, text=True, check=False)
     issues = json.loads(found.stdout)["issues"]["issues"]
     assert [issue for issue in issues if issue["severity"] == "error"] == []

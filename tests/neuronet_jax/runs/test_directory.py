@@ -136,8 +136,11 @@ def test_a_run_that_was_killed_while_it_began_can_begin_again(tmp_path, config):
     assert run.config() == config
 
 
-def test_resuming_a_run_that_never_began_gives_a_warning(tmp_path, config, caplog):
-    RunDirectory(tmp_path).claim(config, DATA, resume=True)
+def test_resuming_a_run_that_never_began_is_refused_unless_told(tmp_path, config, caplog):
+    with pytest.raises(NeuronetError, match="holds no run to continue; correct --workdir, or add --begin"):
+        RunDirectory(tmp_path).claim(config, DATA, resume=True)
+    assert not (tmp_path / CONFIG).exists()
+    RunDirectory(tmp_path).claim(config, DATA, resume=True, begin=True)
     assert "holds no run yet, starting at step 0" in caplog.text and (tmp_path / CONFIG).exists()
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.inference.segment import segment
+from neuronet_jax.inference.segmentation import Options
 from neuronet_jax.runs.calibration import load_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.restore import restore
@@ -41,7 +42,7 @@ def test_a_golden_run_and_release_segment_as_they_did(name):
         "note": "made for a test",
     }
     assert load_calibration(str(GOLDENS / name), 1).heads == 2
-    labels = segment(model, _head())
+    labels = segment(model, _head(), options=Options(clean_up=False))
     with np.load(GOLDENS / "labels_v1.npz") as golden:
         assert labels.keys() == golden.keys()
         for protocol, expected in golden.items():  # another processor may round a tie differently

@@ -1,0 +1,98 @@
+"""Removes, measures and records labels that lie apart from the brain, and leaves reference maps as they are."""
+
+import csv
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from neuronet_jax.cli import main
+from neuronet_jax.images import nifti
+from neuronet_jax.inference.cleanup import clean_up
+from neuronet_jax.labels import PROTOCOLS
+
+VOXEL_ML = 0.008  # of 2 mm
+
+
+def _row(out: Path) -> dict[str, str]:
+    with (out / "summary.tsv").open(newline="") as file:
+        (row,) = csv.DictReader(file, delimiter="\t")
+    return row
+
+
+def _head(path: Path, *boxes: tuple[slice, ...]) -> np.ndarray:
+    """Writes an image whose labels, by the network of the tests, are these boxes; returns them."""
+    labelled = np.zeros((80, 80, 80), bool)
+    for box in boxes:
+        labelled[box] = True
+    noise = np.random.default_rng(0).integers(0, 20, labelled.shape)
+    nib.save(nib.Nifti1Image((labelled * 900 + noise).astype(np.int16), np.diag([2.0, 2, 2, 1])), path)
+    return labelled
+
+
+def test_pieces_apart_are_removed_measured_and_recorded(run, tmp_path):
+    brain, piece = np.s_[10:60, 10:60, 30:70], np.s_[20:35, 20:35, 5:15]
+    labelled = _head(tmp_path / "neck.nii.gz", brain, piece)
+    command = ["segment", str(tmp_path / "neck.nii.gz"), run]
+    assert main([*command, f"--out={tmp_path / 'clean'}"]) == 0
+    assert main([*command, f"--out={tmp_path / 'raw'}", "--no-clean-up"]) == 0
+    removed_ml = 15 * 15 * 10 * VOXEL_ML
+    for name, kept, row in (("clean", brain, f"{removed_ml:.1f}"), ("raw", np.s_[:], "n/a")):
+        anat = tmp_path / name / "sub-neck" / "anat"
+        for protocol in ("fslfast", "fslfirst"):
+            ids = nifti.read_labels(anat / f"sub-neck_seg-{protocol}_dseg.nii.gz").data
+            expected = np.zeros_like(labelled)
+            expected[kept] = labelled[kept]
+            np.testing.assert_array_equal(ids > 0, expected)
+            sidecar = json.loads((anat / f"sub-neck_seg-{protocol}_dseg.json").read_text())
+            assert sidecar.get("RemovedMillilitres") == (removed_ml if name == "clean" else None)
+        assert _row(tmp_path / name)["removed_ml"] == row
+        assert ("W_PIECES" in _row(tmp_path / name)["warnings"]) == (name == "clean")  # 18 ml
+        record = json.loads((anat / "sub-neck_provenance.json").read_text())
+        assert record["model"].get("clean_up", True) == (name == "clean")
+    assert f"{removed_ml:.1f} ml</dd>" in (tmp_path / "clean/sub-neck/anat/sub-neck_report.html").read_text()
+
+
+def test_a_labelled_neck_is_too_large_and_not_a_cut_brain(run, tmp_path, capsys):
+    _head(tmp_path / "long.nii.gz", np.s_[5:75, 5:75, 0:70])  # 2,744 ml that reach the lower border
+    assert main(["segment", str(tmp_path / "long.nii.gz"), run, f"--out={tmp_path / 'out'}"]) == 0
+    warnings = _row(tmp_path / "out")["warnings"].split(",")
+    assert "W_BRAIN_VOLUME" in warnings and "W_CUT" not in warnings
+    page = (tmp_path / "out" / "sub-long" / "anat" / "sub-long_report.html").read_text()
+    assert "fsl_fast: 2744 ml, too large." in page and "too small:" not in page
+    _head(tmp_path / "cut.nii.gz", np.s_[5:75, 5:75, 0:50])  # 1,960 ml: possible, and cut
+    assert main(["segment", str(tmp_path / "cut.nii.gz"), run, f"--out={tmp_path / 'cut'}"]) == 0
+    warnings = _row(tmp_path / "cut")["warnings"].split(",")
+    assert "W_CUT" in warnings and "W_BRAIN_VOLUME" not in warnings
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_cleaning_equals_the_largest_component_and_is_idempotent(name):
+    rng = np.random.default_rng(0)
+    classes = np.kron(rng.integers(0, 4, (10, 10, 10)), np.ones((3, 3, 3))).astype(np.uint8)
+    classes[rng.random(classes.shape) < 0.4] = 0
+    before = classes.copy()
+    cleaned, removed = clean_up(PROTOCOLS[name], classes)
+    np.testing.assert_array_equal(classes, before)  # the caller's array stays
+    assert removed == np.count_nonzero(before != cleaned) > 0 and not cleaned[before != cleaned].any()
+    wholes = [cleaned == k for k in (1, 2, 3)] if name == "fsl_first" else [cleaned > 0]
+    for whole, mask in zip(wholes, [before == k for k in (1, 2, 3)] if len(wholes) > 1 else [before > 0], strict=True):
+        labelled, count = ndimage.label(mask)  # type: ignore[misc]
+        assert count > 1 and ndimage.label(whole)[1] == 1  # type: ignore[index]
+        assert np.count_nonzero(whole) == np.bincount(labelled.ravel())[1:].max()
+    again, nothing = clean_up(PROTOCOLS[name], cleaned)
+    assert nothing == 0 and again is cleaned
+    assert clean_up(PROTOCOLS[name], np.zeros_like(classes))[1] == 0
+
+
+def test_reference_maps_stay_as_they_are(real_data):
+    """Two of the 15 brains; the docstring of `cleanup` has the figures for all."""
+    for subject in ("1000", "1002"):
+        for name, protocol in PROTOCOLS.items():
+            ids = nifti.read_labels(real_data / "cohort" / subject / protocol.filename).data
+            classes = protocol.to_classes(ids)
+            _, removed = clean_up(protocol, classes)
+            assert removed <= 0.0005 * np.count_nonzero(classes), name
