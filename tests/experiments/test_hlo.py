@@ -1,4 +1,4 @@
-"""What is read from a compiled program: bytes in HBM, products, exchange; and the roofline that follows."""
+"""Bytes in HBM, products and exchange of a compiled program, and the roofline that follows."""
 
 import math
 from typing import Any
