@@ -125,7 +125,7 @@ class StoreInfo:
 
     @property
     def painted(self) -> bool:
-        """Whether images hold tissues, from which training draws brightness (`neuronet_jax.tissues`), not scans."""
+        """True if images hold tissues, whose brightness training draws (`neuronet_jax.tissues`), not scans."""
         return self.provenance.get("image") == PAINTED
 
     def shard_of(self, slot: int) -> int:

@@ -21,7 +21,7 @@ COARSE = 4  # voxels between the points of the texture's coarse part
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Palette:
-    """How one head is painted; tissue 0 is unused."""
+    """The brightness of one head's tissues; tissue 0 is unused."""
 
     brightness: Float[Array, "k"]
     texture: Float[Array, "k"]

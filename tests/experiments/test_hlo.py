@@ -1,4 +1,4 @@
-"""Bytes in HBM, products and exchange of a compiled program, and the roofline that follows."""
+"""Tests of the bytes in HBM, products and exchange of a compiled program, and the roofline that follows."""
 
 import math
 from typing import Any

@@ -279,13 +279,13 @@ def test_E15_a_training_goes_on_whatever_happens_to_its_older_checkpoints(
 
 
 def test_C09_slow_storage_is_seen_in_the_metrics(in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Store.read_crops
+    read = Store.read_crops_into
 
     def slow(*arguments):
         time.sleep(1.0)  # a read of a batch
         return read(*arguments)
 
-    monkeypatch.setattr(Store, "read_crops", slow)
+    monkeypatch.setattr(Store, "read_crops_into", slow)
     assert in_process("--config.data.prefetch=1", "--config.steps=6") == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]

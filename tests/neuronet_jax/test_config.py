@@ -43,7 +43,7 @@ def test_whole_numbers_are_numbers(config):
     ("change", "said"),
     [
         ({"stepz": 3}, "config has no field 'stepz'"),
-        ({"data__stores": ""}, "config.data has no field 'stores'"),
+        ({"data__storage": ""}, "config.data has no field 'storage'"),
         ({"steps": "3"}, "config.steps takes int, got '3'"),
         ({"steps": True}, "config.steps takes int, got True"),
         ({"steps": 3.0}, "config.steps takes int"),

@@ -193,7 +193,7 @@ from neuronet_jax.store.reader import Store
 from neuronet_jax.config import Config
 
 class Stuck(Store):
-    def read_crops(self, *args):
+    def read_crops_into(self, *args):
         time.sleep(1000)
 
 if __name__ == "__main__":
@@ -224,14 +224,14 @@ def test_C03_error_in_a_worker_keeps_traceback_and_subject(make_store: MakeStore
     store, _ = make_store(SPLITS)
 
     class Broken(Store):
-        def read_crops(self, *args: Any) -> Any:
+        def read_crops_into(self, *args: Any) -> Any:
             raise ZeroDivisionError("the original message")
 
     broken = Broken(store.dest, store.info, store.subjects, None)
     with pytest.raises(ZeroDivisionError, match="the original message") as caught:
         next(start(broken, settings(batch=3, workers=1)))
     text = "".join(traceback.format_exception(caught.value))
-    assert "in read_crops" in text
+    assert "in read_crops_into" in text
     assert "while reading the batch of the slots [" in text
 
 
@@ -363,9 +363,9 @@ def test_C09_slow_storage_shows_as_waiting(make_store: MakeStore, start: Any) ->
     store, _ = make_store(SPLITS)
 
     class Slow(Store):
-        def read_crops(self, *args: Any) -> Any:
+        def read_crops_into(self, *args: Any) -> Any:
             time.sleep(0.05)
-            return super().read_crops(*args)
+            return super().read_crops_into(*args)
 
     iterator = start(Slow(store.dest, store.info, store.subjects, None), settings(prefetch=1))
     assert iterator.wait_fraction() == 0  # nothing was requested yet
@@ -384,7 +384,7 @@ def test_C10_workers_stay_off_the_accelerator(
     monkeypatch.delenv("JAX_PLATFORMS")  # as on a GPU host
 
     class Probe(Store):
-        def read_crops(self, *args: Any) -> Any:
+        def read_crops_into(self, *args: Any) -> Any:
             import jax
             from jax._src import xla_bridge
 
