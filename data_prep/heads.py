@@ -262,6 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _heads(options: argparse.Namespace) -> int:
+    if not options.maps.is_dir():
+        raise NeuronetError(f"--maps: there is no folder {options.maps}; give the one that holds the label maps")
     maps = sorted(path for path in options.maps.glob("*.nii*") if path.name.endswith((".nii", ".nii.gz")))
     count = build_heads(
         maps,

@@ -37,7 +37,13 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Config:
         raise UsageError(f"--config={reference}: {error}") from error
     for field, text in _pairs(overrides):
         _override(settings, field, text)
-    settings.update({"data": {"store": _expand(settings.to_dict()["data"]["store"])}})
+    data = settings.to_dict()["data"]
+    store, stores = _expand("data.store", data["store"]), tuple(_expand("data.stores", s) for s in data["stores"])
+    if store and "://" not in store and not os.path.isdir(store):
+        raise NeuronetError(
+            f"config.data.store: there is no folder {store!r}; give the --store of a finished data_prep.build"
+        )
+    settings.update({"data": {"store": store, "stores": stores}})
     return to_config(settings, f"{Path(path).stem}:{variant}" if variant else Path(path).stem)
 
 
@@ -118,17 +124,11 @@ def _items(field: str) -> Any:
     return typing.get_args(kind)[0]
 
 
-def _expand(store: str) -> str:
-    """Returns `store` with ~ and variables expanded. Raises NeuronetError for an unset variable or a missing local
-    folder.
-    """
+def _expand(field: str, store: str) -> str:
+    """Returns `store` with ~ and variables expanded. Raises NeuronetError for an unset variable."""
     path = os.path.expanduser(os.path.expandvars(store))
     if unset := re.search(r"\$\{?(\w+)", path):
-        raise NeuronetError(f"config.data.store is {store!r}, but the variable {unset[1]} is not set")
-    if path and "://" not in path and not os.path.isdir(path):
-        raise NeuronetError(
-            f"config.data.store: there is no folder {path!r}; give the --store of a finished data_prep.build"
-        )
+        raise NeuronetError(f"config.{field} is {store!r}, but the variable {unset[1]} is not set")
     return path
 
 

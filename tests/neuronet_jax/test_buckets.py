@@ -88,6 +88,7 @@ def test_E16_everything_at_gs(build_store: Any, gcs_bucket: str, tmp_path: Path)
         np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(again[name].dataobj))
 
 
+@pytest.mark.soak
 def test_E16_a_server_that_comes_back_is_waited_for(build_store: Any, gcs_server: Any, tmp_path: Path) -> None:
     bucket = gcs_server.make_bucket()
     store = str(tmp_path / "store")
