@@ -23,10 +23,10 @@ from rich.progress import track
 from scipy import ndimage
 
 from data_prep.build import default_grid
-from data_prep.subject import content_hash
+from data_prep.subject import bounding_box, content_hash
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.images import nifti, space
-from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
+from neuronet_jax.labels import PROTOCOLS, TISSUES, tissue_classes
 from neuronet_jax.programs import DONE, Parser, run
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import PAINTED, Record, Subject, sample_foreground
@@ -35,7 +35,7 @@ from neuronet_jax.tissues import AIR, NUMBER, in_brain, to_tissues
 
 TAUGHT = ("fsl_first", "malp_em_tissue")  # by label maps
 _CSF = NUMBER["CSF around the brain"]
-_WHITE = 3  # the class of white matter in fsl_fast and spm_tissue
+_WHITE = TISSUES.index("WM") + 1  # in `tissue_classes`
 _INNER = (slice(4, -4),) * 3
 _ANGLES = 32, 64  # polar and azimuthal bins of a brain's outline
 
@@ -150,33 +150,27 @@ def read_map(path: Path, voxel_size_mm: float, grid: tuple[int, int, int]) -> tu
     """Returns the tissue numbers, uint8 [x y z], and ids, int16, of a label map on the grid, around its brain."""
     volume = space.conform(nifti.read_labels(path), voxel_size_mm, is_label=True)
     ids = volume.data.astype(np.int16)
-    inside = np.argwhere(in_brain(to_tissues(ids)))
-    if not len(inside):
+    brain = in_brain(to_tissues(ids))
+    if not brain.any():
         raise NeuronetError(f"{path.name} holds no brain, by the ids in neuronet_jax/tissues.py")
-    origin = space.crop_origin(ids.shape, grid, inside.min(axis=0), inside.max(axis=0) + 1)
-    ids = space.place(ids, grid, origin)
+    ids = space.place(ids, grid, space.crop_origin(ids.shape, grid, *bounding_box(brain)))
     return to_tissues(ids), ids
 
 
 def taught(tissues: np.ndarray, ids: np.ndarray) -> Labels:
     """Returns the classes that a label map teaches: of FIRST's structures, and of MALP-EM's tissues."""
-    first = PROTOCOLS["fsl_first"].ids
-    classes = np.zeros(max(int(ids.max()), int(first.max())) + 1, np.uint8)
-    classes[first] = np.arange(len(first))
+    first = PROTOCOLS["fsl_first"]
     merged = np.zeros(256, np.uint8)
     merged[[NUMBER[name] for name in _MERGED]] = list(_MERGED.values())
-    return {"fsl_first": classes[ids], "malp_em_tissue": merged[tissues]}
+    return {"fsl_first": first.to_classes(np.where(np.isin(ids, first.ids), ids, 0)), "malp_em_tissue": merged[tissues]}
 
 
 def brightness(image: np.ndarray, labels: Labels) -> np.ndarray:
     """Returns a stripped brain as brightness, float32 ≥ 0: white matter is 1. Raises NeuronetError without any."""
-    for name in ("fsl_fast", "spm_tissue"):
-        if name in labels and (white := labels[name] == _WHITE).any():
+    for name in ("fsl_fast", "spm_tissue", "malp_em_tissue", "malp_em"):  # whose classes are their ids
+        if name in labels and (white := tissue_classes(name)[labels[name]] == _WHITE).any():
             return np.maximum(image, 0) / np.float32(np.median(image[white]))
-    tissue = labels.get("malp_em_tissue", MALP_EM_TO_TISSUE[labels["malp_em"]] if "malp_em" in labels else None)
-    if tissue is None or not (tissue == _WM).any():
-        raise NeuronetError("a brain needs white matter in fsl_fast, spm_tissue, malp_em or malp_em_tissue")
-    return np.maximum(image, 0) / np.float32(np.median(image[tissue == _WM]))
+    raise NeuronetError("a brain needs white matter in fsl_fast, spm_tissue, malp_em or malp_em_tissue")
 
 
 def around(brain: np.ndarray, head: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ def prepare(source: Source, slot: int, settings: Settings) -> Record:
     labelled = np.zeros(image.shape, bool)
     for classes in maps.values():
         labelled |= classes > 0
-    origin = space.crop_origin(image.shape, settings.grid, *_bounding_box(labelled))
+    origin = space.crop_origin(image.shape, settings.grid, *bounding_box(labelled))
     if np.count_nonzero(space.place(labelled, settings.grid, origin)) < np.count_nonzero(labelled):
         warnings.append("W_CROPPED_LABEL")
     labels = np.zeros((len(settings.protocols), *settings.grid), np.uint8)  # [p x y z]
@@ -163,7 +163,7 @@ def _is_mirrored(protocol: Protocol, counts: np.ndarray) -> bool:
     return 2 * swapped > len(left)
 
 
-def _bounding_box(mask: np.ndarray) -> tuple[list[int], list[int]]:
+def bounding_box(mask: np.ndarray) -> tuple[list[int], list[int]]:
     """Returns the first voxel, and one past the last, along each axis of a non-empty mask."""
     low, high = [], []
     for axis in range(3):

@@ -43,7 +43,7 @@ from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Subject
 
 COLUMNS = ("subject", "protocol", "index", "name", "dice", "reference_voxels", "predicted_voxels")
-TABLES = ("dice.tsv", "summary.json")
+DICE, SUMMARY = "dice.tsv", "summary.json"
 SURFACE_COLUMNS = ("hd95_mm", "nsd")
 PICTURED = 2  # subjects: enough to illustrate the numbers
 
@@ -70,7 +70,7 @@ def evaluate(
     `out` cannot be written.
     """
     check(model, store, split)
-    if not overwrite and (there := [name for name in TABLES if (out / name).exists()]):
+    if not overwrite and (there := [name for name in (DICE, SUMMARY) if (out / name).exists()]):
         raise NeuronetError(
             f"{out} holds an evaluation already ({there[0]}): add --overwrite to replace it, or choose another --out"
         )
@@ -103,8 +103,8 @@ def evaluate(
         tolerance_mm,
     )
     files = Files(str(out.absolute()))
-    files.write(TABLES[0], ("\n".join(lines) + "\n").encode())
-    files.write(TABLES[1], (json.dumps(_describe(model, store, split, result), indent=2) + "\n").encode())
+    files.write(DICE, ("\n".join(lines) + "\n").encode())
+    files.write(SUMMARY, (json.dumps(_describe(model, store, split, result), indent=2) + "\n").encode())
     return result
 
 

@@ -234,8 +234,6 @@ def check(config: Config) -> None:
         if isinstance(value, (int, float)):
             require(0 <= value < math.inf, path, value, "finite and not negative")
             require(type(value) is float or value <= _LARGEST, path, value, f"at most {_LARGEST:,}")
-    for index, store in enumerate(config.data.stores):
-        require("@" not in store, f"data.stores[{index}]", "***", "free of credentials (user:password@)")
     weights = config.data.weights
     require(
         not weights or (len(weights) == 1 + len(config.data.stores) and min(weights) >= 0 < sum(weights)),
@@ -266,12 +264,10 @@ def check(config: Config) -> None:
         among("protocols", name, *PROTOCOLS)
 
     data, model, loss, optimizer = config.data, config.model, config.loss, config.optimizer
-    require(
-        "@" not in data.store,
-        "data.store",
-        "***",
-        "free of credentials (user:password@); they belong in the environment",
-    )
+    secretive = "free of credentials (user:password@); they belong in the environment"
+    require("@" not in data.store, "data.store", "***", secretive)
+    for index, store in enumerate(data.stores):
+        require("@" not in store, f"data.stores[{index}]", "***", secretive)
     require(data.foreground_fraction <= 1, "data.foreground_fraction", data.foreground_fraction, "in [0, 1]")
     require(data.read_threads >= 1, "data.read_threads", data.read_threads, "at least 1")
     require(data.prefetch >= 1, "data.prefetch", data.prefetch, "at least 1")

@@ -17,7 +17,7 @@ import numpy as np
 from experiments.benchmark import roofline
 from experiments.benchmark.roofline import Machine
 from experiments.benchmark.topology import GIB, collectives_of, needs, step_config
-from experiments.benchmark.work import random_batch
+from experiments.benchmark.work import training_batch
 from neuronet_jax.files import Files
 
 STEPS = 5  # timed, after one that is not
@@ -76,21 +76,23 @@ def probe(devices: Any) -> Machine:
 
 
 def _best(work: Callable[[], Any]) -> float:
+    return min(_seconds(work, PROBES))
+
+
+def _seconds(work: Callable[[], Any], times: int) -> list[float]:
+    """Returns the time of each run of `work`, after one that is not counted."""
     import jax
 
     seconds = []
-    for _ in range(PROBES + 1):
+    for _ in range(times + 1):
         begun = time.perf_counter()
         jax.block_until_ready(work())
         seconds.append(time.perf_counter() - begun)
-    return min(seconds[1:])
+    return seconds[1:]
 
 
 def timed(devices: Any, family: str, side: int) -> dict[str, Any]:
     """Returns the needs of a training step on this machine, and the seconds that it takes."""
-    import jax
-
-    from neuronet_jax.labels import PROTOCOLS
     from neuronet_jax.training.mesh import make_mesh, put_batch
     from neuronet_jax.training.step import init_state, make_train_step
 
@@ -98,22 +100,15 @@ def timed(devices: Any, family: str, side: int) -> dict[str, Any]:
     config = step_config(family, 1, side, batch, "float32")
     mesh = make_mesh(config, devices)
     graphdef, state = init_state(config, mesh)
-    image, labels = random_batch(batch, config.data.crop)
-    arrays = {
-        "image": image,
-        "labels": labels.astype(np.uint8),
-        "present": np.ones((batch, len(PROTOCOLS)), bool),
-        "slot": np.arange(batch, dtype=np.int32),
-    }
-    on_mesh = put_batch(mesh, arrays)
+    on_mesh = put_batch(mesh, training_batch(batch, config.data.crop))
     step = make_train_step(config, graphdef, mesh).lower(state, on_mesh).compile()
-    seconds = []
-    for _ in range(STEPS + 1):
-        begun = time.perf_counter()
+
+    def train() -> Any:
+        nonlocal state
         state, metrics = step(state, on_mesh)
-        jax.block_until_ready((state, metrics))
-        seconds.append(time.perf_counter() - begun)
-    return needs(step) | {"measured_s": seconds[1:]}
+        return state, metrics
+
+    return needs(step) | {"measured_s": _seconds(train, STEPS)}
 
 
 def table(machine: Machine, rows: list[dict[str, Any]]) -> str:

@@ -160,7 +160,7 @@ class _Program:
     def of_instruction(self, computation: Computation, i: Instruction) -> Work:
         nbytes = self.read(computation, i) + self.written(computation, i)
         flops = self.flops(computation, i)
-        exchanged = [self.collective(computation, i)] if i.opcode.removesuffix("-start") in COLLECTIVES else []
+        exchanged = [self.collective(computation, i)] if self.is_collective(i) else []
         label = re.search(r'op_name="([^"]*)"', i.attributes)
         key = f"{i.opcode} {label[1] if label else i.name}"
         cycles = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
@@ -209,7 +209,7 @@ class _Program:
 
     def updated(self, inner: Computation, root: Instruction, whole: int) -> int:
         """Returns the bytes that a fusion writes to one result: of an update in place, the update."""
-        while root.opcode in ("bitcast", "copy") and root.operands[0] in inner and root.opcode == "bitcast":
+        while root.opcode == "bitcast" and root.operands[0] in inner:
             root = inner[root.operands[0]]
         if root.opcode == "dynamic-update-slice":
             return inner[root.operands[1]].nbytes

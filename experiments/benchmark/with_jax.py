@@ -10,10 +10,10 @@ import numpy as np
 from experiments.benchmark import heads
 from experiments.benchmark.contender import CHECK_SIDE, CHECK_STEPS, Contender, Job
 from experiments.benchmark.work import (
-    CLASSES,
     PUBLISHED_TRAINING,
     random_batch,
     random_variables,
+    training_batch,
 )
 
 
@@ -87,14 +87,7 @@ class Jax(Contender):
         mesh = make_mesh(config, self.jax.devices()[: self.split(config.batch) * config.mesh.space])
         graphdef, params, moments = nnx.split(self.network(config), nnx.Param, nnx.BatchStat, graph=False)
         state = self.jax.device_put(fresh_state(config, params, moments), replicated(mesh))
-        image, labels = random_batch(config.batch, config.data.crop)
-        batch = {
-            "image": image,
-            "labels": labels.astype(np.uint8),
-            "present": np.ones((config.batch, len(CLASSES)), bool),
-            "slot": np.arange(config.batch, dtype=np.int32),
-        }
-        batch = put_batch(mesh, batch)
+        batch = put_batch(mesh, training_batch(config.batch, config.data.crop))
         train_step: Any = make_train_step(config, graphdef, mesh)
         return train_step.lower(state, batch).compile(), state, batch
 

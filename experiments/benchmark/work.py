@@ -70,3 +70,14 @@ def random_batch(batch: int, sides: tuple[int, ...], seed: int = 1) -> tuple[np.
     image = rng.standard_normal((batch, *sides, 1), np.float32)
     labels = [rng.integers(0, k, (batch, *sides)) for k in CLASSES]
     return image, np.stack(labels, 1)
+
+
+def training_batch(batch: int, sides: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Returns `random_batch` as the arrays of the training pipeline, with all protocols present."""
+    image, labels = random_batch(batch, sides)
+    return {
+        "image": image,
+        "labels": labels.astype(np.uint8),
+        "present": np.ones((batch, len(CLASSES)), bool),
+        "slot": np.arange(batch, dtype=np.int32),
+    }

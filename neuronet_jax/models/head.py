@@ -73,6 +73,11 @@ def sums_like(tally: Tally, samples: int, classes: tuple[int, ...]) -> Any:
     return jax.eval_shape(partial(tally.sums, groups), scores, labels)
 
 
+def zero_sums(tally: Tally, samples: int, classes: tuple[int, ...]) -> Any:
+    """Returns sums over no voxels."""
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums_like(tally, samples, classes))
+
+
 def labels(features: list[Array], readout: Readout, classes: tuple[int, ...]) -> Integer[Array, "b p x y z"]:
     """Returns the class of the highest score for every protocol, as uint8; the lower class on a tie."""
     return _on_platform(partial(_labels, classes), features, readout)
@@ -190,7 +195,7 @@ def _pull_blocks(
 
 
 def _zeros(tally: Tally, labels: Array, classes: tuple[int, ...]) -> Any:
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums_like(tally, labels.shape[0], classes))
+    return zero_sums(tally, labels.shape[0], classes)
 
 
 def _labels(

@@ -121,16 +121,8 @@ class Store:
 
         Raises NeuronetError for a box outside the grid, and StoreError E_SHARD_MISSING, E_CRC or E_IO naming the slot.
         """
-        return self.read_crops([slot], [start], shape, protocols)[0]
-
-    def read_crops(
-        self, slots: Sequence[int], starts: Sequence[Sequence[int]], shape: Sequence[int], protocols: Sequence[str]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns `read_crop` of many boxes, all in flight together."""
-        images = [self._image(slot, start, shape) for slot, start in zip(slots, starts, strict=True)]
-        labels = [self._labels(slot, protocols, start, shape) for slot, start in zip(slots, starts, strict=True)]
-        read = self._read(images + labels)
-        return list(zip(read[: len(images)], read[len(images) :], strict=True))
+        image, labels = self._read([self._image(slot, start, shape), self._labels(slot, protocols, start, shape)])
+        return image, labels
 
     def read_crops_into(
         self,
@@ -140,13 +132,14 @@ class Store:
         starts: Sequence[Sequence[int]],
         protocols: Sequence[str],
     ) -> None:
-        """Reads `read_crops` into float32 and uint8 arrays, which give the shape of the boxes. Chunks are decoded and
-        then copied once.
+        """Reads many crops, all in flight together, into float32 and uint8 arrays, which give the shape of the boxes.
+        Chunks are decoded and then copied once. Raises as `read_crop`.
         """
         shape = images.shape[1:]
         views = [self._image(slot, start, shape) for slot, start in zip(slots, starts, strict=True)]
         views += [self._labels(slot, protocols, start, shape) for slot, start in zip(slots, starts, strict=True)]
-        self._read(views, [*images, *labels])
+        places = zip(views, (*images, *labels), strict=True)
+        self._await(views, [ts.array(place, copy=False, write=True).write(view.array) for view, place in places])
 
     def read_foregrounds(self, slots: Sequence[int]) -> list[np.ndarray]:
         """Returns the labelled voxel positions of each slot on the stored grid, int16 [n 3]."""
@@ -181,21 +174,18 @@ class Store:
             raise NeuronetError(f"a box must lie in the grid {self.info.grid}, got start {start} and shape {shape}")
         return box
 
-    def _read(self, views: Sequence["_View"], into: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
-        """Reads views, all in flight before the first is awaited: into new arrays, or into these."""
-        if into:
-            pairs = zip(views, into, strict=True)
-            futures: list[Any] = [ts.array(place, copy=False, write=True).write(view.array) for view, place in pairs]
-        else:
-            futures = [view.array.read() for view in views]
-        read = []
+    def _read(self, views: Sequence["_View"]) -> list[np.ndarray]:
+        return [np.asarray(found) for found in self._await(views, [view.array.read() for view in views])]
+
+    def _await(self, views: Sequence["_View"], futures: Sequence[Any]) -> list[Any]:
+        """Returns the results of reading views, all of which are in flight."""
+        found = []
         for view, future in zip(views, futures, strict=True):
             try:
-                found = future.result()
-                read.append(np.asarray(found) if not into else into[len(read)])
+                found.append(future.result())
             except ValueError as error:
                 raise _read_error(self.dest, view.name, view.slot, str(error)) from error
-        return read
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from neuronet_jax.config import Config
-from neuronet_jax.models.head import sums_like
+from neuronet_jax.models.head import zero_sums
 from neuronet_jax.models.head_tallies import Together
 from neuronet_jax.models.network import Network
 from neuronet_jax.training import losses
@@ -55,7 +55,7 @@ def gradient(
     terms = losses.terms(config.loss, protocols)
     tally = Together(tuple(term.tally for term in terms))
     if all(term.is_linear for term in terms):  # any sums give the weights
-        sums = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums_like(tally, count * each, classes))
+        sums = zero_sums(tally, count * each, classes)
     else:
         forward = network_of(params, moments)
         sums = _joined(jax.lax.map(lambda part: _sums(forward, tally, *part), (image, labels)))

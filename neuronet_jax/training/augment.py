@@ -48,7 +48,11 @@ def augment(batch: dict[str, Array], key: Array, config: AugmentConfig, protocol
     if config.flip:
         image, labels = jax.vmap(lambda i, s, p: mirror(i, s, p.flip, protocols))(image, labels, parameters)
     if config.spatial or config.elastic:
-        image, labels = jax.vmap(lambda i, s, p: warp(i, s, p.matrix, p.displacement))(image, labels, parameters)
+
+        def move(image: Array, labels: Array, p: Parameters) -> tuple[Array, Array]:
+            return warp(image, labels, p.matrix, p.displacement if config.elastic else None)
+
+        image, labels = jax.vmap(move)(image, labels, parameters)
     if config.resolution:
         image = jax.vmap(lambda i, p: blur(i, p.blur))(image, parameters)
     if config.intensity:

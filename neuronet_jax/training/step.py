@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from neuronet_jax.config import Config, OptimizerConfig
-from neuronet_jax.models.head import sums_like
+from neuronet_jax.models.head import zero_sums
 from neuronet_jax.models.head_tallies import Together
 from neuronet_jax.models.network import Network, build
 from neuronet_jax.training import accumulation, augment, generate, losses
@@ -119,17 +119,10 @@ def make_train_step(
             batch = generate.generate(batch, jax.random.fold_in(drawn, 1), config.augment.any_contrast)
         batch = augment.augment(batch, drawn, config.augment, config.protocols)
 
+        compute = _gradient
         if config.accumulate > 1:
-            split = accumulation.parts_of(batch, config.accumulate, mesh)
-            loss, parts, gradient, moments = accumulation.gradient(graphdef, state.params, state.moments, split, config)
-        else:
-
-            def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
-                network = nnx.merge(graphdef, params, state.moments, copy=True)
-                loss, parts = network_loss(network, batch, config, train=True)
-                return loss, (_split(network)[2], parts)
-
-            (loss, (moments, parts)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+            compute, batch = accumulation.gradient, accumulation.parts_of(batch, config.accumulate, mesh)
+        loss, parts, gradient, moments = compute(graphdef, state.params, state.moments, batch, config)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradient)
@@ -159,6 +152,20 @@ def make_train_step(
     )
 
 
+def _gradient(
+    graphdef: nnx.GraphDef[Network], params: Any, moments: Any, batch: DeviceBatch, config: Config
+) -> tuple[jax.Array, Metrics, Any, Any]:
+    """Returns what `accumulation.gradient` does, of a batch in one piece."""
+
+    def loss_fn(params: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        network = nnx.merge(graphdef, params, moments, copy=True)
+        loss, parts = network_loss(network, batch, config, train=True)
+        return loss, (_split(network)[2], parts)
+
+    (loss, (moved, parts)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return loss, parts, gradient, moved
+
+
 def network_loss(network: Network, batch: DeviceBatch, config: Config, train: bool) -> tuple[jax.Array, Metrics]:
     """Computes the loss of a batch in float32, and its parts by name, such as `dice/malp_em`."""
     image, labels = batch["image"], batch["labels"]
@@ -168,7 +175,7 @@ def network_loss(network: Network, batch: DeviceBatch, config: Config, train: bo
     if not all(term.is_linear for term in terms):
         return losses.total(terms, network.scan(tally, image, labels, train), crops)
     # The weight of each sum is its gradient, known beforehand: that saves a pass over the voxels.
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums_like(tally, len(image), network.classes))
+    zeros = zero_sums(tally, len(image), network.classes)
     weights = jax.grad(lambda sums: losses.total(terms, sums, crops)[0])(zeros)
     loss, sums = network.scan_weighted(tally, weights, image, labels, train)
     return loss, losses.total(terms, sums, crops)[1]
