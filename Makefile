@@ -38,9 +38,10 @@ codes: $(STAMP)
 	$(BIN)/python -c 'from neuronet_jax.codes import page; print(page(), end="")' > docs/codes.md
 
 # Files of tests side by side, at most four: each process has eight devices, and compiles its own programs. In their own
-# order: the files with the fewest tests, which xdist would put last, take the longest.
+# order: the files with the fewest tests, which xdist would put last, take the longest. Most of the time is compilation,
+# which takes two thirds of it without the compiler's optimisations; `make soak` has them.
 test: lint
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=true $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 soak: $(STAMP)
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m soak --timeout=3600 $(PYTEST_ARGS)

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from data_prep.demo.cohort import ensure_demo_store
 from neuronet_jax import runtime
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.evaluation.metrics import DiceTable, Summary, mean_dice, summarise
 from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score, score_surfaces
 from neuronet_jax.evaluation.surfaces import SurfaceSummary, SurfaceTable, summarise_surfaces
@@ -36,6 +36,7 @@ from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.programs import DONE, Parser, run
 from neuronet_jax.results.pictures import save_comparison, save_strip
 from neuronet_jax.runs.calibration import save_calibration
+from neuronet_jax.runs.directory import shipped
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.runtime import keep_compiled, one_per_core
@@ -183,7 +184,11 @@ def table(result: Evaluation, title: str) -> Table:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m experiments.evaluate", description=__doc__)
-    parser.add_argument("--run", required=True, metavar="DIR", help="workdir of a training run")
+    parser.add_argument(
+        "--run",
+        metavar="DIR",
+        help="workdir of a training run, or a release (default: the network that ships with the package)",
+    )
     parser.add_argument("--store", metavar="DEST", help="store of the subjects (default: the run's store)")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
     todo = parser.add_mutually_exclusive_group(required=True)
@@ -198,7 +203,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     runtime.plain()
     keep_compiled()
     one_per_core()
-    model = restore(args.run)
+    if not args.run and args.calibrate:
+        raise UsageError("--calibrate writes into the folder of a run: name it with --run")
+    if not args.run and not args.store:
+        raise UsageError("the network that ships with the package has no store of its own: name one with --store")
+    model = restore(args.run or shipped())
     store = Store.open(args.store or model.config.data.store or str(ensure_demo_store()))
     if args.calibrate:
         check(model, store, "validation")

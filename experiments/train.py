@@ -32,7 +32,7 @@ from neuronet_jax.programs import DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, 
 from neuronet_jax.results.pictures import label_picture
 from neuronet_jax.runs.calibration import save_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
-from neuronet_jax.runs.directory import SKIPPED, RunDirectory
+from neuronet_jax.runs.directory import SKIPPED, RunDirectory, shipped
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.provenance import TrainingData
 from neuronet_jax.runs.restore import restore
@@ -67,10 +67,12 @@ def train(
     reset_data: bool = False,
     strict: bool = False,
     begin: bool = False,
+    init: str = "",
 ) -> TrainState:
     """Trains from step 0 or the latest checkpoint to `config.steps`, or until asked to stop. Returns the state.
 
-    With `resume`, the folder must hold a run, unless `begin` allows to begin one.
+    With `resume`, the folder must hold a run, unless `begin` allows to begin one. `init` is a run or release whose
+    weights the first step starts from.
     """
     # --- The places: the mesh, the data, the run's folder.
     spent = Goodput()
@@ -81,17 +83,19 @@ def train(
     data = training_iterator(store, config, batch_rows(mesh, config.batch))
     held_out = validation_subjects(store, "validation", process, processes)
     held_out = held_out[: -(-config.evaluate_subjects // processes) or None]
+    start = restore(init) if init else None
+    described = TrainingData.of_store(store.info, start.origin if start else None)
 
     with (
         contextlib.closing(data),
-        RunDirectory(workdir).hold(config, TrainingData.of_store(store.info), resume, begin) as check_owner,
+        RunDirectory(workdir).hold(config, described, resume, begin) as check_owner,
         Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
         StopRequest() as stop,
         Watchdog(STALL_S) as watchdog,
         contextlib.closing(Profile(workdir, config.profiled, process)) as profile,
     ):
         # --- The computation: the state on the mesh, the step.
-        graphdef, state = init_state(config, mesh)
+        graphdef, state = init_state(config, mesh, start)
         train_step = make_train_step(config, graphdef, mesh)
         if resume and checkpoints.latest() is not None:
             with spent.on("restore"):
@@ -236,6 +240,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="refuse to train without a store and, with --resume, to pass over a damaged checkpoint",
     )
+    parser.add_argument(
+        "--init",
+        default="",
+        metavar="RUN",
+        help="begin with the weights of a run or release; `pretrained` is the network that ships with the package",
+    )
     parser.add_argument("--reset-data", action="store_true", help="with --resume: restart the data")
     return run(parser, _train, arguments)
 
@@ -264,7 +274,8 @@ def _train(options: argparse.Namespace) -> int:
         runtime.plain(runtime.my_prefix())
     workdir = options.workdir or runtime.agreed(time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S"))
     try:
-        train(config, workdir, options.resume, options.reset_data, options.strict, options.begin)
+        init = shipped() if options.init == "pretrained" else options.init
+        train(config, workdir, options.resume, options.reset_data, options.strict, options.begin, init)
     except TooManySkippedError as error:
         print(
             f"error: {error}: loss or gradient were not finite, or far above their average. The last good checkpoint "

@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def _parser() -> Parser:
         description="One network that reproduces the outputs of FSL, SPM and MALP-EM on T1-weighted heads.",
         epilog="""\
 examples:
-  neuronet segment T1.nii.gz --run=runs/all_targets --out=labels
+  neuronet segment T1.nii.gz --out=labels
   neuronet COMMAND --help    options, results and more examples
 """,
     )
@@ -58,7 +59,10 @@ def _add_segment(commands: Any) -> None:
         statuses={FAILED: "an error, or no input could be used", PARTIAL: "some inputs were rejected; see summary.tsv"},
         epilog="""\
 examples:
-  one scan, all protocols of the run
+  one scan, with the network that ships with the package
+    neuronet segment T1.nii.gz --out=labels
+
+  one scan, with a network of your own
     neuronet segment T1.nii.gz --run=runs/all_targets --out=labels
 
   a BIDS dataset, two protocols
@@ -107,10 +111,9 @@ These three tell of all scans in the folder, also of those of earlier commands.
     )
     command.add_argument(
         "--run",
-        required=True,
         action="append",
         metavar="DIR",
-        help="folder of a run or release; repeat it for an ensemble",
+        help="folder of a run or release; repeat it for an ensemble (default: the network that ships with the package)",
     )
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
     command.add_argument(
@@ -179,6 +182,7 @@ def _segment(args: argparse.Namespace) -> int:
     from neuronet_jax.results import inputs as scans
     from neuronet_jax.results.resume import Records
     from neuronet_jax.runs.calibration import load_calibration, uncalibrated
+    from neuronet_jax.runs.directory import shipped
     from neuronet_jax.runs.provenance import Provenance
     from neuronet_jax.runs.restore import restore
     from neuronet_jax.runtime import keep_compiled
@@ -192,13 +196,17 @@ def _segment(args: argparse.Namespace) -> int:
     keep_compiled()
     console = Console(stderr=True)
     console.print(runtime.start(), highlight=False)
-    model = restore(*args.run)
+    runs = args.run or [shipped()]
+    model = restore(*runs)
+    if not args.run:
+        grid, note = f"{model.voxel_size_mm:g} mm", model.origin.note
+        console.print(f"no --run: using the network that ships with neuronet-jax ({grid}; {note})", highlight=False)
     derived = ("malp_em_tissue",) if options.consistent_tissue else ()
     protocols = tuple(dict.fromkeys(args.protocols or (*model.config.protocols, *derived)))
     with _wrong_options():
         check_request(model, protocols, options)
-    if len(args.run) == 1:
-        calibration = load_calibration(args.run[0], model.origin.step)
+    if len(runs) == 1:
+        calibration = load_calibration(runs[0], model.origin.step)
     else:
         calibration = uncalibrated("an ensemble cannot use the calibration of one of its runs")
     provenance = Provenance(model.provenance.members, calibration.sha256, options.changed())
@@ -300,6 +308,9 @@ examples:
   a program for images of any size (sides padded to multiples of 32), with its weights
     neuronet export --run=runs/all_targets --out=release
 
+  the weights alone, with a sentence that every report made with them will show
+    neuronet export --run=runs/all_targets --out=release --weights-only --note='for research only'
+
   programs for two fixed sizes
     neuronet export --run=runs/all_targets --out=release --shape=192,224,192 --shape=256,256,256
 
@@ -327,6 +338,10 @@ results:
         metavar="X,Y,Z",
         help="write a program for this size only, in multiples of 32; may be repeated",
     )
+    command.add_argument(
+        "--weights-only", action="store_true", help="write no program, which takes a few seconds to make"
+    )
+    command.add_argument("--note", metavar="TEXT", help="a sentence for every report made with these weights")
     command.set_defaults(command=_export)
 
 
@@ -340,11 +355,20 @@ def _shape(text: str) -> tuple[int, ...]:
 def _export(args: argparse.Namespace) -> int:
     from neuronet_jax.export import export
     from neuronet_jax.runs.calibration import load_calibration
+    from neuronet_jax.runs.release import release
     from neuronet_jax.runs.restore import restore
 
+    if args.weights_only and args.shape:
+        raise UsageError("--shape is the size of a program, and --weights-only writes none: leave one of them out")
     model = restore(args.run)
+    if args.note is not None:
+        model = replace(model, origin=replace(model.origin, note=args.note))
     calibration = load_calibration(args.run, model.origin.step)
-    export(model, args.out, args.shape, calibration)
-    print(f"{args.out} holds the program, its weights and their description; sha256sum -c manifest.sha256 checks them")
+    if args.weights_only:
+        release(model, args.out, calibration=calibration)
+    else:
+        export(model, args.out, args.shape, calibration)
+    held = "the weights" if args.weights_only else "the program, its weights"
+    print(f"{args.out} holds {held} and their description; sha256sum -c manifest.sha256 checks them")
     print(f"predicted Dice of `segment --run={args.out}`: {calibration.describe()}")
     return DONE

@@ -38,6 +38,7 @@ CONFIG, TRAINING_DATA, CHECKPOINTS = "config.json", "training_data.json", "check
 METRICS, TENSORBOARD, QUALITY, RELEASE = "metrics.jsonl", "tensorboard", "quality.json", "release.json"
 SKIPPED, PROFILE = "skipped.jsonl", "profile"
 LEASE = "run.lease"
+SHIPPED = Path(__file__).parents[1] / "pretrained"  # a release inside the package
 _STORE = "store.json"  # of version 0.1.0
 
 # Settings that may change within a run: its length (the schedule stretches to it), how data are read, logged and kept,
@@ -155,6 +156,16 @@ class RunDirectory:
         """Writes the description of a run: its data, then its settings."""
         self.files.write(TRAINING_DATA, data.to_json())
         self.files.write(CONFIG, config.to_json().encode())
+
+
+def shipped() -> str:
+    """Returns the folder of the network that ships with the package.
+
+    Raises NeuronetError if this installation has none.
+    """
+    if not (SHIPPED / RELEASE).is_file():
+        raise NeuronetError(f"this installation holds no trained network ({SHIPPED} is missing): name one with --run")
+    return str(SHIPPED)
 
 
 def records(data: bytes | None) -> list[dict[str, Any]]:

@@ -106,10 +106,13 @@ class TrainingData:
     imported: Imported | None = None  # where the weights were not trained here
     store: Mapping[str, Any] = field(default_factory=dict)  # provenance of the store: its software, sources, settings
     content_hash: str = ""  # which scans and label maps; empty where it is not known
+    begun_with: Origin | None = None  # the weights before the first step, where they were not drawn
 
     @classmethod
-    def of_store(cls, info: StoreInfo) -> "TrainingData":
-        note = str(info.provenance.get("note", ""))
+    def of_store(cls, info: StoreInfo, begun_with: Origin | None = None) -> "TrainingData":
+        """Describes a store. What the notes of earlier weights say, such as their licence, holds for the new ones."""
+        notes = (str(info.provenance.get("note", "")), begun_with.note if begun_with else "")
+        note = "; ".join(dict.fromkeys(filter(None, notes)))
         return cls(
             info.protocols,
             info.voxel_size_mm,
@@ -118,6 +121,7 @@ class TrainingData:
             note,
             store=info.provenance,
             content_hash=info.subjects_hash,
+            begun_with=begun_with,
         )
 
     def differences(self, other: "TrainingData") -> list[str]:
@@ -127,7 +131,9 @@ class TrainingData:
         return [f"{name} was {mine!r}, is {its!r}" for name, mine, its in pairs if mine and its and mine != its]
 
     def to_json(self) -> bytes:
-        content = asdict(self) | {"imported": self.imported.to_json() if self.imported else None}
+        content = asdict(self)
+        for name, part in (("imported", self.imported), ("begun_with", self.begun_with)):
+            content[name] = part.to_json() if part else None
         return (json.dumps({"schema": 1, **content}, indent=2) + "\n").encode()
 
     @classmethod
@@ -139,14 +145,16 @@ class TrainingData:
             raise NeuronetError(f"the description of the training data is not JSON ({error}); {_FIX}") from error
         required = {"schema": int, "protocols": list, "voxel_size_mm": float, "grid": list, "split_hash": str}
         required |= {"note": str, "store": dict}
-        fields = _typed(content, required, {"imported": dict, "content_hash": str}, "training data")
+        optional = {"imported": dict, "begun_with": dict, "content_hash": str}
+        fields = _typed(content, required, optional, "training data")
         if (schema := fields.pop("schema")) > 1:
             raise NeuronetError(
                 f"the training data have schema {schema}, this version reads up to 1: update neuronet-jax"
             )
         imported = Imported.from_json(fields["imported"]) if "imported" in fields else None
+        begun_with = Origin.from_json(fields["begun_with"]) if "begun_with" in fields else None
         lists = {name: tuple(fields[name]) for name in ("protocols", "grid")}
-        return cls(**{**fields, **lists, "imported": imported}).checked()
+        return cls(**{**fields, **lists, "imported": imported, "begun_with": begun_with}).checked()
 
     def checked(self) -> "TrainingData":
         """Returns itself. Raises NeuronetError for values that no store has."""

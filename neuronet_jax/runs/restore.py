@@ -13,20 +13,21 @@ from flax import nnx
 from neuronet_jax.errors import CodedWarning, NeuronetError
 from neuronet_jax.models.network import abstract
 from neuronet_jax.runs.checkpoint import Checkpoints
-from neuronet_jax.runs.directory import TRAINING_DATA, RunDirectory
+from neuronet_jax.runs.directory import TRAINING_DATA, RunDirectory, shipped
 from neuronet_jax.runs.model import Model, ensemble
 from neuronet_jax.runs.provenance import Origin, TrainingData
 from neuronet_jax.runs.release import restore_release
 
 
-def restore(run: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Model:
+def restore(*runs: str | os.PathLike[str]) -> Model:
     """Reads the model of a run directory (local or gs://): its best checkpoint by validation Dice, else the latest.
 
-    A release, as `neuronet export` writes it, works too. Several runs give their ensemble: the mean of their scores.
+    Without a run, it is the network that ships with the package. A release, as `neuronet export` writes it, works too.
+    Several runs give their ensemble: the mean of their scores.
     Averaged weights are used if a run has them. Raises NeuronetError if a folder is not a run, if its checkpoints are
     damaged or do not fit this release, or if the runs predict different protocols or work at different voxel sizes.
     """
-    return ensemble(_restore(os.fspath(run)), *(_restore(os.fspath(other)) for other in more))
+    return ensemble(*(_restore(os.fspath(run)) for run in runs or (shipped(),)))
 
 
 def _restore(run: str) -> Model:

@@ -16,9 +16,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from neuronet_jax.config import Config, OptimizerConfig
+from neuronet_jax.errors import NeuronetError
 from neuronet_jax.models.head import zero_sums
 from neuronet_jax.models.head_tallies import Together
 from neuronet_jax.models.network import Network, build
+from neuronet_jax.runs.model import Model
 from neuronet_jax.training import accumulation, augment, generate, losses
 from neuronet_jax.training.mesh import batch_sharding, platform_of, replicated
 
@@ -83,9 +85,15 @@ def _is_kernel(leaf: jax.Array) -> bool:
     return leaf.ndim >= 2
 
 
-def init_state(config: Config, mesh: Mesh) -> tuple[nnx.GraphDef[Network], TrainState]:
-    """Returns the network's structure and a fresh state on the mesh, whose platform decides the dtype "auto"."""
+def init_state(config: Config, mesh: Mesh, start: Model | None = None) -> tuple[nnx.GraphDef[Network], TrainState]:
+    """Returns the network's structure and a fresh state on the mesh, whose platform decides the dtype "auto".
+
+    The weights are drawn from the seed, or those of `start`. Raises NeuronetError if its network is a different one.
+    """
     graphdef, params, moments = _split(build(config.model.on(platform_of(mesh)), config.protocols, config.seed))
+    if start is not None:
+        _check_same_network(start.config, config)
+        _, params, moments = _split(start.network)
 
     # As host arrays, which every process has alike: jit then places them on the global mesh.
     weights = jax.tree.map(np.asarray, (params, moments))
@@ -185,6 +193,16 @@ def evaluation_network(graphdef: nnx.GraphDef[Network], state: TrainState) -> Ne
     """Returns the network with the averaged weights, or with the current ones where none are kept."""
     params, moments = (state.params, state.moments) if state.average is None else state.average
     return nnx.merge(graphdef, params, moments, copy=True)
+
+
+def _check_same_network(start: Config, config: Config) -> None:
+    ours, theirs = ({"protocols": c.protocols, **dataclasses.asdict(c.model)} for c in (config, start))
+    names = [name for name in ours if name != "compute_dtype" and ours[name] != theirs[name]]
+    if names:
+        different = "; ".join(f"{name} is {ours[name]!r} here, {theirs[name]!r} there" for name in names)
+        raise NeuronetError(
+            f"the weights to begin with are of a different network: {different}. Set the same in --config"
+        )
 
 
 def _split(network: Network) -> tuple[nnx.GraphDef[Network], Any, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import train
 from experiments.flags import load
@@ -444,6 +445,24 @@ def test_resuming_a_folder_without_a_run_is_refused(
     assert in_process("--resume") == 1
     assert f"{tmp_path / 'run'} holds no run to continue; correct --workdir, or add --begin" in capsys.readouterr().err
     assert in_process("--begin") == 2  # without --resume it means nothing
+
+
+def test_a_run_begins_with_the_weights_of_an_earlier_one(
+    in_process, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier, later = tmp_path / "run", tmp_path / "later"
+    assert in_process("--config.optimizer.ema_decay=0") == 0
+    still = ("--config.steps=1", "--config.optimizer.learning_rate=0", "--config.optimizer.ema_decay=0")
+    assert in_process(f"--init={earlier}", f"--workdir={later}", *still) == 0
+    before, after = restore(earlier), restore(later)
+    for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m.network, nnx.Param)) for m in (after, before)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    described = json.loads((later / "training_data.json").read_text())
+    assert described["begun_with"]["weights_sha256"] == before.origin.weights_sha256
+    assert in_process(f"--init={earlier}", f"--workdir={later}", "--resume", "--config.steps=2") == 1  # another rate
+    capsys.readouterr()
+    assert in_process(f"--init={earlier}", f"--workdir={tmp_path / 'wider'}", "--config.model.filters=4,8") == 1
+    assert "of a different network: filters is (4, 8) here, (4, 6) there" in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_train_fails_with_one_line(
