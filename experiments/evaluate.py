@@ -71,10 +71,7 @@ def evaluate(
     `out` cannot be written.
     """
     check(model, store, split)
-    if not overwrite and (there := [name for name in (DICE, SUMMARY) if (out / name).exists()]):
-        raise NeuronetError(
-            f"{out} holds an evaluation already ({there[0]}): add --overwrite to replace it, or choose another --out"
-        )
+    refuse_existing(out, overwrite)
     subjects = store.split(split)
     try:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
@@ -107,6 +104,14 @@ def evaluate(
     files.write(DICE, ("\n".join(lines) + "\n").encode())
     files.write(SUMMARY, (json.dumps(_describe(model, store, split, result), indent=2) + "\n").encode())
     return result
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Raises NeuronetError if `out` holds an evaluation that may not be replaced."""
+    if not overwrite and (there := [name for name in (DICE, SUMMARY) if (out / name).exists()]):
+        raise NeuronetError(
+            f"{out} holds an evaluation already ({there[0]}): add --overwrite to replace it, or choose another --out"
+        )
 
 
 def check(model: Model, store: Store, split: str) -> None:
@@ -156,13 +161,13 @@ def _describe(model: Model, store: Store, split: str, result: Evaluation) -> dic
         "split": split,
         "split_hash": store.info.split_hash,
         "note": store.info.provenance.get("note", ""),
-        "protocols": {name: _plain(summary) for name, summary in result.dice.items()},
-        "surfaces": {name: _plain(summary) for name, summary in result.surfaces.items()},
+        "protocols": {name: plain(summary) for name, summary in result.dice.items()},
+        "surfaces": {name: plain(summary) for name, summary in result.surfaces.items()},
         "nsd_tolerance_mm": result.tolerance_mm,
     }
 
 
-def _plain(summary: Summary | SurfaceSummary) -> dict[str, float | None]:
+def plain(summary: Summary | SurfaceSummary) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in asdict(summary).items()}  # JSON has no NaN
 
 

@@ -13,7 +13,9 @@ from neuronet_jax.labels import TASKS
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    settings = config(TASKS["all_targets"], variant)
+    if variant:
+        raise ValueError(f"pretrained has no variants, got {variant!r}")
+    settings = config(TASKS["all_targets"])
     settings.update(
         {
             "data": {

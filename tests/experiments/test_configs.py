@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from experiments import flags
 from experiments.flags import NAMES, load
 from neuronet_jax.config import Config
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.labels import PROTOCOLS
 
 GOLDENS = Path(__file__).parent / "goldens"
-REFERENCES = [f"{name}{variant}" for name in NAMES for variant in ("", ":demo")]
+PUBLISHED = [name for name in NAMES if name != "pretrained"]  # which names its stores, and has no variant
+REFERENCES = [f"{name}{variant}" for name in PUBLISHED for variant in ("", ":demo")]
 
 
 def _golden(reference: str) -> Path:
@@ -33,15 +34,25 @@ def test_named_config_is_unchanged(reference):
 
 
 def test_the_published_variants_exist():
-    assert set(NAMES) == {"all_targets", "tissue", *PROTOCOLS}
+    assert set(PUBLISHED) == {"all_targets", "tissue", *PROTOCOLS}
     assert load("all_targets").protocols == tuple(PROTOCOLS)
     assert all(load(name).protocols == (name,) for name in PROTOCOLS)
     assert set(load("tissue").protocols) == {"fsl_fast", "spm_tissue", "malp_em_tissue"}
 
 
 def test_variants_differ_only_in_their_protocols():
-    shared = {dataclasses.replace(load(name), name="", protocols=("malp_em",)) for name in NAMES}
+    shared = {dataclasses.replace(load(name), name="", protocols=("malp_em",)) for name in PUBLISHED}
     assert len(shared) == 1
+
+
+def test_the_recipe_of_the_network_that_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NeuronetError, match="no folder 'stores/pretrained/brains'; give the --store of a finished"):
+        load("pretrained")
+    (tmp_path / "stores" / "pretrained" / "brains").mkdir(parents=True)
+    assert load("pretrained").to_json() == _golden("pretrained").read_text().rstrip("\n")
+    with pytest.raises(UsageError, match="pretrained has no variants"):
+        load("pretrained:demo")
 
 
 def test_family_changes_nothing_else():
