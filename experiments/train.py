@@ -14,6 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ from neuronet_jax.runs.provenance import TrainingData
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.runtime import keep_compiled
 from neuronet_jax.store.reader import Store
+from neuronet_jax.store.withdrawal import refuse_withdrawn
 from neuronet_jax.training.goodput import Goodput
 from neuronet_jax.training.mesh import batch_rows, make_mesh, put_batch
 from neuronet_jax.training.monitor import Monitor
@@ -67,15 +69,19 @@ def train(
     reset_data: bool = False,
     strict: bool = False,
     begin: bool = False,
+    exclude: Path | None = None,
 ) -> TrainState:
     """Trains from step 0 or the latest checkpoint to `config.steps`, or until asked to stop. Returns the state.
 
-    With `resume`, the folder must hold a run, unless `begin` allows to begin one.
+    With `resume`, the folder must hold a run, unless `begin` allows to begin one. Stores that hold a participant of
+    the list `exclude` are refused.
     """
     # --- The places: the mesh, the data, the run's folder.
     spent = Goodput()
     require_sinks(config.sinks)
     store = open_store(config)
+    if exclude is not None:
+        refuse_withdrawn([store, *map(Store.open, config.data.stores)], exclude)
     process, processes = jax.process_index(), jax.process_count()
     mesh = make_mesh(config)
     data = training_iterator(store, config, batch_rows(mesh, config.batch))
@@ -236,6 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="refuse to train without a store and, with --resume, to pass over a damaged checkpoint",
     )
+    parser.add_argument(
+        "--exclude", type=Path, metavar="FILE", help="refuse a store that holds one of these withdrawn participants"
+    )
     parser.add_argument("--reset-data", action="store_true", help="with --resume: restart the data")
     return run(parser, _train, arguments)
 
@@ -264,7 +273,7 @@ def _train(options: argparse.Namespace) -> int:
         runtime.plain(runtime.my_prefix())
     workdir = options.workdir or runtime.agreed(time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S"))
     try:
-        train(config, workdir, options.resume, options.reset_data, options.strict, options.begin)
+        train(config, workdir, options.resume, options.reset_data, options.strict, options.begin, options.exclude)
     except TooManySkippedError as error:
         print(
             f"error: {error}: loss or gradient were not finite, or far above their average. The last good checkpoint "

@@ -110,13 +110,15 @@ class TrainingData:
     @classmethod
     def of_store(cls, info: StoreInfo) -> "TrainingData":
         note = str(info.provenance.get("note", ""))
+        # stores of version 0.1.0 hold the hash of a withdrawal list, from which few ids could be found
+        origin = {name: value for name, value in info.provenance.items() if name != "exclude_hash"}
         return cls(
             info.protocols,
             info.voxel_size_mm,
             info.grid,
             info.split_hash,
             note,
-            store=info.provenance,
+            store=origin,
             content_hash=info.subjects_hash,
         )
 
