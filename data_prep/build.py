@@ -1,7 +1,8 @@
 """From images and label maps on disk to a finished store.
 
     python -m data_prep.build --manifest=cohort.csv --store=stores/cohort
-    python -m data_prep.build --manifest=cohort.csv --store=gs://bucket/cohort --scheduler=tcp://head:8786
+    python -m data_prep.build --ukb=/archive --spm='/spm/{eid}_{instance}.nii.gz' --store=stores/ukb
+    python -m data_prep.build --bids=/dataset --store=gs://bucket/cohort --scheduler=tcp://head:8786
 
 One task is one whole shard: its subjects are read, checked, conformed and written by one worker, once. A build that
 was killed is continued by the same command: shards with a record of their own are done. Unusable subjects go to
@@ -17,9 +18,12 @@ from typing import Any
 
 from data_prep.assemble import MAX_REJECT_FRACTION, build_sources
 from data_prep.outcome import BuildReport, TooManyRejects, explained, summary
+from data_prep.sources.bids import read_dataset
 from data_prep.sources.manifest import read_manifest
 from data_prep.sources.source import Source
+from data_prep.sources.ukb import read_archive
 from data_prep.splits import assign_splits
+from neuronet_jax.errors import UsageError
 from neuronet_jax.images.nifti import Limits
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.programs import DONE, PARTIAL, Parser, number, run
@@ -62,17 +66,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m data_prep.build", description=__doc__, statuses=statuses)
     add = parser.add_argument
     add("--store", required=True, help="the store to write: a local path, gs://bucket/path or s3://bucket/path")
-    add(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
         "--manifest",
         type=Path,
-        required=True,
-        help="CSV: id,t1,fsl_fast,fsl_first,spm_tissue,malp_em,malp_em_tissue[,split]",
+        help="CSV: id,t1,fsl_fast,fsl_first,spm_tissue,malp_em,malp_em_tissue[,split][,visit]",
     )
+    source.add_argument("--ukb", type=Path, help="folder with UK Biobank's EID_20252_2_0.zip, or unpacked ones")
+    source.add_argument("--bids", type=Path, help="BIDS dataset with label maps in its derivatives")
+    ukb = parser.add_argument_group("with --ukb")
+    pattern = "path of the study's own map, such as /data/{eid}_{instance}.nii.gz"
+    ukb.add_argument("--spm", metavar="PATTERN", help=pattern)
+    ukb.add_argument("--malp-em", metavar="PATTERN", help=pattern)
+    ukb.add_argument("--malp-em-tissue", metavar="PATTERN", help=pattern)
+    ukb.add_argument("--fast", choices=("seg", "pveseg"), help="which map of FAST to take (default: seg)")
+    ukb.add_argument("--instances", metavar="2,3", help="imaging visits to take (default: all)")
     add("--exclude", type=Path, help="ids of withdrawn participants, one per line")
     add(
         "--splits",
         type=Path,
-        help="CSV id,split for a manifest without that column (default: 90/5/5 %% by a hash of the id)",
+        help="CSV id,split for subjects without a split (default: 90/5/5 %% by a hash of the id)",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
@@ -103,7 +116,8 @@ def _build(args: argparse.Namespace) -> int:
     options = vars(args)
     limits = Limits(transform=options.pop("transform"), assume_ras=options.pop("assume_ras"))
     try:
-        report = build(**options, limits=limits, progress=True)
+        sources, where = _sources(options)
+        report = build_cohort(sources, where=where, limits=limits, progress=True, **options)
     except TooManyRejects as error:
         print("\n".join([f"python -m data_prep.build: error: {error}", *explained(error.codes)]), file=sys.stderr)
         return PARTIAL
@@ -111,6 +125,22 @@ def _build(args: argparse.Namespace) -> int:
     if report.already and not options["repair"]:
         print("nothing was built; data_prep.verify checks the store, and --repair builds damaged shards again")
     return DONE
+
+
+def _sources(options: dict[str, Any]) -> tuple[list[Source], str]:
+    """Takes the options that name the source out of `options`. Returns its visits, and its name in messages."""
+    manifest, ukb, bids = (options.pop(name) for name in ("manifest", "ukb", "bids"))
+    patterns = {"spm_tissue": options.pop("spm")} | {n: options.pop(n) for n in ("malp_em", "malp_em_tissue")}
+    outputs = {name: pattern for name, pattern in patterns.items() if pattern}
+    fast, instances = options.pop("fast"), options.pop("instances")
+    if not ukb and (outputs or fast or instances):
+        raise UsageError("--spm, --malp-em, --malp-em-tissue, --fast and --instances go with --ukb")
+    if manifest:
+        return read_manifest(manifest), "the manifest"
+    if bids:
+        return read_dataset(bids), "the dataset"
+    visits = tuple(instances.split(",")) if instances else ()
+    return read_archive(ukb, fast=fast or "seg", instances=visits, outputs=outputs), "the archive"
 
 
 def _grid(text: str) -> tuple[int, int, int]:
