@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from scipy import ndimage
 
-from data_prep.build import default_grid
+from data_prep.assemble import default_grid
 from data_prep.subject import bounding_box, content_hash
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.images import nifti, space

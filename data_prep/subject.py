@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.sources.manifest import Source
+from data_prep.sources.source import Source
 from neuronet_jax.errors import RejectError
 from neuronet_jax.images import intensity, nifti, space
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, MALP_EM_VOLUMES_MM3, PROTOCOLS, Protocol
@@ -86,6 +86,7 @@ def prepare(source: Source, slot: int, settings: Settings) -> Record:
         origin=origin,
         warnings=tuple(sorted(set(warnings))),
         content_hash=content_hash(stored, labels, foreground),
+        visit=source.visit,
     )
     return Record(stored, labels, foreground, subject)
 

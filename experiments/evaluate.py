@@ -42,6 +42,7 @@ from neuronet_jax.runs.restore import restore
 from neuronet_jax.runtime import keep_compiled, one_per_core
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Subject
+from neuronet_jax.store.withdrawal import refuse_withdrawn
 
 COLUMNS = ("subject", "protocol", "index", "name", "dice", "reference_voxels", "predicted_voxels")
 DICE, SUMMARY = "dice.tsv", "summary.json"
@@ -89,7 +90,7 @@ def evaluate(
         tables = score(prediction, store, subject)
         measured = score_surfaces(prediction, store, subject, tolerance_mm) if surfaces else {}
         for name, table in tables.items():
-            lines += dice_rows(subject.id, name, table, measured.get(name))
+            lines += dice_rows(subject.name, name, table, measured.get(name))
             scores[name].append(mean_dice(table))
         for name, apart in measured.items():
             distances[name].append(apart)
@@ -200,6 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     todo.add_argument("--out", type=Path, metavar="DIR", help="output folder")
     todo.add_argument("--calibrate", action="store_true", help="write RUN/quality.json from the validation subjects")
     parser.add_argument("--surfaces", action="store_true", help="also HD95 and surface Dice (about 20 s per 1 mm scan)")
+    parser.add_argument(
+        "--exclude", type=Path, metavar="FILE", help="refuse a store that holds one of these withdrawn participants"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an evaluation that --out holds already")
     return run(parser, _evaluate, arguments)
 
@@ -214,6 +218,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UsageError("the network that ships with the package has no store of its own: name one with --store")
     model = restore(args.run or shipped())
     store = Store.open(args.store or model.config.data.store or str(ensure_demo_store()))
+    if args.exclude:
+        refuse_withdrawn([store], args.exclude)
     if args.calibrate:
         check(model, store, "validation")
         calibration = calibrate_on(model, store, store.split("validation"))

@@ -14,6 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ from neuronet_jax.runs.provenance import TrainingData
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.runtime import keep_compiled
 from neuronet_jax.store.reader import Store
+from neuronet_jax.store.withdrawal import refuse_withdrawn
 from neuronet_jax.training.goodput import Goodput
 from neuronet_jax.training.mesh import batch_rows, make_mesh, put_batch
 from neuronet_jax.training.monitor import Monitor
@@ -68,16 +70,19 @@ def train(
     strict: bool = False,
     begin: bool = False,
     init: str = "",
+    exclude: Path | None = None,
 ) -> TrainState:
     """Trains from step 0 or the latest checkpoint to `config.steps`, or until asked to stop. Returns the state.
 
     With `resume`, the folder must hold a run, unless `begin` allows to begin one. `init` is a run or release whose
-    weights the first step starts from.
+    weights the first step starts from. Stores that hold a participant of the list `exclude` are refused.
     """
     # --- The places: the mesh, the data, the run's folder.
     spent = Goodput()
     require_sinks(config.sinks)
     store = open_store(config)
+    if exclude is not None:
+        refuse_withdrawn([store, *map(Store.open, config.data.stores)], exclude)
     process, processes = jax.process_index(), jax.process_count()
     mesh = make_mesh(config)
     data = training_iterator(store, config, batch_rows(mesh, config.batch))
@@ -246,6 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="RUN",
         help="begin with the weights of a run or release; `pretrained` is the network that ships with the package",
     )
+    parser.add_argument(
+        "--exclude", type=Path, metavar="FILE", help="refuse a store that holds one of these withdrawn participants"
+    )
     parser.add_argument("--reset-data", action="store_true", help="with --resume: restart the data")
     return run(parser, _train, arguments)
 
@@ -275,7 +283,16 @@ def _train(options: argparse.Namespace) -> int:
     workdir = options.workdir or runtime.agreed(time.strftime(f"runs/{config.name.replace(':', '-')}-%Y%m%d-%H%M%S"))
     try:
         init = shipped() if options.init == "pretrained" else options.init
-        train(config, workdir, options.resume, options.reset_data, options.strict, options.begin, init)
+        train(
+            config,
+            workdir,
+            resume=options.resume,
+            reset_data=options.reset_data,
+            strict=options.strict,
+            begin=options.begin,
+            init=init,
+            exclude=options.exclude,
+        )
     except TooManySkippedError as error:
         print(
             f"error: {error}: loss or gradient were not finite, or far above their average. The last good checkpoint "

@@ -127,6 +127,10 @@ CODES = {
         "A folder `experiments` or `data_prep` is hidden by the package of this project.", "Rename the folder."
     ),
     # the cohort
+    "E_CHANGED": Code(
+        "Files have changed since the store was built from them.",
+        "Add `--repair` to build their shards again, or build a new store at a different place.",
+    ),
     "E_DUPLICATE": Code(
         "A subject or an image occurs twice.", "Keep one of them in the manifest, or exclude the second id."
     ),
@@ -134,7 +138,10 @@ CODES = {
         "A label map is on a different grid than its image.",
         "Provide the map on the image's grid, or add `--resample-labels`.",
     ),
-    "E_ID": Code("An id holds other characters than ASCII letters and digits.", "Rename it."),
+    "E_ID": Code(
+        "An id has characters other than ASCII letters and digits, or differs from another in case alone.",
+        "Rename it.",
+    ),
     "E_LABEL_EMPTY": Code("A label map is all background.", "Run the segmentation tool again."),
     "E_LABEL_FLOAT": Code("A label map holds values that are not integers.", "Export it without interpolation."),
     "E_LABEL_IMAGE": Code(
@@ -151,6 +158,18 @@ CODES = {
     "E_SPLIT": Code(
         "A split is missing, unknown or contradictory.",
         "Give every subject one of train, validation and test, or none.",
+    ),
+    "E_WITHDRAWN": Code(
+        "The store holds participants who have withdrawn.", "Remove them with `python -m data_prep.purge`."
+    ),
+    "E_WORKER": Code(
+        "Worker processes were killed again and again, perhaps because memory ran out.",
+        "Give fewer `--workers`, or fewer subjects to a shard with `--shard-subjects`.",
+    ),
+    "E_ZIP": Code("A zip archive is damaged or hostile.", "Download it again."),
+    "E_ZIP_MEMBER": Code(
+        "A zip archive lacks the T1-weighted image, or has it twice.",
+        "Nothing needs to be done where UK Biobank judged the scan unusable; otherwise download the archive again.",
     ),
     "W_CROPPED_LABEL": Code(
         "Labelled voxels lie outside the stored grid and were cut off.", "Choose a larger `--grid` if they matter."

@@ -17,7 +17,8 @@ from etils import epath
 from neuronet_jax.errors import NeuronetError
 
 # A bucket that does not answer is an error after half a minute; TensorStore's own limit is a quarter of an hour.
-_RETRIES = {"max_retries": 8, "initial_delay": "200ms", "max_delay": "8s"}
+_PATIENCE = {"max_retries": 8, "initial_delay": "200ms", "max_delay": "8s"}
+RETRIES = {"gcs_request_retries": _PATIENCE, "s3_request_retries": _PATIENCE}  # for a TensorStore context
 # Of a description (JSON, a manifest of checksums), which takes some kB: a larger one is damaged, and stays unread.
 MOST_BYTES = 2**24
 _BUCKET = re.compile(r"(gs|s3)://([A-Za-z0-9][A-Za-z0-9._-]*)/?([^|?#]*)")
@@ -126,7 +127,7 @@ class Files:
 
 @functools.cache
 def _context() -> Any:
-    return ts.Context({"gcs_request_retries": _RETRIES, "s3_request_retries": _RETRIES})
+    return ts.Context(RETRIES)
 
 
 def _check_length(path: Path, most_bytes: int) -> None:

@@ -45,6 +45,7 @@ class Lease:
         self._beats = 0
         self._version = b""
         self._lost = False
+        self._turn = threading.Lock()  # one conditional write at a time, each with the version of the last
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
@@ -55,6 +56,16 @@ class Lease:
                 f"E_LEASE: {self._place} was taken over while this process did not answer for {_PATIENCE_S:.0f} s; "
                 "let the new owner continue"
             )
+
+    def confirm(self) -> None:
+        """Raises NeuronetError E_LEASE, as `check` does, after asking the file itself: before work becomes final."""
+        with self._turn:
+            if not self._lost:
+                self._beats += 1
+                version = self._files.replace(self._name, self._content(), self._version)
+                self._lost = version is None
+                self._version = version or self._version
+        self.check()
 
     @property
     def _place(self) -> str:
@@ -93,15 +104,16 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
-            self._beats += 1
-            try:
-                version = self._files.replace(self._name, self._content(), self._version)
-            except NeuronetError:  # a failed write counts as a missed beat
-                continue
-            if version is None:
-                self._lost = True
-                return
-            self._version = version
+            with self._turn:
+                self._beats += 1
+                try:
+                    version = self._files.replace(self._name, self._content(), self._version)
+                except NeuronetError:  # a failed write counts as a missed beat
+                    continue
+                if version is None:
+                    self._lost = True
+                    return
+                self._version = version
 
     def _release(self) -> None:
         self._ended.set()
@@ -126,8 +138,11 @@ def lease(files: Files, name: str) -> Iterator[Lease]:
         mine._acquire()
         try:
             yield mine
-        finally:
-            mine._release()
+        except BaseException:
+            with contextlib.suppress(NeuronetError):  # a server that has gone is named by what failed first
+                mine._release()
+            raise
+        mine._release()
     finally:
         _held.discard(token)
 

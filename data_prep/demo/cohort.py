@@ -25,7 +25,8 @@ from rich.progress import track
 
 import neuronet_jax
 from data_prep import cluster
-from data_prep.build import HEAD_MM, build
+from data_prep.assemble import HEAD_MM
+from data_prep.build import build
 from data_prep.demo.atlas import load_atlas
 from data_prep.demo.phantom import Lattice, Phantom, draw_phantom
 from neuronet_jax.errors import NeuronetError

@@ -6,6 +6,7 @@ always checked. A file that cannot be trusted raises `RejectError`; a file that 
 `Volume.warnings`.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import io
@@ -13,9 +14,9 @@ import itertools
 import logging
 import math
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, TypeVar
+from typing import IO, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -55,7 +56,20 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-def read_image(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Volume:
+class Readable(Protocol):
+    """A file that is not a path of its own, such as a member of an archive."""
+
+    @property
+    def name(self) -> str:
+        """The file name, whose suffix tells the format."""
+        ...
+
+    def open(self) -> contextlib.AbstractContextManager[Any]:
+        """Opens the bytes, which can be read and rewound. Raises OSError or RejectError."""
+        ...
+
+
+def read_image(path: str | Path | Readable, limits: Limits = DEFAULT_LIMITS) -> Volume:
     """Reads an image as float32 [x y z], with scaling applied and stray NaN and Inf voxels set to 0 (W_NAN).
 
     Raises RejectError with E_FORMAT, E_TRUNCATED, E_CRC, E_TRAILING, E_HEADER, E_HEADER_SIZE, E_NDIM, E_DTYPE, E_SCALE,
@@ -91,7 +105,7 @@ def _image(volume: Volume, limits: Limits) -> Volume:
     return dataclasses.replace(volume, data=data, warnings=volume.warnings + warnings)
 
 
-def read_labels(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Volume:
+def read_labels(path: str | Path | Readable, limits: Limits = DEFAULT_LIMITS) -> Volume:
     """Reads a label map as integers [x y z]. Floats within 1e-3 of an integer are rounded; stray NaN voxels are
     background.
 
@@ -185,19 +199,26 @@ _TRANSFORM_FIELDS = (
 # ---- reading, in the order of the checks ----------------------------------------------------------------------------
 
 
-def _read(path: str | Path, limits: Limits, part: Callable[..., _Part]) -> _Part:
+def _read(path: str | Path | Readable, limits: Limits, part: Callable[..., _Part]) -> _Part:
     """Returns a `part` of the file, `_header` or `_volume`."""
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise RejectError("E_FORMAT", f"this is a folder, not an image; {_CONVERT}")
-        if not stat.S_ISREG(mode):  # opening a pipe waits until somebody writes to it
-            raise RejectError("E_FORMAT", "this is a pipe, a socket or a device; save the image as a file first")
-        with path.open("rb") as file:
+        with open_regular(path) if isinstance(path, Path) else path.open() as file:
             return _parse(file, path.name, limits, part)
     except OSError as error:
         raise RejectError("E_IO", f"the file cannot be read: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a regular file. Raises RejectError for anything else, and OSError."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise RejectError("E_FORMAT", f"this is a folder, not an image; {_CONVERT}")
+    if not stat.S_ISREG(mode):  # opening a pipe waits until somebody writes to it
+        raise RejectError("E_FORMAT", "this is a pipe, a socket or a device; save the image as a file first")
+    with path.open("rb") as file:
+        yield file
 
 
 def _parse(file: IO[bytes], name: str, limits: Limits, part: Callable[..., _Part]) -> _Part:

@@ -1,6 +1,5 @@
 """Finds the scans that a command line names: files, folders, BIDS datasets and lists."""
 
-import csv
 import difflib
 import json
 import os
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from neuronet_jax.errors import NeuronetError, UsageError
-from neuronet_jax.store.schema import is_id
+from neuronet_jax.spreadsheets import lines, read_table, read_text
+from neuronet_jax.store.schema import bare_id, is_id
 
 IMAGES = (".nii.gz", ".nii", ".mgz")
 TABLES = (".csv", ".tsv")
@@ -142,26 +142,16 @@ def _listed(path: Path) -> tuple[list[Scan], list[Refused]]:
     Paths are absolute or relative to the list. The manifest of `data_prep.build` is such a table. A row with an id that
     cannot name results is refused alone.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # -sig drops the byte order mark that spreadsheets add
-    except (OSError, ValueError) as error:
-        raise NeuronetError(f"the list {path} cannot be read: {error}") from error
     if path.suffix in TABLES:
-        table = csv.DictReader(text.splitlines(), delimiter="," if path.suffix == ".csv" else "\t")
-        if "t1" not in (table.fieldnames or []):
-            raise NeuronetError(
-                f"{path} has the columns {table.fieldnames}, but no 't1': give the scans' column that name"
-            )
-        rows = [(table.line_num, (row["t1"] or "").strip(), (row.get("id") or "").strip()) for row in table]
+        rows = [(number, row["t1"], row.get("id", "").strip()) for number, row in read_table(path, "t1")]
     else:
-        lines = enumerate(text.splitlines(), start=1)
-        rows = [(number, line.strip(), "") for number, line in lines if not line.startswith("#")]
+        rows = [(number, line.strip(), "") for number, line in lines(read_text(path)) if not line.startswith("#")]
     scans, refused = [], []
     for number, file, identity in rows:
         row = f"row {number} of {path.name}"
         if not file:
             continue
-        label = identity.removeprefix("sub-")
+        label = bare_id(identity)
         if identity and not is_id(label):
             reason = f"the id in {row} must consist of letters and digits (A-Z, a-z, 0-9): change it there"
             refused.append(Refused(path.parent / file, "E_ID", reason))

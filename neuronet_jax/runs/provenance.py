@@ -113,13 +113,15 @@ class TrainingData:
         """Describes a store. What the notes of earlier weights say, such as their licence, holds for the new ones."""
         notes = (str(info.provenance.get("note", "")), begun_with.note if begun_with else "")
         note = "; ".join(dict.fromkeys(filter(None, notes)))
+        # stores of version 0.1.0 hold the hash of a withdrawal list, from which few ids could be found
+        origin = {name: value for name, value in info.provenance.items() if name != "exclude_hash"}
         return cls(
             info.protocols,
             info.voxel_size_mm,
             info.grid,
             info.split_hash,
             note,
-            store=info.provenance,
+            store=origin,
             content_hash=info.subjects_hash,
             begun_with=begun_with,
         )

@@ -19,7 +19,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from neuronet_jax.files import Files, kvstore_spec
+from neuronet_jax.files import RETRIES, Files, kvstore_spec
 from neuronet_jax.store.schema import FOREGROUND_POINTS, StoreInfo, Subject
 
 CACHE_BYTES = 64 * 2**20  # keeps shard indexes and foreground points between reads; volumes of a large cohort never fit
@@ -32,7 +32,7 @@ def open_arrays(
     """Opens each array. `concurrency` bounds codec threads and requests in flight; None leaves it to TensorStore."""
     requests = {"file": "file_io_concurrency", "gcs": "gcs_request_concurrency", "s3": "s3_request_concurrency"}
     driver = kvstore_spec(dest)["driver"]
-    context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+    context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}, **RETRIES})
     if concurrency is not None:
         limit = {"limit": concurrency}
         context = ts.Context({"data_copy_concurrency": limit, requests[driver]: limit}, parent=context)

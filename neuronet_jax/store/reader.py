@@ -17,13 +17,17 @@ from neuronet_jax.files import Files, local_path
 from neuronet_jax.store import arrays
 from neuronet_jax.store.schema import (
     REPAIR,
+    Reject,
     StoreError,
     StoreInfo,
     Subject,
     check_subjects,
+    rejects_from_tsv,
     split_hash,
     subjects_from_tsv,
 )
+
+PURGING = "purge.json"  # the slots that an unfinished purge removes
 
 
 class Store:
@@ -49,6 +53,8 @@ class Store:
             raise StoreError(
                 "E_INCOMPLETE", f"{dest} holds no finished store (no COMPLETE marker); finish data_prep.build first"
             )
+        if files.read(PURGING) is not None:
+            raise StoreError("E_INCOMPLETE", f"a purge of {dest} was interrupted; run data_prep.purge again first")
         info = StoreInfo.from_json(data)
         if hashlib.sha256(data).hexdigest() != complete.decode(errors="replace").strip():
             raise StoreError(
@@ -195,6 +201,11 @@ class _View:
     name: str
     slot: int
     array: Any
+
+
+def read_rejects(files: Files) -> list[Reject]:
+    """Reads rejects.tsv of a store; none if there is no such file."""
+    return rejects_from_tsv(files.read("rejects.tsv") or b"")
 
 
 def _read_error(dest: str, name: str, slot: int, text: str) -> StoreError:

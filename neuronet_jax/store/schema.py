@@ -1,6 +1,6 @@
 """The contents of a store: the rows of subjects.tsv and the fields of store.json.
 
-A change of any of these raises the schema version. Version 1 is the first.
+A change of any of these raises the schema version. Version 2 added the column `visit`; version 1 is still read.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ import numpy as np
 
 from neuronet_jax.errors import CodedError, NeuronetError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READ = (1, 2)  # schema versions
 FOREGROUND_POINTS = (
     2048  # 12 kB per subject, less than a chunk; enough that crops rarely repeat over some hundred epochs
 )
@@ -34,7 +35,7 @@ class Subject:
     """One row of subjects.tsv. Affines are float64 4×4 voxel → RAS+ mm, kept as nested tuples."""
 
     slot: int  # position along the arrays' first axis
-    id: str
+    id: str  # of the participant
     split: str  # train, validation or test
     present: tuple[bool, ...]  # per protocol of the store
     mean: float  # of the whole conformed volume, for whitening
@@ -46,6 +47,12 @@ class Subject:
     origin: tuple[int, ...]  # voxel of the conformed volume at the stored grid's corner; negative where padded
     warnings: tuple[str, ...] = ()
     content_hash: str = ""
+    visit: str = ""  # letters and digits; empty where there is one visit only
+
+    @property
+    def name(self) -> str:
+        """The participant with the visit, as BIDS joins them: 1001, or 1001_ses-2."""
+        return f"{self.id}_ses-{self.visit}" if self.visit else self.id
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Reject:
     id: str
     code: str
     reason: str
+    visit: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class StoreInfo:
             version = fields["schema_version"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreError("E_MISMATCH", f"store.json is not readable ({error}); rebuild the store") from error
-        if version != SCHEMA_VERSION:
+        if version not in _READ:
             newer = isinstance(version, int) and version > SCHEMA_VERSION
             fix = "update neuronet_jax" if newer else "rebuild the store"
             raise StoreError(
@@ -136,6 +144,11 @@ class StoreInfo:
 def is_id(text: str) -> bool:
     """Tells whether `text` can name a subject: ASCII letters and digits only."""
     return _ID.fullmatch(text) is not None
+
+
+def bare_id(text: str) -> str:
+    """Returns an id without BIDS' prefix: 01 for sub-01."""
+    return text.removeprefix("sub-")
 
 
 def split_hash(subjects: Sequence[Subject]) -> str:
@@ -183,14 +196,15 @@ def subjects_to_tsv(subjects: Sequence[Subject]) -> bytes:
 
 def subjects_from_tsv(data: bytes) -> tuple[Subject, ...]:
     """Reads the table of `subjects_to_tsv`. Raises StoreError E_MISMATCH for different columns."""
-    header, *rows = data.decode().splitlines()
+    header, *rows = data.decode(errors="replace").splitlines() or [""]
     names = [field.name for field in dataclasses.fields(Subject)]
-    if header.split("\t") != names:
-        raise StoreError("E_MISMATCH", f"subjects.tsv must have the columns {names}, got {header.split(chr(9))}")
-    strings = ("id", "split", "content_hash")
+    columns = header.split("\t")
+    if columns != names and [*columns, "visit"] != names:  # version 1 has no visits
+        raise StoreError("E_MISMATCH", f"subjects.tsv must have the columns {names}, got {columns}")
+    strings = ("id", "split", "content_hash", "visit")
     subjects = []
     for row in rows:
-        fields: dict[str, Any] = dict(zip(names, row.split("\t"), strict=True))
+        fields: dict[str, Any] = dict(zip(columns, row.split("\t"), strict=True))
         subjects.append(Subject(**{n: v if n in strings else _tuples(json.loads(v)) for n, v in fields.items()}))
     return tuple(subjects)
 
@@ -204,7 +218,7 @@ def rejects_to_tsv(rejects: Iterable[Reject]) -> bytes:
 
 def rejects_from_tsv(data: bytes) -> list[Reject]:
     """Reads the table of `rejects_to_tsv`."""
-    return [Reject(*line.split("\t", 2)) for line in data.decode().splitlines()[1:]]
+    return [Reject(*line.split("\t")) for line in data.decode().splitlines()[1:]]
 
 
 def _tuples(value: Any) -> Any:
@@ -216,7 +230,7 @@ def check_subjects(subjects: Sequence[Subject], info: StoreInfo) -> None:
     slots: set[int] = set()
     splits: dict[str, str] = {}
     for subject in subjects:
-        if not is_id(subject.id):
+        if not is_id(subject.id) or (subject.visit and not is_id(subject.visit)):
             raise StoreError("E_ID", f"the subject id in slot {subject.slot} must be letters and digits only")
         if not 0 <= subject.slot < info.slots or subject.slot in slots:
             raise StoreError("E_MISMATCH", f"slot {subject.slot} is given twice or outside 0…{info.slots - 1}")

@@ -88,10 +88,13 @@ class StoreWriter:
         return cls(dest, StoreInfo.from_json(data), concurrency)
 
     @classmethod
-    def reopen(cls, dest: str) -> "StoreWriter":
-        """Returns a finished store to the unfinished state, to purge subjects; `finalize` finishes it again."""
-        info = Store.open(dest).info
-        writer = cls(dest, dataclasses.replace(info, subjects=0, subjects_hash="", split_hash=""))
+    def reopen(cls, dest: str, info: StoreInfo | None = None) -> "StoreWriter":
+        """Returns a finished store to the unfinished state, to purge subjects; `finalize` finishes it again. `info`
+        replaces its description.
+        """
+        info = info or Store.open(dest).info
+        blank = {"subjects": 0, "subjects_hash": "", "split_hash": "", "schema_version": SCHEMA_VERSION}
+        writer = cls(dest, dataclasses.replace(info, **blank))
         writer.files.write("unfinished.json", writer.info.to_json())
         writer.files.delete("COMPLETE")
         return writer

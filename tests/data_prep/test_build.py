@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from data_prep import shard, subject, verify
+from data_prep.assemble import default_grid
 from data_prep.build import build as build_store
-from data_prep.build import default_grid, main, summary
+from data_prep.build import main
+from data_prep.outcome import summary
 from neuronet_jax.codes import explain
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.labels import PROTOCOLS

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from data_prep import shard, subject, verify
-from data_prep.build import TooManyRejects
+from data_prep.outcome import TooManyRejects
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.lease import lease

@@ -27,7 +27,7 @@ def test_A31_purge_removes_voxels_rows_and_names(make_cohort, build, tmp_path, t
     assert list(verify.verify(str(tmp_path / "store"))) == []
     assert not any(b"100" + digit in content for content in tree(tmp_path / "store").values() for digit in (b"2", b"4"))
     assert after.info.split_hash != before.info.split_hash
-    assert after.info.provenance["exclude_hash"] != before.info.provenance["exclude_hash"]
+    assert after.info.provenance["purged"] and "purged" not in before.info.provenance
 
 
 def test_A31_the_purge_command(make_cohort, build, tmp_path, capsys):

@@ -2,8 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.sources.manifest import Source, assign_splits, read_ids, read_manifest
+from data_prep.sources.files import on_disk
+from data_prep.sources.manifest import read_manifest
+from data_prep.sources.source import Source
+from data_prep.splits import assign_splits
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.store.withdrawal import read_ids
 
 HEADER = "id,t1,fsl_fast,fsl_first,spm_tissue,malp_em,malp_em_tissue,split\n"
 
@@ -26,7 +30,7 @@ def test_reads_the_real_manifest(real_data):
     sources = read_manifest(real_data / "cohort" / "cohort.csv")
     assert len(sources) == 15
     assert [source.split for source in sources].count("validation") == 3
-    assert all(path.exists() for source in sources for path in (source.t1, *source.labels.values()))
+    assert all(path.exists() for source in sources for path in map(on_disk, source.files.values()))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,51 @@ def test_a_bad_manifest_is_named(tmp_path, content, message):
         read_manifest(manifest(tmp_path, header=content))
 
 
-@pytest.mark.parametrize("bad", ["a/b", "..", '"1\n2"', "日本", "-rf", "", "a b", "é1", " 1"])
+@pytest.mark.parametrize("row", ['"3,c,,,,,,train', '3,c,"f.nii,,,,,train', '3,"c" x,,,,,,train'])
+def test_A42_a_stray_quote_names_its_row_and_swallows_none(tmp_path, row):
+    rows = [f"{number},a,,,,,,train" for number in (1, 2)] + [row] + [f"{number},a,,,,,,train" for number in (4, 5, 6)]
+    with pytest.raises(NeuronetError, match=r"^row 4 of cohort.csv has a stray quote"):
+        read_manifest(manifest(tmp_path, *rows))
+    splits = tmp_path / "splits.csv"
+    splits.write_text('id,split\n1,train\n"2,test\n3,train\n')
+    with pytest.raises(NeuronetError, match=r"row 3 of splits.csv has a stray quote"):
+        assign_splits([Source("1", Path("a"), {})], splits)
+
+
+def test_A42_every_line_is_a_row(tmp_path):
+    """Blank lines are none, other separators are a part of their cell, and a cell in quotes may hold a comma or one."""
+    path = tmp_path / "cohort.csv"
+    path.write_bytes('id,t1\r\n1,"a, b.nii"\r\n\r\n2,c\u2028d.nii\r3,"""e"".nii"\n'.encode())
+    sources = read_manifest(path)
+    assert [source.row for source in sources] == [2, 4, 5]
+    assert [on_disk(source.t1).name for source in sources] == ["a, b.nii", "c\u2028d.nii", '"e".nii']
+    (tmp_path / "withdrawn.csv").write_text('"1001\n1002"\n\n1003,"x\n', encoding="utf-8")
+    assert read_ids(tmp_path / "withdrawn.csv") == {"1001": 1, "1002": 2, "1003": 4}
+    (tmp_path / "withdrawn.csv").write_text("1001\u20281002\n", encoding="utf-8")
+    with pytest.raises(NeuronetError, match="E_ID: the id in row 1"):
+        read_ids(tmp_path / "withdrawn.csv")
+
+
+def test_A42_a_column_twice_is_refused(tmp_path):
+    with pytest.raises(NeuronetError, match="has the column 't1' more than once"):
+        read_manifest(manifest(tmp_path, "1,a,b", header="id,t1, t1\n"))
+
+
+def test_A47_ids_that_differ_in_case_alone(tmp_path):
+    with pytest.raises(NeuronetError, match="E_ID: the ids in rows 2 and 4 differ only in upper and lower case"):
+        read_manifest(manifest(tmp_path, "ab1,a,,,,,,train", "ab2,b,,,,,,train", "aB1,c,,,,,,train"))
+
+
+def test_visits_of_one_participant(tmp_path):
+    header = "id,visit,t1\n"
+    two, three = read_manifest(manifest(tmp_path, "1,ses-2,a", "1,3,b", header=header))
+    assert (two.visit, three.visit) == ("2", "3")
+    assert len({source.split for source in assign_splits([two, three])}) == 1
+    with pytest.raises(NeuronetError, match="E_DUPLICATE: rows 2 and 3"):
+        read_manifest(manifest(tmp_path, "1,2,a", "1,2,b", header=header))
+
+
+@pytest.mark.parametrize("bad", ["a/b", "..", "日本", "-rf", "", "a b", "é1", " 1"])
 def test_A40_only_letters_and_digits_reach_paths(tmp_path, bad):
     with pytest.raises(NeuronetError, match="E_ID: the id in row 3") as caught:
         read_manifest(manifest(tmp_path, "1,a,,,,,,train", f"{bad},b,,,,,,train"))

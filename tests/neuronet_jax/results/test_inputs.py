@@ -113,8 +113,9 @@ def test_a_table_names_the_results_by_id(make):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "subject,image\n1,x.nii\n", r"columns \['subject', 'image'\], but no 't1'"),
-        ("a.csv", "", "no 't1'"),
+        ("a.csv", "subject,image\n1,x.nii\n", "'t1' is missing"),
+        ("a.csv", "", "a.csv is empty"),
+        ("a.csv", 'id,t1\n1,a.nii\n"2,b.nii\n3,c.nii\n', "row 3 of a.csv has a stray quote"),
         ("a.csv", "id,t1\n1,a.nii\n2,a.nii\n", "row 2 of a.csv and row 3 of a.csv are one file with two ids"),
         ("a.txt", "# nothing\n\n", "names no scans"),
         (
@@ -140,5 +141,5 @@ def test_A40_a_bad_id_is_refused_alone_and_names_its_row(make):
 
 
 def test_a_list_that_is_missing_is_an_error(tmp_path):
-    with pytest.raises(NeuronetError, match=r"the list .*heads\.txt cannot be read"):
+    with pytest.raises(NeuronetError, match=r"cannot read .*heads\.txt"):
         find([f"@{tmp_path}/heads.txt"])

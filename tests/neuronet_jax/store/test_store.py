@@ -15,8 +15,16 @@ from hypothesis import strategies as st
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files, kvstore_spec
-from neuronet_jax.store.reader import Store
-from neuronet_jax.store.schema import Record, StoreError, Subject, sample_foreground, subjects_from_tsv, subjects_to_tsv
+from neuronet_jax.store.reader import Store, read_rejects
+from neuronet_jax.store.schema import (
+    Record,
+    Reject,
+    StoreError,
+    Subject,
+    sample_foreground,
+    subjects_from_tsv,
+    subjects_to_tsv,
+)
 from neuronet_jax.store.writer import StoreWriter
 
 PROTOCOLS = ("fsl_fast", "fsl_first", "malp_em")
@@ -78,7 +86,7 @@ def test_subjects_and_whole_volumes_read_back(make_store: MakeStore) -> None:
         np.testing.assert_array_equal(store.read_labels(slot, PROTOCOLS), record.labels)
         np.testing.assert_array_equal(store.read_foreground(slot), record.foreground)
     assert store.gaps() == []
-    assert (Path(store.dest) / "rejects.tsv").read_text() == "id\tcode\treason\nrejected2\tE_CRC\tbad gzip\n"
+    assert (Path(store.dest) / "rejects.tsv").read_text() == "id\tcode\treason\tvisit\nrejected2\tE_CRC\tbad gzip\t\n"
 
 
 def test_arrays_are_sharded_zarr3_with_checksums_and_names(make_store: MakeStore) -> None:
@@ -299,14 +307,32 @@ def test_B04_store_that_disagrees_with_its_arrays_is_refused(make_store: MakeSto
     refused("unexpected fields.*surprise")
 
 
-@pytest.mark.parametrize(("version", "fix"), [(2, "update"), (0, "rebuild")])
+@pytest.mark.parametrize(("version", "fix"), [(3, "update"), (0, "rebuild")])
 def test_B05_a_different_schema_version_names_both(make_store: MakeStore, version: int, fix: str) -> None:
-    """Version 1 is the first, so no older version needs migration."""
     store, _ = make_store(SPLITS)
     edit_json(Path(store.dest) / "store.json", schema_version=version)
     seal(Path(store.dest))
-    with pytest.raises(StoreError, match=f"E_SCHEMA.*version {version}, but this release reads 1.*{fix}"):
+    with pytest.raises(StoreError, match=f"E_SCHEMA.*version {version}, but this release reads 2.*{fix}"):
         Store.open(store.dest)
+
+
+def test_B05_a_store_of_version_1_opens(make_store: MakeStore) -> None:
+    """It has no visits."""
+    store, records = make_store(SPLITS)
+    root = Path(store.dest)
+    for name in ("subjects.tsv", "rejects.tsv"):
+        rows = (root / name).read_text().splitlines()
+        (root / name).write_text("".join(row.rpartition("\t")[0] + "\n" for row in rows))
+    table = hashlib.sha256((root / "subjects.tsv").read_bytes()).hexdigest()
+    edit_json(root / "store.json", schema_version=1, subjects_hash=table)
+    seal(root)
+    older = Store.open(root)
+    assert older.subjects == store.subjects and read_rejects(Files(store.dest)) == [
+        Reject("rejected2", "E_CRC", "bad gzip")
+    ]
+    np.testing.assert_array_equal(older.read_image(1), records[1].image)
+    StoreWriter.reopen(store.dest).finalize(older.subjects, [])
+    assert Store.open(root).info.schema_version == 2
 
 
 def test_B06_stale_locks_and_temporary_files_are_ignored(make_store: MakeStore) -> None:
