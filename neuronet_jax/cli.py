@@ -214,7 +214,7 @@ def _segment(args: argparse.Namespace) -> int:
 
     there = len(rows)
     limits = nifti.Limits(assume_ras=args.assume_ras)
-    work = cohort.Cohort(model, results, options, limits, records, calibration, not args.no_report)
+    work = cohort.Cohort(model, results, options, limits, records, calibration, not args.no_report, _told(args))
     for row in refused:
         cohort.report(row, console)
     try:
@@ -238,6 +238,16 @@ def _segment(args: argparse.Namespace) -> int:
     if todo:
         print(work.timing(len(todo)))
     return DONE if done == of else PARTIAL if done else FAILED
+
+
+def _told(args: argparse.Namespace) -> str:
+    """Returns the options that decide about the labels, for the pages: without folders, which may reveal more."""
+    told = [f"--run={Path(run).name}" for run in args.run]
+    for name in ("protocols", "posteriors"):
+        told += [f"--{name}={','.join(getattr(args, name))}"] if getattr(args, name) else []
+    told += [f"--crops={args.crops}"] if args.crops > 1 else []
+    switches = ("flip", "fast", "consistent_tissue", "no_clean_up", "assume_ras")
+    return " ".join([*told, *(f"--{name.replace('_', '-')}" for name in switches if getattr(args, name))])
 
 
 @contextlib.contextmanager
