@@ -115,7 +115,7 @@ def _layers(page: ScanPage, mm3: Mapping[str, np.ndarray]) -> Iterator[Layer]:
     for name, ids in page.maps.items():
         protocol = PROTOCOLS[name]
         legend, left = _legend(protocol, mm3[name])
-        note = f"and {left} smaller structures; the tables below have their colours" if left else ""
+        note = f"and {left} others; the tables below have their colours" if left else ""
         yield Layer(name, f"{protocol.tool} ({name})", ids, colors_of(protocol), legend, note)
     if page.agreement.votes is not None:
         voters = len(page.agreement.voters)
@@ -126,12 +126,16 @@ def _layers(page: ScanPage, mm3: Mapping[str, np.ndarray]) -> Iterator[Layer]:
 
 
 def _legend(protocol: Protocol, mm3: np.ndarray) -> tuple[list[tuple[str, list[str]]], int]:
-    """Returns the largest structures that are present, left and right in one entry, and how many others there are."""
+    """Returns FIRST's and the largest other structures that are present, left and right in one entry, and how many
+    others there are.
+    """
     entries: dict[int, list[Structure]] = {}
     for s in protocol.structures[1:]:
         if mm3[s.id] > 0:
             entries.setdefault(min(s.index, s.partner), []).append(s)
-    largest = sorted(entries.values(), key=lambda pair: -sum(mm3[s.id] for s in pair))[:_LEGEND]
+    by_size = sorted(entries.values(), key=lambda pair: -sum(mm3[s.id] for s in pair))
+    deep = {s.name for s in PROTOCOLS["fsl_first"].structures}  # they are small, and looked at most
+    largest = sorted(by_size, key=lambda pair: pair[0].name not in deep)[:_LEGEND]
     shown = sorted(largest, key=lambda pair: pair[0].index)
     return [(_unsided(pair), [css(s.color) for s in sorted(pair, key=lambda s: s.side)]) for pair in shown], sum(
         map(len, entries.values())
@@ -141,7 +145,7 @@ def _legend(protocol: Protocol, mm3: np.ndarray) -> tuple[list[tuple[str, list[s
 def _unsided(pair: list[Structure]) -> str:
     if len(pair) == 1:
         return pair[0].name
-    return "Left and Right" + pair[0].name.removeprefix(_SIDES[0]).removeprefix(_SIDES[1])
+    return "Left/Right" + pair[0].name.removeprefix(_SIDES[0]).removeprefix(_SIDES[1])
 
 
 def _tiles(mosaic: Mosaic, layers: list[Layer]) -> list[dict[str, Any]]:

@@ -124,7 +124,9 @@ def test_the_page_of_all_scans_is_made_without_reading_their_pages(tmp_path, mon
     assert len(before) == 3 and not set(opened) & set(before)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     page = (tmp_path / "report.html").read_text()
-    assert page.count("sub-02: ") == 3 + 3 + 15 + 1  # the names of its dots (tissues of two tools, FIRST) and its thumbnail
+    assert (
+        page.count("sub-02: ") == 3 + 3 + 15 + 1
+    )  # the names of its dots (tissues of two tools, FIRST) and its thumbnail
     assert (
         '<tr id="sub-02">' in page and "report.html#sub-02" in (tmp_path / "sub-02/anat/sub-02_report.html").read_text()
     )
