@@ -274,6 +274,14 @@ def _regions() -> tuple[Region, ...]:
 REGIONS: tuple[Region, ...] = _regions()  # all regions that more than one protocol labels
 
 
+_VENTRICLES_ONLY = ("malp_em", "malp_em_tissue")  # their CSF leaves out the sulci
+
+
+def is_comparable(region: str, first: str, second: str) -> bool:
+    """Tells whether two protocols mean the same by a region. By CSF, MALP-EM means the ventricles only."""
+    return region != "CSF" or (first in _VENTRICLES_ONLY) == (second in _VENTRICLES_ONLY)
+
+
 def tissue_classes(protocol: str) -> np.ndarray:
     """Returns uint8 [256]: the tissue of every id of a protocol, 0 for none, then CSF, GM and WM as in TISSUES."""
     classes = np.zeros(256, np.uint8)

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from neuronet_jax.evaluation.metrics import DiceTable, dice_per_class
 from neuronet_jax.images.space import voxel_mm3
-from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS, REGIONS, TISSUES, tissue_classes
+from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS, REGIONS, TISSUES, is_comparable, tissue_classes
 
 COLUMNS = ("kind", "region", "first", "second", "dice", "first_mm3", "second_mm3")
 _BITS = 2  # background, CSF, GM and WM of one protocol
@@ -47,23 +47,27 @@ class Agreement:
     pairs: tuple[Pair, ...]
     voters: tuple[str, ...]
     votes: UInt8[np.ndarray, "x y z"] | None  # None with fewer than two voters
+    unanimous: float  # share of the voxels that any voter calls GM or WM on which all agree; NaN with fewer than two
 
     @property
     def consistency(self) -> float:
         """Mean Dice between MALP-EM's tissue map and its structures merged into the same tissues; NaN without both."""
         return self.mean("merge")
 
-    def mean(self, kind: str) -> float:
-        """Returns the mean Dice over the applicable pairs of a kind, or NaN if there is none."""
-        values = [pair.dice for pair in self.pairs if pair.kind == kind and not np.isnan(pair.dice)]
-        return float(np.mean(values)) if values else float("nan")
+    def mean(self, kind: str, region: str | None = None) -> float:
+        """Returns the mean Dice over the applicable pairs of a kind, of one region or all, or NaN if there is none.
 
-    def unanimous(self) -> float:
-        """Returns the share of unanimous voxels among those with any vote for tissue, or NaN if there is none."""
-        if self.votes is None:
-            return float("nan")
-        counts = np.bincount(self.votes.ravel(), minlength=len(self.voters) + 1)
-        return float(counts[-1] / counts[1:].sum()) if counts[1:].any() else float("nan")
+        Pairs whose protocols mean different things by the region do not count (see `labels.is_comparable`).
+        """
+        values = [
+            pair.dice
+            for pair in self.pairs
+            if pair.kind == kind
+            and region in (None, pair.region)
+            and not np.isnan(pair.dice)
+            and (kind == "merge" or is_comparable(pair.region, pair.first, pair.second))
+        ]
+        return float(np.mean(values)) if values else float("nan")
 
 
 def compare(maps: Mapping[str, UInt8[np.ndarray, "x y z"]], affine: np.ndarray) -> Agreement:
@@ -77,7 +81,9 @@ def compare(maps: Mapping[str, UInt8[np.ndarray, "x y z"]], affine: np.ndarray) 
     pairs += _merge(maps)
     scaled = (Pair(p.kind, p.region, p.first, p.second, p.dice, p.first_mm3 * unit, p.second_mm3 * unit)
               for p in pairs)  # fmt: skip
-    return Agreement(tuple(scaled), voters, _votes(len(voters))[codes] if len(voters) > 1 else None)
+    if codes is None or len(voters) < 2:
+        return Agreement(tuple(scaled), voters, None, float("nan"))
+    return Agreement(tuple(scaled), voters, _votes(len(voters))[codes], _unanimous(codes, len(voters)))
 
 
 def table(agreement: Agreement) -> list[list[str]]:
@@ -113,8 +119,24 @@ def _votes(voters: int) -> np.ndarray:
     return votes
 
 
+def _unanimous(codes: np.ndarray, voters: int) -> float:
+    """Returns the share of the voxels that any voter calls GM or WM on which all agree.
+
+    CSF does not count: MALP-EM labels the ventricles only, so that the sulci would count as disagreement.
+    """
+    counts, answers = _counts(codes, voters), _answers(voters)
+    seen = (answers >= TISSUES.index("GM") + 1).any(axis=1)
+    agreed = seen & (answers == answers[:, :1]).all(axis=1)
+    return float(counts[agreed].sum() / counts[seen].sum()) if counts[seen].any() else float("nan")
+
+
+def _counts(codes: np.ndarray, voters: int) -> np.ndarray:
+    """Returns int64 [code]: how many voxels have each code."""
+    return np.sum([np.bincount(plane.ravel(), minlength=256) for plane in codes], axis=0)[: 4**voters]
+
+
 def _tissues(codes: np.ndarray, voters: tuple[str, ...]) -> Iterator[Pair]:
-    counts = np.sum([np.bincount(plane.ravel(), minlength=256) for plane in codes], axis=0)[: 4 ** len(voters)]
+    counts = _counts(codes, len(voters))
     answers = _answers(len(voters))
     for (i, one), (j, other) in itertools.combinations(enumerate(voters), 2):
         for index, tissue in enumerate(TISSUES, start=1):

@@ -10,6 +10,7 @@
     OUT/sub-01/anat/sub-01_desc-agreement_dseg.nii.gz, .json    number of protocols that agree on the tissue
     OUT/sub-01/anat/sub-01_quality.tsv         entropy and predicted Dice of every structure
     OUT/sub-01/anat/sub-01_report.html         all of the above with pictures, on one page
+    OUT/sub-01/anat/sub-01_thumbnail.webp      two slices, for the page of all scans
     OUT/sub-01/anat/sub-01_provenance.json     origin of the results, and whether they are complete (see `resume`)
     OUT/volumes.tsv                            mm³: a row per scan, a column per structure of each protocol
     OUT/report.html                            all scans on one page
@@ -72,6 +73,10 @@ class Target:
         return self.folder / f"{self.stem}_report.html"
 
     @property
+    def thumbnail(self) -> Path:
+        return self.folder / f"{self.stem}_thumbnail.webp"
+
+    @property
     def record(self) -> Path:
         return self.folder / f"{self.stem}_provenance.json"
 
@@ -82,7 +87,7 @@ class Target:
     def written(self, protocols: Sequence[str], posteriors: Sequence[str] = ()) -> list[Path]:
         """Returns every file that a command may write for this input, without the sidecars."""
         tables = [self.table(name) for name in ("agreement", "quality")]
-        return [*self.results(protocols, posteriors), self.votes, *tables, self.report, self.record]
+        return [*self.results(protocols, posteriors), self.votes, *tables, self.report, self.thumbnail, self.record]
 
 
 def bids_label(protocol: str) -> str:

@@ -55,6 +55,7 @@ class Cohort:
     records: Records
     calibration: Calibration = UNKNOWN  # of the run, for predicted Dice
     report: bool = True  # write a page for each scan
+    command: str = ""  # the options of the command, for the pages
     elapsed_s: float = field(default=0.0, init=False)  # duration of the last `run`
     network_s: float = field(default=0.0, init=False)  # the part of it in which the network was busy
 
@@ -65,7 +66,9 @@ class Cohort:
         result = segment_volume(self.model, volume, self.dataset.protocols, self.options)
         self.dataset.begin()
         self.records.begin(target, source)
-        row = write_results(target, volume, result, True, self.records.provenance, self.calibration, self.report)
+        row = write_results(
+            target, volume, result, True, self.records.provenance, self.calibration, self.report, self.command
+        )
         self.records.complete(target, row)
         return row
 

@@ -17,8 +17,9 @@ from neuronet_jax.errors import NeuronetError
 from neuronet_jax.evaluation import agreement
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.results import reports
+from neuronet_jax.results import cohort_page
 from neuronet_jax.results.bids import GENERATOR, Target, bids_label
+from neuronet_jax.results.reports import embed
 from neuronet_jax.results.resume import finished_rows
 from neuronet_jax.results.tables import (
     Row,
@@ -38,7 +39,7 @@ from neuronet_jax.runs.provenance import Provenance
 DESCRIPTION, SUMMARY = "dataset_description.json", "summary.tsv"
 _NO_BIDS = (  # files without a name in BIDS
     *("summary*.tsv", "volumes.tsv", "*_volumes.tsv", "*_agreement.tsv", "*_quality.tsv", "*_provenance.json"),
-    *("*_lut.txt", "*report.html"),
+    *("*_lut.txt", "*report.html", "*_thumbnail.webp"),
 )
 
 
@@ -134,8 +135,7 @@ def update_summary(out: Path, rows: Sequence[Row]) -> None:
 def write_cohort(out: Path, provenance: Provenance, calibration: Calibration = UNKNOWN, report: bool = True) -> None:
     """Writes OUT/volumes.tsv and, with `report`, report.html, about all scans in `out` and in its summary.tsv.
 
-    With `report`, the page of each scan also gets its comparison with the other scans. Raises NeuronetError if writing
-    fails.
+    It reads the small tables and thumbnails of the scans, not their pages. Raises NeuronetError if writing fails.
     """
     files = Files(str(out.absolute()))
     while True:
@@ -152,13 +152,14 @@ def _write_cohort(
     write_text(out / "volumes.tsv", tsv([["scan", *table.columns], *table.rows()]))
     if not report:
         return
-    thumbnails, agreements = {}, {}
-    for target in (Target(Path(row.input), out, row.output) for row in rows if row.status == "done"):
+    ordered = cohort_page.in_order(rows, table)
+    thumbnails: dict[str, str] = {}
+    agreements = {}
+    for target in (Target(Path(row.input), out, row.output) for row in ordered if row.status == "done"):
         if target.table("agreement").exists():
             agreements[target.stem] = read_tsv(target.table("agreement"))
         if target.report.exists():
-            page = target.report.read_text(encoding="utf-8")
-            thumbnails[target.stem] = reports.thumbnail(page)
-            if (placed := reports.place_among(page, target.stem, table)) != page:
-                write_text(target.report, placed)
-    write_text(out / "report.html", reports.render_cohort(rows, table, agreements, thumbnails, calibration, provenance))
+            wanted = len(thumbnails) < cohort_page.MOST_THUMBNAILS and target.thumbnail.exists()
+            thumbnails[target.stem] = embed(target.thumbnail.read_bytes()) if wanted else ""
+    page = cohort_page.render_cohort(ordered, table, agreements, thumbnails, calibration, provenance)
+    write_text(out / "report.html", page)

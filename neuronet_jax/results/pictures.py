@@ -1,6 +1,8 @@
-"""Pictures of scans with their label maps, for evaluations, reports and the README."""
+"""Pictures of scans with their label maps for evaluations and the README, and the colours of labels.
 
-import io
+The slices of report pages are in `mosaic`.
+"""
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -10,58 +12,10 @@ from jaxtyping import Num, UInt8
 from matplotlib.figure import Figure
 
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.images.space import Volume, reorient
 from neuronet_jax.labels import PROTOCOLS, Protocol
 
 _DPI = 100
 _PANEL_INCHES = 2.2  # shows a 1 mm scan at about its own resolution
-_PIXEL_MM = 1.0  # of the slices in reports: three of them are about as wide as a page
-_OPACITY = 0.6  # of labels over the image: the anatomy stays visible
-
-
-class Slices:
-    """Axial, coronal and sagittal slices through the middle of the labelled voxels, as a background for label maps.
-
-    Anterior or superior is up and the subject's left is on the left, whatever the file's orientation. An oblique scan
-    is shown along its own axes. Pixels are 1 mm.
-    """
-
-    def __init__(self, volume: Volume, labelled: np.ndarray):
-        """Cuts slices at the middle of `labelled` (bool [x y z], file order), or of the image if that is empty."""
-        self._file = volume
-        image = reorient(volume)
-        inside = reorient(volume.holding(labelled)).data
-        self._sides_mm = image.spacing_mm
-        self._middle = [
-            int(np.average(np.arange(side), weights=mass)) if (mass := _along(inside, axis)).any() else side // 2
-            for axis, side in enumerate(inside.shape)
-        ]
-        self._grey = [_grey(self._cut(image.data, axis)) for axis in (2, 1, 0)]
-
-    def png(self, labels: np.ndarray | None = None, colors: np.ndarray | None = None, count: int = 3) -> bytes:
-        """Returns a PNG of the first `count` slices side by side, under `labels` [x y z] in `colors` [label 3].
-
-        `labels` are in file order.
-        """
-        panels = []
-        for axis, grey in list(zip((2, 1, 0), self._grey, strict=True))[:count]:
-            panel = grey * 255
-            if labels is not None and colors is not None:
-                found = self._cut(reorient(self._file.holding(labels)).data, axis)
-                panel = np.where((found > 0)[..., None], (1 - _OPACITY) * panel + _OPACITY * colors[found], panel)
-            panels.append(panel)
-        height = max(panel.shape[0] for panel in panels)
-        return png(np.concatenate([_centred(panel, height) for panel in panels], axis=1))
-
-    def _cut(self, array: np.ndarray, axis: int) -> np.ndarray:
-        """Returns the slice across `axis` as [h w] with square pixels, each the nearest voxel."""
-        rest = [other for other in range(3) if other != axis]
-        view = np.take(array, self._middle[axis], axis)
-        for number, other in enumerate(rest):
-            count = max(1, round(view.shape[number] * self._sides_mm[other] / _PIXEL_MM))
-            nearest = (np.arange(count) + 0.5) * _PIXEL_MM / self._sides_mm[other]
-            view = np.take(view, np.minimum(nearest.astype(int), view.shape[number] - 1), number)
-        return np.rot90(view)
 
 
 def colors_of(protocol: Protocol) -> np.ndarray:
@@ -80,25 +34,6 @@ def votes_colors(voters: int) -> list[tuple[int, int, int]]:
         (69, 117, 180) if votes == voters else (253, 184, 99) if votes == voters - 1 else (215, 48, 39)
         for votes in range(1, voters + 1)
     ]
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """Returns the PNG of sRGB values [h w 3] from 0 to 255."""
-    from matplotlib.image import imsave
-
-    stream = io.BytesIO()
-    imsave(stream, np.clip(np.round(pixels), 0, 255).astype(np.uint8), format="png")
-    return stream.getvalue()
-
-
-def _along(mask: np.ndarray, axis: int) -> np.ndarray:
-    """Counts the voxels of `mask` that are set in each plane across `axis`."""
-    return mask.sum(axis=tuple(other for other in range(3) if other != axis))
-
-
-def _centred(panel: np.ndarray, height: int) -> np.ndarray:
-    above = (height - panel.shape[0]) // 2
-    return np.pad(panel, ((above, height - panel.shape[0] - above), (2, 2), (0, 0)))
 
 
 def save_comparison(

@@ -31,6 +31,9 @@ class Row:
     calibrated: str = "n/a"  # "yes" or "no": whether predicted_dice is calibrated on the run's validation subjects
     removed_ml: str = "n/a"  # apart from the brain, in the protocol with most of it; n/a without the clean-up
 
+    brain_ml: str = "n/a"  # grey and white matter, mean over the tools
+    intracranial_ml: str = "n/a"  # estimated: CSF, grey and white matter, mean of FAST and SPM
+
     @property
     def key(self) -> str:
         """The name that tells rows of a folder apart: of the results, or of the file where results can have no name."""

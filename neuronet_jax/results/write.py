@@ -10,13 +10,15 @@ import numpy as np
 from neuronet_jax import __version__
 from neuronet_jax.codes import CODES
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.evaluation import agreement, plausibility, quality
+from neuronet_jax.evaluation import agreement, plausibility, quality, volumetry
+from neuronet_jax.files import Files
 from neuronet_jax.images import nifti
 from neuronet_jax.images.space import Volume, voxel_mm3
 from neuronet_jax.inference.segmentation import Segmentation
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.results import reports
+from neuronet_jax.programs import shown
 from neuronet_jax.results.bids import GENERATOR, Target
+from neuronet_jax.results.scan_page import ScanPage, render_scan
 from neuronet_jax.results.tables import Row, file_cell, tsv, volume_table, write_text
 from neuronet_jax.runs.calibration import UNKNOWN, Calibration
 from neuronet_jax.runs.provenance import Provenance
@@ -30,12 +32,15 @@ def write_results(
     provenance: Provenance,
     calibration: Calibration = UNKNOWN,
     report: bool = True,
+    command: str = "",
 ) -> Row:
     """Writes one scan's results, each file under its final name only when complete. Returns the scan's row.
 
-    `calibration` belongs to the model's run; `report` asks for the page. Raises NeuronetError if writing fails.
+    `calibration` belongs to the model's run; `report` asks for the page, which tells the options in `command`. Raises
+    NeuronetError if writing fails.
     """
     maps = result.maps
+    mm3 = volumetry.volumes_mm3(maps, volume.affine)
     compared = agreement.compare(maps, volume.affine)
     expected = quality.assess(result.confidence, calibration)
     removed_ml = {name: voxels * voxel_mm3(volume.affine) / 1000 for name, voxels in result.removed.items()}
@@ -63,10 +68,23 @@ def write_results(
         if expected.predicted:
             write_text(target.table("quality"), tsv(quality.table(expected)))
         if report:
-            page = reports.ScanPage(
-                target.stem, volume, maps, compared, expected, tuple(warnings), provenance, removed_ml
+            up = "../" * len(target.folder.relative_to(target.out).parts)
+            page = ScanPage(
+                target.stem,
+                volume,
+                maps,
+                compared,
+                expected,
+                tuple(warnings),
+                provenance,
+                removed_ml,
+                shown(target.source.name),
+                shown(f"neuronet segment {target.source.name} {command}".rstrip()) if command else "",
+                f"{up}report.html",
             )
-            write_text(target.report, reports.render_scan(page))
+            text, thumbnail = render_scan(page)
+            Files(str(target.folder.absolute())).write(target.thumbnail.name, thumbnail)
+            write_text(target.report, text)
     except OSError as error:
         raise NeuronetError(
             f"cannot write to {target.folder}: {error}; make room, or choose a different --out folder"
@@ -80,11 +98,13 @@ def write_results(
         predicted_dice=_number(expected.score),
         calibrated="n/a" if np.isnan(expected.score) else "yes" if calibration.heads else "no",
         removed_ml=f"{max(removed_ml.values()):.1f}" if removed_ml else "n/a",
+        brain_ml=_number(volumetry.brain_mm3(mm3) / 1000, 1),
+        intracranial_ml=_number(volumetry.intracranial_mm3(mm3) / 1000, 1),
     )
 
 
-def _number(value: float) -> str:
-    return "n/a" if np.isnan(value) else f"{value:.4f}"
+def _number(value: float, digits: int = 4) -> str:
+    return "n/a" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def _write_sidecar(

@@ -54,6 +54,7 @@ def test_F03_a_cohort_continues_past_bad_files(run, heads, tmp_path, capsys):
         "sub-a_seg-fslfast_dseg.nii.gz",
         "sub-a_seg-fslfirst_dseg.json",
         "sub-a_seg-fslfirst_dseg.nii.gz",
+        "sub-a_thumbnail.webp",
         "sub-a_volumes.tsv",
     ]
     assert sorted(path.name for path in out.glob("sub-*")) == ["sub-a"]
@@ -108,7 +109,9 @@ def test_pages_and_the_table_of_the_cohort(run, heads, tmp_path):
     assert "2 of 3 scans segmented" in page and "E_TRUNCATED" in page
     assert "uncalibrated" in page and 'href="sub-a/anat/sub-a_report.html"' in page
     head = (out / "sub-a" / "anat" / "sub-a_report.html").read_text()
-    assert "2 scans, including this one" in head and "uncalibrated" in head
+    assert "../../report.html#sub-a" in head and "uncalibrated" in head
+    assert f"neuronet segment a.nii.gz {run.replace(str(tmp_path), tmp_path.name)}" in head  # without folders
+    assert str(tmp_path) not in head + page
     (done, _, _) = _summary(out)
     assert float(done["predicted_dice"]) <= 1 and done["calibrated"] == "no"
     plain = tmp_path / "plain"

@@ -4,10 +4,10 @@ import io
 import re
 from pathlib import Path
 
-import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
 from neuronet_jax.codes import CODES
 from neuronet_jax.evaluation import agreement, quality
@@ -15,9 +15,10 @@ from neuronet_jax.images import nifti
 from neuronet_jax.images.space import Volume
 from neuronet_jax.inference.segmentation import Confidence, Segmentation
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.results import bids, reports, tables
+from neuronet_jax.results import bids, cohort_page, scan_page, tables
 from neuronet_jax.results.dataset import update_summary, write_cohort
-from neuronet_jax.results.pictures import Slices, votes_colors
+from neuronet_jax.results.mosaic import AXIAL, CORONAL, SAGITTAL, Mosaic, axis_codes
+from neuronet_jax.results.pictures import colors_of, votes_colors
 from neuronet_jax.results.write import write_results
 from neuronet_jax.runs.provenance import Origin, Provenance
 
@@ -37,6 +38,7 @@ def _result() -> Segmentation:
     tissue[20:30, 20:40, 20:30] = 3
     spm = np.roll(tissue, 1, axis=0)
     first = np.where(tissue == 3, 16, 0).astype(np.uint8)
+    first[20:25][first[20:25] > 0] = 17  # half brain stem, half left hippocampus
     maps = {"fsl_fast": tissue, "fsl_first": first, "spm_tissue": spm}
     sure = {name: Confidence(*np.full((4, PROTOCOLS[name].num_classes), 100.0)) for name in maps}
     return Segmentation(maps, sure, {})
@@ -44,7 +46,7 @@ def _result() -> Segmentation:
 
 def _write(out: Path, stem: str, provenance: Provenance, affine: np.ndarray = AFFINE) -> tables.Row:
     target = bids.Target(Path(f"{stem}{ATTACK}.nii.gz".replace("/", "")), out, stem)
-    return write_results(target, _volume(affine), _result(), False, provenance)
+    return write_results(target, _volume(affine), _result(), False, provenance, command="--run=mine")
 
 
 def test_G05_names_and_provenance_never_become_markup(tmp_path):
@@ -58,8 +60,20 @@ def test_G05_names_and_provenance_never_become_markup(tmp_path):
     for page in (cohort, head):
         assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     compared = agreement.compare(_result().maps, AFFINE)
-    strange = reports.ScanPage(ATTACK, _volume(), _result().maps, compared, quality.assess({}), (ATTACK,), Provenance())
-    assert "<script" not in reports.render_scan(strange)
+    strange = scan_page.ScanPage(
+        ATTACK,
+        _volume(),
+        _result().maps,
+        compared,
+        quality.assess({}),
+        (ATTACK,),
+        Provenance(),
+        {},
+        ATTACK,
+        ATTACK,
+        ATTACK,
+    )
+    assert "<script" not in scan_page.render_scan(strange)[0]
     assert "sub-01&lt;script&gt;" in cohort  # the input's name, as the user gave it
 
 
@@ -70,12 +84,16 @@ def test_pages_are_self_contained(tmp_path):
     for path in tmp_path.rglob("*report.html"):
         page = path.read_text()
         assert not re.findall(r"https?:|@import|<link|url\(", page)
-        assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)"', page))
+        assert all(source.startswith("data:image/webp;base64,") for source in re.findall(r'src="([^"]*)"', page))
         assert "This model is a demonstration" in page
         for link in re.findall(r'href="([^"]*)"', page):
-            assert (path.parent / link).is_file()
+            assert (path.parent / link.partition("#")[0]).is_file()
     head = (tmp_path / "sub-01" / "anat" / "sub-01_report.html").read_text()
-    assert head.count('src="data:') == 1 + 3 + 1 + 1  # image, maps, votes, and the small one
+    slices = 4 * 6  # three planes and the deep structures
+    assert head.count('src="data:') == slices * (1 + 2 * (3 + 1))  # the image; three maps and the votes, in two styles
+    assert head.count("<b>L</b><b>R</b>") == 3 * 6 and head.count("<b>P</b><b>A</b>") == 6
+    origin = ("50 × 60 × 48 voxels", "2 × 2 × 2.5 mm", "RAS", "neuronet segment sub-01&lt;script&gt;", "--run=mine")
+    assert all(text in head for text in origin)
     for text in (
         "Agreement on tissue",
         "uncalibrated",
@@ -83,40 +101,77 @@ def test_pages_are_self_contained(tmp_path):
         CODES["W_BRAIN_VOLUME"].remedy,
         "BrainStem",
         "FSL FIRST (fsl_first)",
+        "brain volume",
+        "intracranial volume",
+        "BrainStem</span>",  # the legend
     ):
         assert text in head
 
 
-def test_a_scan_can_be_compared_with_the_others_repeatedly(tmp_path):
+def test_the_page_of_all_scans_is_made_without_reading_their_pages(tmp_path, monkeypatch):
     rows = [
         _write(tmp_path, f"sub-0{n}", Provenance(), np.diag([2.0, 2.0, 2.5 * n**0.1, 1.0])) for n in (1, 2, 3)
     ]  # each head larger than the one before
-    pages = []
-    for _ in range(2):
-        update_summary(tmp_path, rows)
-        write_cohort(tmp_path, Provenance())
-        pages.append((tmp_path / "sub-02" / "anat" / "sub-02_report.html").read_text())
-    assert pages[0] == pages[1] and pages[0].count("Comparison with the other scans in this folder") == 1
-    assert "3 scans, including this one" in pages[0]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*_report.html")}
+    opened = []
+    for name in ("read_text", "read_bytes", "open"):
+        real = getattr(Path, name)
+        monkeypatch.setattr(
+            Path, name, lambda path, *given, real=real, **more: opened.append(path) or real(path, *given, **more)
+        )
+    update_summary(tmp_path, rows)
+    write_cohort(tmp_path, Provenance())
+    assert len(before) == 3 and not set(opened) & set(before)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        page.count("sub-02: ") == 3 + 3 + 15 + 1
+    )  # the names of its dots (tissues of two tools, FIRST) and its thumbnail
+    assert (
+        '<tr id="sub-02">' in page and "report.html#sub-02" in (tmp_path / "sub-02/anat/sub-02_report.html").read_text()
+    )
     table = tables.volumes_of(tmp_path)
     assert table.scans == ("sub-01", "sub-02", "sub-03") and len(table.columns) == 3 + 15 + 3
     white = table.of("fsl_fast", (3,))
     np.testing.assert_allclose(white, [10 * 20 * 10 * 4 * 2.5 * n**0.1 for n in (1, 2, 3)], rtol=1e-6)
-    placed = reports._place("WM", "fsl_fast", white[1], white)
-    assert placed["share"] == 0.5 and placed["dot"] == placed["tick"] and not placed["extreme"]
+    drawn = cohort_page._distribution("WM", "fsl_fast", white, table.scans)
+    assert [dot["scans"] for dot in drawn["dots"]] == [[0], [1], [2]] and drawn["tick"] == drawn["dots"][1]["x"]
+    assert (drawn["smallest"], drawn["largest"]) == ("sub-01", "sub-03")
+
+
+def test_what_to_look_at_first_is_at_the_top():
+    rows = [
+        tables.Row("a", "sub-a", "done", predicted_dice="0.9"),
+        tables.Row("b", "sub-b", "done", predicted_dice="0.8"),
+        tables.Row("c", "sub-c", "done", predicted_dice="0.9"),
+        tables.Row("d", "sub-d", "done", warnings="W_CUT,W_PIECES"),
+        tables.Row("e", "sub-e", "rejected", "E_CRC", "broken"),
+        tables.Row("f", "sub-f", "done", warnings="W_CUT"),
+    ]
+    scans = tuple(row.output for row in rows if row.status == "done")
+    volumes = np.array([[0.0 if scan == "sub-c" else 1000.0] for scan in scans])  # c lacks what the others have
+    ordered = cohort_page.in_order(rows, tables.Volumes(scans, ("fsl_first.LeftHippocampus",), volumes))
+    assert [row.input for row in ordered] == ["e", "d", "f", "c", "b", "a"]
+
+
+def test_csf_of_different_definitions_is_compared_nowhere_on_a_page():
+    rows = [{"kind": "tissue", "region": "CSF", "first": "fsl_fast", "second": second, "dice": "0.5"}
+            for second in ("spm_tissue", "malp_em")]  # fmt: skip
+    (found,) = cohort_page._agreement({"sub-1": rows})
+    assert found["second"] == "spm_tissue"
 
 
 def test_unusual_volumes_are_listed_with_the_right_scan():
     values = np.full((12, 2), 1000.0) + np.arange(12)[:, None]
     values[7, 1] = 1500
     heads = tuple(f"sub-{n}" for n in range(12))
-    found = reports._outliers(tables.Volumes(heads, ("fsl_fast.CSF", "malp_em.BrainStem"), values))
+    found = cohort_page._outliers(tables.Volumes(heads, ("fsl_fast.CSF", "malp_em.BrainStem"), values))
     assert [(row["scan"], row["name"], row["protocol"]) for row in found] == [("sub-7", "BrainStem", "malp_em")]
     # the others' deviations from their median of 1006 are 0 to 6, of which 3 is the median
     median = np.median(values[:, 1])
     spread = 1.4826 * np.median(np.abs(values[:, 1] - median))
     assert found[0]["z"] == pytest.approx((1500 - median) / spread) and found[0]["z"] > 80
-    assert reports._outliers(tables.Volumes(heads[:9], ("a.b", "c.d"), values[:9])) == []  # too few to say
+    assert cohort_page._outliers(tables.Volumes(heads[:9], ("a.b", "c.d"), values[:9])) == []  # too few to say
 
 
 @pytest.mark.parametrize("turn", [((0, 1, 2), (1, 1, 1)), ((2, 0, 1), (-1, 1, -1)), ((1, 0, 2), (-1, -1, 1))])
@@ -125,7 +180,7 @@ def test_left_is_left_and_up_is_up_in_any_orientation(turn):
     labels = np.zeros((50, 60, 48), np.uint8)
     labels[10:14, 20:50, 30:40] = 1  # the subject's left (RAS+: small x), high up
     labels[36:40, 20:50, 10:20] = 2
-    plain = Slices(_volume(), labels > 0).png(labels, np.array(votes_colors(2), float))
+    plain = Mosaic(_volume(), labels > 0, labels == 1)
     flips = tuple(slice(None, None, sign) for sign in signs)
     back = np.zeros((4, 4))
     back[3, 3] = 1
@@ -134,19 +189,44 @@ def test_left_is_left_and_up_is_up_in_any_orientation(turn):
         back[old, 3] = 0 if signs[old] > 0 else labels.shape[old] - 1
     turned = nib.Nifti1Image(np.ascontiguousarray(_volume().data[flips].transpose(order)), AFFINE @ back)
     there = np.ascontiguousarray(labels[flips].transpose(order))
-    assert Slices(nifti.check_image(turned), there > 0).png(there, np.array(votes_colors(2), float)) == plain
-    pixels = (matplotlib.image.imread(io.BytesIO(plain)) * 255).round()[..., :3]  # h w 3
-    coronal = pixels[:, 104:204]  # after 100 mm of axial plane and its frame of 2 + 2 pixels
-    one, two = (np.argwhere(np.argmax(coronal, -1) == channel) for channel in (0, 2))
-    amber, blue = (np.argwhere(_is_like(coronal, color)) for color in votes_colors(2)[1:])
-    assert amber[:, 1].mean() < 50 < blue[:, 1].mean()  # left on the left
+    assert axis_codes(AFFINE @ back) == "".join(nib.aff2axcodes(AFFINE @ back))
+    mosaic, colors = Mosaic(nifti.check_image(turned), there > 0, there == 1), np.array(votes_colors(2), float)
+    assert list(mosaic.image()) == list(plain.image()) and mosaic.window == plain.window
+    assert list(mosaic.layers(there, colors)) == list(plain.layers(labels, colors))
+    assert mosaic.thumbnail(there, colors) == plain.thumbnail(labels, colors)
+    assert [row.slices[0].axis for row in plain.rows] == [AXIAL, CORONAL, SAGITTAL, CORONAL]
+    layers = [_pixels(filled) for filled, _ in plain.layers(labels, colors)]
+    coronal = layers[6 + 2]  # the third slice of the second row
+    amber, blue = (np.argwhere(np.all(coronal[..., :3] == color, axis=-1)) for color in votes_colors(2)[1:])
+    width = coronal.shape[1]
+    assert len(amber) and len(blue) and amber[:, 1].mean() < width / 2 < blue[:, 1].mean()  # left on the left
     assert amber[:, 0].mean() < blue[:, 0].mean()  # higher is up
-    assert len(one) and len(two)
 
 
-def _is_like(pixels: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
-    """Returns a mask of the pixels where `color` lies over grey: the channels' differences are those of `color`, scaled
-    by its opacity.
-    """
-    wanted = 0.6 * (np.array(color) - color[1])
-    return (np.abs(pixels - pixels[..., 1:2] - wanted).max(axis=-1) < 3) & (pixels.max(axis=-1) > 0)
+def test_slices_lie_within_the_brains_own_box_and_share_a_window():
+    labels = np.zeros((50, 60, 48), np.uint8)
+    labels[20:30, 20:40, 20:30] = 2
+    volume = _volume()
+    volume.data[0, 0, 0] = 1e6  # a bright spot outside the brain
+    mosaic = Mosaic(volume, labels > 0, labels == 9)
+    assert len(mosaic.rows) == 3  # no deep structures, no close-ups
+    assert mosaic.window.high < 1100
+    (axial, coronal, sagittal) = (row.slices for row in mosaic.rows)
+    assert [one.position for one in axial] == [20, 22, 24, 25, 27, 29]
+    assert axial[0].place == "z +50 mm" and coronal[-1].place == "y +76 mm" and sagittal[0].place == "x +40 mm"
+    shapes = {_pixels(picture).shape[:2] for picture in mosaic.image()}
+    assert shapes == {(52, 32), (35, 32), (35, 52)}  # 40 x 20 x 25 mm, and 6 mm on every side (5 of 2.5 mm voxels)
+
+
+def test_contours_are_thin_and_drawn_once_between_two_structures():
+    labels = np.zeros((50, 60, 48), np.uint8)
+    labels[20:25, 20:40, 20:30] = 1
+    labels[25:30, 20:40, 20:30] = 2
+    mosaic, colors = Mosaic(_volume(), labels > 0), colors_of(PROTOCOLS["fsl_fast"])
+    filled, contours = (_pixels(picture)[..., 3] > 0 for picture in next(iter(mosaic.layers(labels, colors))))
+    assert filled.sum() == 20 * 40 and contours.shape == (2 * filled.shape[0], 2 * filled.shape[1])
+    assert contours.sum() == 2 * (40 + 80) - 4 + (80 - 2)  # the outline, and one line between the two
+
+
+def _pixels(picture: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(picture)))

@@ -1,57 +1,16 @@
-"""The command line, `neuronet`.
-
-Heavy modules are imported when a command runs, so that --help answers at once. A command is two functions: `_add_NAME`
-declares its arguments and examples, `_NAME` runs it.
-"""
+"""`neuronet segment`."""
 
 import argparse
 import contextlib
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from neuronet_jax.errors import NeuronetError, UsageError
-from neuronet_jax.programs import DONE, FAILED, INTERRUPTED, PARTIAL, Parser, run, shown
+from neuronet_jax.programs import DONE, FAILED, PARTIAL, shown
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status."""
-    status = run(_parser(), _command, arguments)
-    if status == INTERRUPTED and arguments is None:  # a program, which need not wait for the scans in its threads:
-        sys.stdout.flush()  # files of results appear only when they are complete
-        sys.stderr.flush()
-        os._exit(status)
-    return status
-
-
-def _command(args: argparse.Namespace) -> int:
-    from neuronet_jax import runtime
-
-    runtime.plain()
-    return args.command(args)
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        "neuronet",
-        description="One network that reproduces the outputs of FSL, SPM and MALP-EM on T1-weighted heads.",
-        epilog="""\
-examples:
-  neuronet segment T1.nii.gz --out=labels
-  neuronet COMMAND --help    options, results and more examples
-""",
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_segment(commands)
-    _add_import_dltk(commands)
-    _add_export(commands)
-    return parser
-
-
-def _add_segment(commands: Any) -> None:
+def add(commands: Any) -> None:
     command = commands.add_parser(
         "segment",
         help="segment T1-weighted scans of heads, each on its own grid",
@@ -222,7 +181,7 @@ def _segment(args: argparse.Namespace) -> int:
 
     there = len(rows)
     limits = nifti.Limits(assume_ras=args.assume_ras)
-    work = cohort.Cohort(model, results, options, limits, records, calibration, not args.no_report)
+    work = cohort.Cohort(model, results, options, limits, records, calibration, not args.no_report, _told(args))
     for row in refused:
         cohort.report(row, console)
     try:
@@ -248,6 +207,16 @@ def _segment(args: argparse.Namespace) -> int:
     return DONE if done == of else PARTIAL if done else FAILED
 
 
+def _told(args: argparse.Namespace) -> str:
+    """Returns the options that decide about the labels, for the pages: without folders, which may reveal more."""
+    told = [f"--run={Path(run).name}" for run in args.run]
+    for name in ("protocols", "posteriors"):
+        told += [f"--{name}={','.join(getattr(args, name))}"] if getattr(args, name) else []
+    told += [f"--crops={args.crops}"] if args.crops > 1 else []
+    switches = ("flip", "fast", "consistent_tissue", "no_clean_up", "assume_ras")
+    return " ".join([*told, *(f"--{name.replace('_', '-')}" for name in switches if getattr(args, name))])
+
+
 @contextlib.contextmanager
 def _wrong_options() -> Iterator[None]:
     """Reports requests that no input could fulfil as wrong options."""
@@ -255,120 +224,3 @@ def _wrong_options() -> Iterator[None]:
         yield
     except NeuronetError as error:
         raise UsageError(str(error)) from error
-
-
-def _add_import_dltk(commands: Any) -> None:
-    command = commands.add_parser(
-        "import-dltk",
-        help="make a run from the published NeuroNet weights",
-        description="Makes a run from a published TensorFlow SavedModel, without TensorFlow. The grid is 1 mm.",
-        epilog="""\
-examples:
-  the published network for all five protocols (neuronet_all.tar.gz, unpacked)
-    neuronet import-dltk neuronet_all/1514764800 --out=runs/published
-    neuronet segment T1.nii.gz --run=runs/published --out=labels
-
-  a network whose classes fit two protocols: name the right one
-    neuronet import-dltk spm_tissue/1514764800 --out=runs/published_spm --config=spm_tissue
-""",
-    )
-    command.add_argument(
-        "saved_model", type=Path, metavar="SAVED_MODEL_DIR", help="the folder of saved_model.pb and variables/"
-    )
-    command.add_argument("--out", required=True, metavar="RUN", help="the run to write")
-    command.add_argument(
-        "--config", metavar="NAME", help="the network's name, if its classes fit several (fsl_fast, spm_tissue)"
-    )
-    command.add_argument(
-        "--axes",
-        default="SAL",
-        metavar="XYZ",
-        help="directions of the axes of its training arrays (default: %(default)s, as the authors read UK Biobank's "
-        "files)",
-    )
-    command.set_defaults(command=_import_dltk)
-
-
-def _import_dltk(args: argparse.Namespace) -> int:
-    from neuronet_jax.dltk import import_run
-
-    config = import_run(args.saved_model, args.out, args.config, args.axes)
-    print(f"{args.out} holds the published network {config.name}: {', '.join(config.protocols)}")
-    return DONE
-
-
-def _add_export(commands: Any) -> None:
-    command = commands.add_parser(
-        "export",
-        help="write a trained network as one program with its weights, for use without this library",
-        description="Writes a run as StableHLO, safetensors and JSON. Programs take arrays [x y z] in RAS+ order at "
-        "the run's voxel size; reorienting and resampling are left to the caller.",
-        epilog="""\
-examples:
-  a program for images of any size (sides padded to multiples of 32), with its weights
-    neuronet export --run=runs/all_targets --out=release
-
-  the weights alone, with a sentence that every report made with them will show
-    neuronet export --run=runs/all_targets --out=release --weights-only --note='for research only'
-
-  programs for two fixed sizes
-    neuronet export --run=runs/all_targets --out=release --shape=192,224,192 --shape=256,256,256
-
-  the folder is also a run
-    neuronet segment T1.nii.gz --run=release --out=labels
-
-  how to run the program without this library
-    python -c "import neuronet_jax.export; help(neuronet_jax.export)"
-
-results:
-  release/segment.jax_export    StableHLO for CPU, CUDA and TPU: whitening, network, tool ids
-  release/weights.safetensors   its first argument
-  release/release.json          config, protocols, label tables, voxel size, provenance, checksums
-  release/quality.json          calibration of predicted Dice, if the run has one
-  release/manifest.sha256       for sha256sum -c
-""",
-    )
-    command.add_argument("--run", required=True, metavar="DIR", help="folder of a run or release")
-    command.add_argument("--out", required=True, metavar="DIR", help="output folder")
-    command.add_argument(
-        "--shape",
-        action="append",
-        default=[],
-        type=_shape,
-        metavar="X,Y,Z",
-        help="write a program for this size only, in multiples of 32; may be repeated",
-    )
-    command.add_argument(
-        "--weights-only", action="store_true", help="write no program, which takes a few seconds to make"
-    )
-    command.add_argument("--note", metavar="TEXT", help="a sentence for every report made with these weights")
-    command.set_defaults(command=_export)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    sides = text.split(",")
-    if len(sides) != 3 or not all(side.strip().isdecimal() for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape: write X,Y,Z, such as 192,224,192")
-    return tuple(int(side) for side in sides)
-
-
-def _export(args: argparse.Namespace) -> int:
-    from neuronet_jax.export import export
-    from neuronet_jax.runs.calibration import load_calibration
-    from neuronet_jax.runs.release import release
-    from neuronet_jax.runs.restore import restore
-
-    if args.weights_only and args.shape:
-        raise UsageError("--shape is the size of a program, and --weights-only writes none: leave one of them out")
-    model = restore(args.run)
-    if args.note is not None:
-        model = replace(model, origin=replace(model.origin, note=args.note))
-    calibration = load_calibration(args.run, model.origin.step)
-    if args.weights_only:
-        release(model, args.out, calibration=calibration)
-    else:
-        export(model, args.out, args.shape, calibration)
-    held = "the weights" if args.weights_only else "the program, its weights"
-    print(f"{args.out} holds {held} and their description; sha256sum -c manifest.sha256 checks them")
-    print(f"predicted Dice of `segment --run={args.out}`: {calibration.describe()}")
-    return DONE
