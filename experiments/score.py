@@ -60,14 +60,15 @@ def score(model: Model, manifest: Path, split: str, out: Path, overwrite: bool =
     refuse_existing(out, overwrite)
     known = model.config.protocols
     rows = [source for source in read_manifest(manifest) if not split or source.split == split]
-    scans = [(row, {name: path for name, path in row.labels.items() if name in known}) for row in rows]
+    # a manifest lists files, never members of archives
+    scans = [(row, {name: Path(str(row.labels[name])) for name in known if name in row.labels}) for row in rows]
     scans = [(row, maps) for row, maps in scans if maps]
     if not scans:
         raise NeuronetError(f"no row of the manifest's {split or 'cohort'} has a label map of {', '.join(known)}")
     lines, scores = ["\t".join(COLUMNS)], {name: [] for name in known}
     console = Console(stderr=True)
     for row, maps in track(scans, "scoring", console=console, disable=not console.is_terminal):
-        for name, table in score_scan(model, row.t1, maps).items():
+        for name, table in score_scan(model, Path(str(row.t1)), maps).items():
             lines += dice_rows(row.id, name, table)
             scores[name].append(mean_dice(table))
     summaries = {name: summarise(values) for name, values in scores.items() if values}
