@@ -21,7 +21,7 @@ from data_prep.outcome import Bar, BuildReport, TooManyRejects, report
 from data_prep.shard import INPUTS, ShardRows, build_shard, inputs_from_tsv, inputs_to_tsv
 from data_prep.sources.files import are_unchanged
 from data_prep.sources.source import Source, check
-from data_prep.subject import Settings, image_hash
+from data_prep.subject import Settings
 from data_prep.verify import damaged
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
@@ -256,7 +256,7 @@ def _duplicates(rows: dict[int, ShardRows]) -> list[tuple[Subject, int]]:
     """Returns every subject whose image an earlier slot already has, with that slot."""
     first: dict[str, int] = {}
     subjects = [subject for slot in sorted(rows) for subject in rows[slot].subjects]
-    return [(s, first[image_hash(s)]) for s in subjects if first.setdefault(image_hash(s), s.slot) != s.slot]
+    return [(s, first[s.image_hash]) for s in subjects if first.setdefault(s.image_hash, s.slot) != s.slot]
 
 
 def _tidy(files: Files) -> None:

@@ -99,11 +99,6 @@ def content_hash(image: np.ndarray, labels: np.ndarray, foreground: np.ndarray) 
     )
 
 
-def image_hash(subject: Subject) -> str:
-    """Returns the part of the content hash that identifies the image."""
-    return subject.content_hash[:64]
-
-
 def _read_classes(
     source: Source, protocol: Protocol, image: space.Volume, settings: Settings
 ) -> tuple[np.ndarray, Sequence[str]]:

@@ -151,7 +151,7 @@ CODES = {
         "A label map holds ids that its tool does not use.",
         "Check that the map is in the right column of the manifest.",
     ),
-    "E_LEAK": Code("One subject is in two splits.", "Give all rows of the subject one split."),
+    "E_LEAK": Code("One subject or image is in two splits.", "Give all visits of the subject one split."),
     "E_MISSING_MAP": Code(
         "Label maps of a subject are missing.", "Run the segmentation tool, or keep the subject with `--missing=keep`."
     ),

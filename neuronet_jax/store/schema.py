@@ -54,6 +54,11 @@ class Subject:
         """The participant with the visit, as BIDS joins them: 1001, or 1001_ses-2."""
         return f"{self.id}_ses-{self.visit}" if self.visit else self.id
 
+    @property
+    def image_hash(self) -> str:
+        """The part of the content hash that identifies the image; empty where it is not known."""
+        return self.content_hash[:64]
+
 
 @dataclass(frozen=True)
 class Reject:
@@ -229,6 +234,7 @@ def check_subjects(subjects: Sequence[Subject], info: StoreInfo) -> None:
     """Raises StoreError E_ID, E_MISMATCH or E_LEAK for invalid rows."""
     slots: set[int] = set()
     splits: dict[str, str] = {}
+    images: dict[str, str] = {}
     for subject in subjects:
         if not is_id(subject.id) or (subject.visit and not is_id(subject.visit)):
             raise StoreError("E_ID", f"the subject id in slot {subject.slot} must be letters and digits only")
@@ -242,5 +248,11 @@ def check_subjects(subjects: Sequence[Subject], info: StoreInfo) -> None:
             raise StoreError(
                 "E_LEAK",
                 f"the subject of slot {subject.slot} is in {subject.split} and {splits[subject.id]}; choose one",
+            )
+        if subject.image_hash and images.setdefault(subject.image_hash, subject.split) != subject.split:
+            raise StoreError(
+                "E_LEAK",
+                f"the image of slot {subject.slot} is in {subject.split} and {images[subject.image_hash]}; build the "
+                "store anew",
             )
         slots.add(subject.slot)

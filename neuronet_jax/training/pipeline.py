@@ -25,6 +25,7 @@ from absl import flags
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.images.intensity import whiten
+from neuronet_jax.store.leaks import refuse_leaks
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Subject
 
@@ -279,6 +280,7 @@ def training_iterator(store: Store, config: Config, rows: Sequence[int] | None =
     """
     rows = tuple(range(config.batch)) if rows is None else tuple(rows)
     stores = (store, *(Store.open(dest) for dest in config.data.stores))
+    refuse_leaks(stores)
     members = [_members(number, each, config) for number, each in enumerate(stores)]
     if len(members[0]) < config.batch:
         raise NeuronetError(

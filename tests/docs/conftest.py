@@ -265,6 +265,8 @@ def files(tmp_path_factory) -> Path:
     description = {"Name": "test", "BIDSVersion": "1.10.0", "DatasetType": "raw"}
     (folder / "bids" / "dataset_description.json").write_text(json.dumps(description))
     (folder / "withdrawn.csv").write_text(f"{WITHDRAWN}\n")
+    people = [f"sub-{1001 + number}\tA\t{40 + number}\tf\n" for number in range(len(SPLITS))]
+    (folder / "participants.tsv").write_text("participant_id\tsite\tage\tsex\n" + "".join(people))
     (folder / "my_config.py").write_text("from experiments.configs.all_targets import get_config\n")
     return folder
 
