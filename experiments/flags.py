@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 import runpy
+import textwrap
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from neuronet_jax.config import Config, flatten, from_dict
+from neuronet_jax.config import Config, flatten, from_dict, meanings
 from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.programs import SETTING
 
@@ -45,6 +46,19 @@ def load(reference: str, overrides: Sequence[str] = ()) -> Config:
         )
     settings.update({"data": {"store": store, "stores": stores}})
     return to_config(settings, f"{Path(path).stem}:{variant}" if variant else Path(path).stem)
+
+
+def described() -> str:
+    """Returns a list of all fields for `--help`, with the value in `all_targets` and the meaning of each."""
+    values = flatten(_builder("all_targets")("").to_dict())
+    lines = ["settings (the values are those of all_targets):"]
+    for field, meaning in meanings().items():
+        if field in values:  # the name is no setting
+            value = values[field]
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            lines.append(f"  {SETTING}{field}={str(text).lower() if isinstance(value, bool) else text}")
+            lines += textwrap.wrap(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
 
 
 def to_config(settings: ConfigDict, name: str) -> Config:

@@ -229,7 +229,9 @@ def spread_over_cores(config: Config) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser("python -m experiments.train", description=__doc__, settings=True, statuses=STATUSES)
+    parser = Parser(
+        "python -m experiments.train", description=__doc__, epilog=flags.described(), settings=True, statuses=STATUSES
+    )
     parser.add_argument(
         "--config", required=True, metavar="NAME[:demo]", help=f"one of {', '.join(flags.NAMES)}, or a .py file"
     )

@@ -6,6 +6,7 @@ SCHEMA, and enter in ADDED the value that keeps the behaviour of older runs. The
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import types
@@ -96,8 +97,8 @@ class LossConfig:
 class OptimizerConfig:
     learning_rate: float  # peak
     schedule: str  # "constant" or "cosine" (linear warm-up, cosine to zero)
-    warmup_steps: int
-    epsilon: float
+    warmup_steps: int  # steps until the learning rate is at its peak
+    epsilon: float  # of Adam, added to the root of the second moment
     weight_decay: float  # decoupled (AdamW); 0 is plain Adam
     clip_norm: float  # global gradient norm; 0 is no clipping
     ema_decay: float  # decay of the averaged weights used for evaluation; 0 is none
@@ -112,8 +113,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    name: str
-    protocols: tuple[str, ...]
+    name: str  # of the config, with its variant
+    protocols: tuple[str, ...]  # label maps to learn, in the order of the network's outputs
     data: DataConfig
     augment: AugmentConfig
     model: ModelConfig
@@ -122,8 +123,8 @@ class Config:
     mesh: MeshConfig
     batch: int  # crops per step over all devices and hosts
     accumulate: int  # parts of a batch that are computed one after the other, for batches that do not fit into memory
-    steps: int
-    seed: int
+    steps: int  # updates of the weights, over all restarts
+    seed: int  # of weights, crops and augmentation
     log_every: int  # steps between lines of metrics
     evaluate_every: int  # steps between validation Dice
     evaluate_subjects: int  # validation subjects scored during training; 0 is all
@@ -169,6 +170,27 @@ class Config:
         except (ValueError, RecursionError) as error:
             raise NeuronetError(f"the saved config is not JSON: {error}") from error
         return cls.from_fields(fields)
+
+
+def meanings(cls: type = Config, prefix: str = "") -> dict[str, str]:
+    """Returns what every field means, by its dotted name: the comment beside it, or above it, in this file."""
+    found: dict[str, str] = {}
+    above: list[str] = []
+    hints = typing.get_type_hints(cls)
+    for line in inspect.getsource(cls).splitlines():
+        code, _, comment = line.strip().partition("# ")
+        name = code.partition(":")[0]
+        if not code:
+            above.append(comment)
+        elif name in hints and code.startswith(f"{name}:"):
+            if dataclasses.is_dataclass(hints[name]):
+                found |= meanings(typing.cast(type, hints[name]), f"{prefix}{name}.")
+            else:
+                found[prefix + name] = comment or " ".join(above)
+            above = []
+        else:
+            above = []
+    return found
 
 
 def upgrade(fields: dict[str, Any], schema: int) -> dict[str, Any]:

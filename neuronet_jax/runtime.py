@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import platform
+import random
 import resource
 import sys
 import threading
@@ -21,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from neuronet_jax.errors import CodedWarning, NeuronetError
+from neuronet_jax.errors import CodedWarning, NeuronetError, UsageError
 from neuronet_jax.files import user_cache
 
 # Messages.
@@ -76,12 +77,13 @@ class Turns:
     def __init__(self):
         self._lock = threading.Lock()
         self.taken_s = 0.0
+        self.share = 0.0  # of the work on the scan whose turn it is, from 0 to 1
 
     @contextlib.contextmanager
     def take(self) -> Iterator[None]:
         """Holds the device for the duration of the block."""
         with self._lock:
-            start = time.perf_counter()
+            start, self.share = time.perf_counter(), 0.0
             try:
                 yield
             finally:
@@ -89,6 +91,32 @@ class Turns:
 
 
 TURNS = Turns()  # one per process, which has one device for inference
+
+
+DEVICES = ("cpu", "gpu", "tpu")
+
+
+def use(device: str | None, threads: int | None) -> None:
+    """Restricts this process to a kind of device and a number of CPU cores. Call it before JAX's first computation.
+
+    The cores are chosen at random among those that the process may use, so that several limited programs rarely share
+    one. Raises UsageError if there are fewer, or no such device.
+    """
+    if threads is not None:
+        if threads > cores():
+            raise UsageError(f"--threads={threads}, but this process may use {cores()} CPU cores")
+        os.environ["NPROC"] = str(threads)  # the threads that XLA starts
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, random.sample(sorted(os.sched_getaffinity(0)), threads))
+    if device is not None:
+        jax.config.update("jax_platforms", device)
+        try:
+            found = jax.devices()[0].platform
+        except (RuntimeError, AssertionError) as error:  # JAX asserts that a plugin of that name is installed
+            reason = str(error).splitlines()[0] if str(error) else "not installed"
+            raise UsageError(f"--device={device}: there is none ({reason})") from error
+        if found != device:
+            raise UsageError(f"--device={device}: this process runs on {found} already")
 
 
 def start() -> str:

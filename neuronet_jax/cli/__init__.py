@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from neuronet_jax.cli import networks, segment, view
+from neuronet_jax.cli import bids_app, completion, networks, segment, view
 from neuronet_jax.programs import INTERRUPTED, Parser, run
 
 
@@ -42,7 +42,9 @@ examples:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     segment.add(commands)
+    bids_app.add(commands)
     view.add(commands)
     networks.add_import_dltk(commands)
     networks.add_export(commands)
+    completion.add(commands, _parser)
     return parser

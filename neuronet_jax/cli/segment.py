@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from neuronet_jax.errors import NeuronetError, UsageError
-from neuronet_jax.programs import DONE, FAILED, PARTIAL, shown
+from neuronet_jax.programs import DONE, FAILED, PARTIAL, Parser, number, shown
 
 
 def add(commands: Any) -> None:
@@ -51,6 +52,7 @@ results, a BIDS derivative dataset:
   labels/sub-01/anat/sub-01_volumes.tsv              voxels and mm³ of every structure
   labels/sub-01/anat/sub-01_agreement.tsv            Dice between the tools, for every region that they share
   labels/sub-01/anat/sub-01_desc-agreement_dseg.nii.gz   number of tools that agree on the tissue
+  labels/sub-01/anat/sub-01_desc-brain_mask.nii.gz   the brain: what at least half of the tools label
   labels/sub-01/anat/sub-01_quality.tsv              entropy and predicted Dice of every structure
   labels/sub-01/anat/sub-01_report.html              pictures, volumes, agreement and warnings on one page
   labels/sub-01/anat/sub-01_provenance.json          the model, options and input of these results
@@ -68,13 +70,19 @@ These three tell of all scans in the folder, also of those of earlier commands.
         help="a .nii, .nii.gz or .mgz file, a folder (its *_T1w images at any depth and the images directly in it), "
         "a raw BIDS dataset, or @FILE with a path per line or, as .csv or .tsv, the column t1 and optionally id",
     )
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
+    add_options(command)
+    command.set_defaults(command=segment)
+
+
+def add_options(command: Parser) -> None:
+    """Declares the options that do not depend on how inputs are named."""
     command.add_argument(
         "--run",
         action="append",
         metavar="DIR",
         help="folder of a run or release; repeat it for an ensemble (default: the network that ships with the package)",
     )
-    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
     command.add_argument(
         "--protocols", type=_names, metavar="NAME,…", help="a selection of the run's protocols (default: all)"
     )
@@ -99,6 +107,13 @@ These three tell of all scans in the folder, also of those of earlier commands.
         help="probability maps of structures, named PROTOCOL:STRUCTURE as in the label tables",
     )
     command.add_argument(
+        "--also",
+        type=_names,
+        default=(),
+        metavar="NAME,…",
+        help="further files: stats (FreeSurfer’s tables), mgz (label maps), 1mm (label maps with 1 mm voxels)",
+    )
+    command.add_argument(
         "--consistent-tissue", action="store_true", help="derive malp_em_tissue from malp_em, so that the two agree"
     )
     command.add_argument(
@@ -115,7 +130,14 @@ These three tell of all scans in the folder, also of those of earlier commands.
         help="keep labels that lie apart from the brain (see summary.tsv: removed_ml)",
     )
     command.add_argument("--no-report", action="store_true", help="write no HTML pages")
-    command.set_defaults(command=_segment)
+    command.add_argument(
+        "--device", choices=("cpu", "gpu", "tpu"), help="where the network runs (default: the fastest)"
+    )
+    command.add_argument("--threads", type=number(int, 1), metavar="N", help="use at most N CPU cores")
+    command.add_argument("--quiet", action="store_true", help="print errors and rejected inputs only")
+    command.add_argument(
+        "--log-file", type=Path, metavar="FILE", help="append what happens, with the time, to FILE; it names the scans"
+    )
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -130,14 +152,15 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
 
 
-def _segment(args: argparse.Namespace) -> int:
+def segment(args: argparse.Namespace) -> int:
+    """Segments `args.inputs` into `args.out`."""
     from rich.console import Console
 
     from neuronet_jax import runtime
     from neuronet_jax.images import nifti
     from neuronet_jax.inference.segment import check_request
     from neuronet_jax.inference.segmentation import Options
-    from neuronet_jax.results import bids, cohort, dataset, reports, tables
+    from neuronet_jax.results import bids, cohort, dataset, extras, reports, tables
     from neuronet_jax.results import inputs as scans
     from neuronet_jax.results.resume import Records
     from neuronet_jax.runs.calibration import load_calibration, uncalibrated
@@ -150,16 +173,20 @@ def _segment(args: argparse.Namespace) -> int:
         options = Options(
             args.flip, args.crops, args.fast, args.posteriors, args.consistent_tissue, not args.no_clean_up
         )
+    extras.check_kinds(args.also)
     found = scans.find(args.inputs)
 
     keep_compiled()
-    console = Console(stderr=True)
-    console.print(runtime.start(), highlight=False)
+    runtime.use(args.device, args.threads)
+    console = Console(stderr=True, quiet=args.quiet)
+    if args.log_file:
+        _log_to(args.log_file)
+    cohort.say(runtime.start(), console)
     runs = args.run or [shipped()]
     model = restore(*runs)
     if not args.run:
         grid, note = f"{model.voxel_size_mm:g} mm", model.origin.note
-        console.print(f"no --run: using the network that ships with neuronet-jax ({grid}; {note})", highlight=False)
+        cohort.say(f"no --run: using the network that ships with neuronet-jax ({grid}; {note})", console)
     derived = ("malp_em_tissue",) if options.consistent_tissue else ()
     protocols = tuple(dict.fromkeys(args.protocols or (*model.config.protocols, *derived)))
     with _wrong_options():
@@ -176,7 +203,7 @@ def _segment(args: argparse.Namespace) -> int:
     if args.shard is not None:
         targets = cohort.shard(targets, *args.shard)
         refused = refused if args.shard[0] == 1 else []  # one of the shards tells of them
-    records = Records(provenance, protocols, options.posteriors)
+    records = Records(provenance, protocols, options.posteriors, args.also)
     todo, rows = records.unfinished(targets, args.overwrite)
 
     there = len(rows)
@@ -199,12 +226,38 @@ def _segment(args: argparse.Namespace) -> int:
         dataset.write_cohort(args.out, provenance, calibration, not args.no_report)  # without --shard
     done, of = sum(row.status == "done" for row in ordered), len(targets) + len(refused)
     where = f" in {args.out}" if results.exists() else f"; nothing was written to {args.out}"
-    print(shown(f"{done} of {of} scans segmented{where}" + (f", {there} of them earlier" if there else "")))
+    _conclude(shown(f"{done} of {of} scans segmented{where}" + (f", {there} of them earlier" if there else "")), args)
     for code, meaning, count in reports.explained(ordered):
-        print(f"{code} ({count} {'scan' if count == 1 else 'scans'}): {meaning}")
+        _conclude(f"{code} ({count} {'scan' if count == 1 else 'scans'}): {meaning}", args)
     if todo:
-        print(work.timing(len(todo)))
+        _conclude(work.timing(len(todo)), args)
     return DONE if done == of else PARTIAL if done else FAILED
+
+
+def _conclude(text: str, args: argparse.Namespace) -> None:
+    """Prints a line of the result, unless --quiet, and logs it."""
+    from neuronet_jax.results import cohort
+
+    cohort.LOG.info(text)
+    if not args.quiet:
+        print(text)
+
+
+def _log_to(path: Path) -> None:
+    """Appends what happens to a file, a line each, with the time. Raises NeuronetError if it cannot be written."""
+    from neuronet_jax.results import cohort
+
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise NeuronetError(f"cannot write --log-file={path}: {error}") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    for earlier in cohort.LOG.handlers[:]:  # of an earlier command in this process
+        cohort.LOG.removeHandler(earlier)
+        earlier.close()
+    cohort.LOG.addHandler(handler)
+    cohort.LOG.setLevel(logging.INFO)
+    cohort.LOG.propagate = False  # the terminal has its own lines
 
 
 def _told(args: argparse.Namespace) -> str:

@@ -27,7 +27,7 @@ from neuronet_jax.inference.tiling import Shape, Tile, receptive_margin, rounded
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.models.readout import Readout, spans
 from neuronet_jax.runs.model import Model
-from neuronet_jax.runtime import mesh_over_cores
+from neuronet_jax.runtime import TURNS, mesh_over_cores
 
 BUCKET = BLOCK  # sides are padded to multiples of it: heads come in few shapes, so programs are compiled rarely
 # Memory per extra member of an average, as a fraction of VOXEL_BYTES: its image and its coarse features.
@@ -86,11 +86,13 @@ def read_volume(
             np.zeros((4, reading.columns)),
         )
         mesh = mesh_over_cores(tile[1] // max(strides))
-        for part in tiles(bucket, tile, margin):
-            part = part.within(volume)
+        every = [part.within(volume) for part in tiles(bucket, tile, margin)]
+        for number, part in enumerate(every):
             if all(side.start < side.stop for side in part.kept):
                 kinds, members = zip(*_members(mesh, model, whole, part, protocols, options.flip, shifts), strict=True)
-                _read_tile(mesh, kinds, members, part, volume, reading, positions, result)
+                share = number / len(every), (number + 1) / len(every)
+                _read_tile(mesh, kinds, members, part, volume, reading, positions, result, share)
+                TURNS.share = share[1]
         return result
 
     return with_smaller_tiles(run, bucket, budget, step, margin)
@@ -179,8 +181,9 @@ def _read_tile(
     reading: Reading,
     positions: Sequence[np.ndarray] | None,
     result: Result,
+    share: tuple[float, float],
 ) -> None:
-    """Fills in the part of the result that the tile is valid for."""
+    """Fills in the part of the result that the tile is valid for: the work from one share of the whole to another."""
     own = [np.arange(v.start, v.stop, dtype=float) for v in volume]
     own_rows = [_rows_of(p, part, axis) for axis, p in enumerate(own)]
     wanted, wanted_rows = own, own_rows
@@ -199,13 +202,15 @@ def _read_tile(
         margin = SLACK + (DOUBT_NATS if reading.confidence else 0)
         blocks = blocks[_highest_leads(mesh, kinds, members, reading, blocks) > -margin]
     if positions is None:
-        _read_blocks(mesh, kinds, members, part, own, own_rows, reading, blocks, result)
+        _read_blocks(mesh, kinds, members, part, own, own_rows, reading, blocks, result, share)
         return
+    middle = (share[0] + share[1]) / 2 if reading.confidence else share[0]
     if reading.confidence:
         sums_only = reading._replace(posteriors=())
-        _read_blocks(mesh, kinds, members, part, own, own_rows, sums_only, blocks, result, labels=False)
+        early = share[0], middle
+        _read_blocks(mesh, kinds, members, part, own, own_rows, sums_only, blocks, result, early, labels=False)
     labels_only = reading._replace(confidence=False)
-    _read_blocks(mesh, kinds, members, part, wanted, wanted_rows, labels_only, blocks, result)
+    _read_blocks(mesh, kinds, members, part, wanted, wanted_rows, labels_only, blocks, result, (middle, share[1]))
 
 
 def _rows_of(positions: np.ndarray, part: Tile, axis: int) -> list[np.ndarray]:
@@ -243,9 +248,10 @@ def _read_blocks(
     reading: Reading,
     blocks: np.ndarray,
     result: Result,
+    share: tuple[float, float],
     labels: bool = True,
 ) -> None:
-    """Reads blocks and adds their outputs to the result."""
+    """Reads blocks and adds their outputs to the result: the work from one share of the whole to another."""
     blocks = blocks[_with_rows(blocks, rows_of)]
     if not len(blocks):
         return
@@ -264,6 +270,7 @@ def _read_blocks(
                 result.classes[into] = found.labels[place][u, :, v, w].swapaxes(0, 1)
                 result.posteriors[into] = found.posteriors[place][u, :, v, w].swapaxes(0, 1)
         done += len(places)
+        TURNS.share = share[0] + (share[1] - share[0]) * done / len(blocks)
 
 
 def _shifts(crops: int, stride: int) -> list[int]:

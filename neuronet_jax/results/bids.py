@@ -8,6 +8,8 @@
     OUT/sub-01/anat/sub-01_volumes.tsv         voxels and mm³ of every structure of every protocol
     OUT/sub-01/anat/sub-01_agreement.tsv       Dice between protocols, for every region that they share
     OUT/sub-01/anat/sub-01_desc-agreement_dseg.nii.gz, .json    number of protocols that agree on the tissue
+    OUT/sub-01/anat/sub-01_desc-brain_mask.nii.gz, .json        voxels that at least half of the tools label
+    OUT/sub-01/anat/sub-01_seg-malpem.stats, …_dseg.mgz, …_res-1mm_dseg.nii.gz    on request, see `extras`
     OUT/sub-01/anat/sub-01_quality.tsv         entropy and predicted Dice of every structure
     OUT/sub-01/anat/sub-01_report.html         all of the above with pictures, on one page
     OUT/sub-01/anat/sub-01_thumbnail.webp      two slices, for the page of all scans
@@ -69,6 +71,15 @@ class Target:
         return self.folder / f"{self.stem}_{name}.tsv"
 
     @property
+    def mask(self) -> Path:
+        return self.folder / f"{self.stem}_desc-brain_mask.nii.gz"
+
+    def extra(self, protocol: str, kind: str) -> Path:
+        """Returns the file of a protocol's labels in a kind of `extras.KINDS`."""
+        names = {"stats": ".stats", "mgz": "_dseg.mgz", "1mm": "_res-1mm_dseg.nii.gz"}
+        return self.folder / f"{self.stem}_seg-{bids_label(protocol)}{names[kind]}"
+
+    @property
     def report(self) -> Path:
         return self.folder / f"{self.stem}_report.html"
 
@@ -87,7 +98,15 @@ class Target:
     def written(self, protocols: Sequence[str], posteriors: Sequence[str] = ()) -> list[Path]:
         """Returns every file that a command may write for this input, without the sidecars."""
         tables = [self.table(name) for name in ("agreement", "quality")]
-        return [*self.results(protocols, posteriors), self.votes, *tables, self.report, self.thumbnail, self.record]
+        return [
+            *self.results(protocols, posteriors),
+            self.votes,
+            self.mask,
+            *tables,
+            self.report,
+            self.thumbnail,
+            self.record,
+        ]
 
 
 def bids_label(protocol: str) -> str:

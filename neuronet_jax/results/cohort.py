@@ -1,5 +1,8 @@
 """Segments many scans: a shard of them, several at a time, with the outcome of each."""
 
+import contextlib
+import logging
+import threading
 import time
 import traceback
 from collections import deque
@@ -9,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError, RejectError
@@ -26,6 +30,8 @@ from neuronet_jax.results.write import write_results
 from neuronet_jax.runs.calibration import UNKNOWN, Calibration
 from neuronet_jax.runs.model import Model
 
+LOG = logging.getLogger(__name__)  # of `--log-file`
+EVERY_S = 60.0  # between two lines about one head
 Item = TypeVar("Item")
 Output = TypeVar("Output")
 _PLAIN: dict[str, Any] = {
@@ -67,7 +73,15 @@ class Cohort:
         self.dataset.begin()
         self.records.begin(target, source)
         row = write_results(
-            target, volume, result, True, self.records.provenance, self.calibration, self.report, self.command
+            target,
+            volume,
+            result,
+            True,
+            self.records.provenance,
+            self.calibration,
+            self.report,
+            self.command,
+            self.records.also,
         )
         self.records.complete(target, row)
         return row
@@ -78,16 +92,21 @@ class Cohort:
         A fault of one scan does not stop the others. Raises NeuronetError if results cannot be written.
         """
         if expected := self._expected(targets):
-            console.print(expected, **_PLAIN)
+            say(expected, console)
         columns = (
             TextColumn("segmenting"),
             BarColumn(),
             MofNCompleteColumn(),
+            _WithinHead(),
             TimeRemainingColumn(),
             TextColumn("left"),
         )
         start, network_start_s = time.perf_counter(), runtime.TURNS.taken_s
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        silent = console.quiet or not console.is_terminal
+        with (
+            _within_heads(console, not console.is_terminal),
+            Progress(*columns, console=console, disable=silent) as progress,
+        ):
             bar = progress.add_task("", total=len(targets))
             for number, (target, future) in enumerate(in_order(self.segment, targets, _workers()), 1):
                 row = _row(target, future, console)
@@ -133,16 +152,58 @@ def _row(target: Target, future: "Future[Row]", console: Console) -> Row:
 
 
 def report(row: Row, console: Console, number: str = "", left: str = "") -> None:
-    """Prints a line for each scan, or only for scans with problems if there is a progress bar."""
+    """Prints a line for each scan, or only for scans with problems if there is a progress bar.
+
+    A quiet console prints rejections only.
+    """
     if row.status == "rejected":
         text = f"{row.output} ({row.input}): rejected, {row.code}: {row.reason}"
     else:
         warned = f", with {row.warnings.replace(',', ', ')}" if row.warnings != "n/a" else ""
         text = f"{row.output} ({row.input}): done{warned}"
-    if not console.is_terminal:
+    LOG.info("%s%s", number, text)
+    if row.status == "rejected" and console.quiet:
+        Console(file=console.file, stderr=console.stderr).print(text, **_PLAIN)
+    elif not console.is_terminal:
         console.print(f"{number}{text}{left}", **_PLAIN)
     elif row.status == "rejected" or row.warnings != "n/a":
         console.print(text, style="red" if row.status == "rejected" else "yellow", **_PLAIN)
+
+
+def say(text: str, console: Console) -> None:
+    """Prints a line, unless the console is quiet, and logs it."""
+    LOG.info(text)
+    console.print(text, **_PLAIN)
+
+
+class _WithinHead(ProgressColumn):
+    """How much of the head that is at the network is done."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.finished else f"this one {runtime.TURNS.share:3.0%}")
+
+
+@contextlib.contextmanager
+def _within_heads(console: Console, is_wanted: bool) -> Iterator[None]:
+    """Says within the block, from time to time, how much of a long head is done."""
+    done = threading.Event()
+
+    def watch() -> None:
+        before = 0.0
+        while not done.wait(EVERY_S):
+            if (share := runtime.TURNS.share) not in (before, 0.0, 1.0):
+                say(f"{share:.0%} of this head is done", console)
+            before = share
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if is_wanted:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if is_wanted:
+            thread.join()
 
 
 def _workers() -> int:

@@ -39,7 +39,7 @@ from neuronet_jax.runs.provenance import Provenance
 DESCRIPTION, SUMMARY = "dataset_description.json", "summary.tsv"
 _NO_BIDS = (  # files without a name in BIDS
     *("summary*.tsv", "volumes.tsv", "*_volumes.tsv", "*_agreement.tsv", "*_quality.tsv", "*_provenance.json"),
-    *("*_lut.txt", "*report.html", "*_thumbnail.webp"),
+    *("*_lut.txt", "*report.html", "*_thumbnail.webp", "*.stats", "*.mgz", "qc.tsv"),
 )
 
 

@@ -17,6 +17,7 @@ from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
 from neuronet_jax.programs import shown
 from neuronet_jax.results.bids import GENERATOR, Target
+from neuronet_jax.results.extras import files_of
 from neuronet_jax.results.tables import Row, row_of
 from neuronet_jax.runs.provenance import Provenance
 
@@ -32,6 +33,7 @@ class Records:
     provenance: Provenance
     protocols: Sequence[str]
     posteriors: Sequence[str] = ()
+    also: Sequence[str] = ()  # see `extras`
 
     def unfinished(self, targets: Sequence[Target], overwrite: bool) -> tuple[list[Target], dict[str, Row]]:
         """Returns the scans still to do and, by stem, the rows of those that are complete.
@@ -89,6 +91,8 @@ class Records:
             return None, ""
         if not set(self.protocols) <= set(protocols):
             return None, f"it has results for {', '.join(protocols)} only"
+        if not all(path.exists() for path in files_of(target, self.protocols, self.also)):
+            return None, ""  # somebody wants them now
         sizes = {name: _size(target.folder / name) for name in record["files"]}
         if changed := [name for name, size in sizes.items() if size not in (None, record["files"][name])]:
             return None, f"{changed[0]} was changed since it was written"

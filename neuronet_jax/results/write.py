@@ -18,6 +18,7 @@ from neuronet_jax.inference.segmentation import Segmentation
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.programs import shown
 from neuronet_jax.results.bids import GENERATOR, Target
+from neuronet_jax.results.extras import write_extras
 from neuronet_jax.results.scan_page import ScanPage, render_scan
 from neuronet_jax.results.tables import Row, file_cell, tsv, volume_table, write_text
 from neuronet_jax.runs.calibration import UNKNOWN, Calibration
@@ -33,11 +34,12 @@ def write_results(
     calibration: Calibration = UNKNOWN,
     report: bool = True,
     command: str = "",
+    also: Sequence[str] = (),
 ) -> Row:
     """Writes one scan's results, each file under its final name only when complete. Returns the scan's row.
 
-    `calibration` belongs to the model's run; `report` asks for the page, which tells the options in `command`. Raises
-    NeuronetError if writing fails.
+    `calibration` belongs to the model's run; `report` asks for the page, which tells the options in `command`; `also`
+    asks for `extras`. Raises NeuronetError if writing fails.
     """
     maps = result.maps
     mm3 = volumetry.volumes_mm3(maps, volume.affine)
@@ -63,6 +65,11 @@ def write_results(
             what = "Number of protocols that give the voxel its most frequent tissue (CSF, GM, WM or none)"
             content = {"Description": f"{what}; 0 if no protocol labels it as tissue", "Protocols": compared.voters}
             _write_json(target.votes, content, provenance)
+        if (mask := volumetry.brain_mask(maps)) is not None:
+            nifti.write_labels(target.mask, mask, volume, overwrite)
+            what = "Brain: voxels that at least half of the tools label, without holes"
+            _write_json(target.mask, {"Description": what, "Type": "Brain"}, provenance)
+        write_extras(target, volume, maps, also, overwrite)
         write_text(target.volumes, volume_table(maps, volume.affine))
         write_text(target.table("agreement"), tsv(agreement.table(compared)))
         if expected.predicted:

@@ -47,6 +47,8 @@ def test_F03_a_cohort_continues_past_bad_files(run, heads, tmp_path, capsys):
     written = sorted(path.name for path in (out / "sub-a" / "anat").iterdir())
     assert written == [
         "sub-a_agreement.tsv",
+        "sub-a_desc-brain_mask.json",
+        "sub-a_desc-brain_mask.nii.gz",
         "sub-a_provenance.json",
         "sub-a_quality.tsv",
         "sub-a_report.html",
@@ -220,7 +222,7 @@ def test_examples_of_the_help_are_commands(name, capsys):
         if "COMMAND" in line:
             continue
         args = _parser().parse_args(shlex.split(line)[1:])  # exits with 2 if one is wrong
-        assert args.command.__name__ == f"_{shlex.split(line)[1].replace('-', '_')}"
+        assert args.command.__name__.lstrip("_") == shlex.split(line)[1].replace("-", "_")
         if name == "segment":
             Options(posteriors=args.posteriors)  # names that exist
 

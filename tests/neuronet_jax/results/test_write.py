@@ -131,7 +131,7 @@ def test_F07_the_same_scan_gives_the_same_bytes(tmp_path, target, written):
     assert write_results(again, volume, _result(maps), False, Provenance()) == row
     files = sorted(path.relative_to(target.out) for path in target.out.rglob("*") if path.is_file())
     assert (
-        len(files) == 1 + 1 + 2 * 3 + 1 + 2 * 4 + 4
+        len(files) == 1 + 1 + 2 * 3 + 1 + 2 * 5 + 4
     )  # .bidsignore, description, look-up tables, maps, tables, page and thumbnail
     for file in files:
         assert (target.out / file).read_bytes() == (again.out / file).read_bytes()
