@@ -43,7 +43,8 @@ def score_scan(model: Model, scan: Path, references: Mapping[str, Path]) -> dict
     for name, path in references.items():
         reference = nifti.read_labels(path)
         ids = np.asarray(found[name].dataobj)
-        if reference.data.shape != ids.shape or not np.allclose(reference.affine, found[name].affine, atol=1e-3):
+        grid = np.asarray(found[name].affine, float)
+        if reference.data.shape != ids.shape or not np.allclose(reference.affine, grid, atol=1e-3):
             raise NeuronetError(f"E_GRID: the map of {name} lies on a different grid than its scan: leave it out")
         protocol = PROTOCOLS[name]
         tables[name] = dice_per_class(

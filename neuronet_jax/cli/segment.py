@@ -262,7 +262,7 @@ def _log_to(path: Path) -> None:
 
 def _told(args: argparse.Namespace) -> str:
     """Returns the options that decide about the labels, for the pages: without folders, which may reveal more."""
-    told = [f"--run={Path(run).name}" for run in args.run]
+    told = [f"--run={Path(run).name}" for run in args.run or ()]
     for name in ("protocols", "posteriors"):
         told += [f"--{name}={','.join(getattr(args, name))}"] if getattr(args, name) else []
     told += [f"--crops={args.crops}"] if args.crops > 1 else []

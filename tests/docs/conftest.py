@@ -221,7 +221,7 @@ def _check_contenders(arguments: argparse.Namespace) -> None:
     assert {re.split("[:@]", entry)[0] for entry in arguments.against.split(",")} <= set(CONTENDERS)
 
 
-def _copied(config: Config, workdir: str, *options: bool) -> None:
+def _copied(config: Config, workdir: str, **options: Any) -> None:
     """Copies the workplace's run to the name of the new one, in place of training."""
     if "://" not in workdir and not Path(workdir).exists():
         shutil.copytree("runs/all_targets", workdir)
