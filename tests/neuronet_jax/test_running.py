@@ -1,4 +1,4 @@
-"""How the programs run: devices, threads, logs, BIDS Apps, completion, containers."""
+"""Running the programs: devices, threads, logs, BIDS Apps, completion, containers."""
 
 import json
 import logging
