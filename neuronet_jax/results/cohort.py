@@ -177,7 +177,7 @@ def say(text: str, console: Console) -> None:
 
 
 class _WithinHead(ProgressColumn):
-    """How much of the head that is at the network is done."""
+    """The share that is done of the head that is at the network."""
 
     def render(self, task: Task) -> Text:
         return Text("" if task.finished else f"this one {runtime.TURNS.share:3.0%}")

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
 from isal import igzip
+from nibabel.freesurfer.mghformat import MGHImage
 from scipy import ndimage
 
 from neuronet_jax import __version__
@@ -41,7 +43,7 @@ def write_extras(
         if "stats" in kinds:
             write_text(target.extra(name, "stats"), _stats(PROTOCOLS[name], ids, volume, mm3))
         if "mgz" in kinds:
-            image = nib.freesurfer.MGHImage(ids.astype(np.uint8), volume.affine)
+            image: Any = MGHImage(cast(Any, ids.astype(np.uint8)), volume.affine)
             path = target.extra(name, "mgz")
             content = igzip.compress(image.to_bytes(), compresslevel=3, mtime=0)
             Files(str(path.parent.absolute())).write(path.name, content)
@@ -80,9 +82,13 @@ def _stats(protocol: Protocol, ids: np.ndarray, volume: space.Volume, mm3: Mappi
     numbers = [s.id for s in present]
     image = volume.data
     counts = np.bincount(ids.ravel(), minlength=256)
-    means, spreads = (f(image, ids, numbers) for f in (ndimage.mean, ndimage.standard_deviation))
+    shares = np.maximum(counts, 1)  # absent ids are not shown
+    means = np.bincount(ids.ravel(), image.ravel(), 256) / shares
+    squares = np.bincount(ids.ravel(), ((image - means[ids]) ** 2).ravel(), 256) / shares
     least, most = (f(image, ids, numbers) for f in (ndimage.minimum, ndimage.maximum))
-    for row, (s, mean, spread, low, high) in enumerate(zip(present, means, spreads, least, most, strict=True), start=1):
+    for row, (s, mean, spread, low, high) in enumerate(
+        zip(present, means[numbers], np.sqrt(squares[numbers]), least, most, strict=True), start=1
+    ):
         lines.append(
             f"{row:3d} {s.id:3d} {counts[s.id]:8d} {mm3[protocol.name][s.id]:9.1f}  {s.name:<30} "
             f"{mean:10.4f} {spread:10.4f} {low:10.4f} {high:10.4f} {high - low:10.4f}"

@@ -1,4 +1,4 @@
-"""What the HTML pages share: their templates, how values are written, and facts that several pages state.
+"""Parts that the HTML pages share: their templates, how values are written, and facts that several pages state.
 
 Every page is one self-contained file without scripts: switches are the browser's own controls, and style does the rest.
 """

@@ -1,4 +1,4 @@
-"""What the viewer shows of a folder of results, and which files it may therefore serve: these and no others."""
+"""The scans and maps that the viewer shows of a folder of results, and the files that it may therefore serve."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What a person notes about scans: OUT/qc.tsv, a row for each scan with a verdict."""
+"""The notes of a person about scans: OUT/qc.tsv, a row for each scan with a verdict."""
 
 import csv
 import datetime

@@ -47,6 +47,7 @@ UNDERSTOOD = {
     "experiments.benchmark": "minutes, other frameworks, a TPU compiler",
     "data_prep.demo": "drawing phantoms, which tests/data_prep/demo does",
     "data_prep.heads": "whole-head label maps, which tests/data_prep/test_heads.py draws",
+    "neuronet view": "a browser; tests/neuronet_jax/viewer has one",
     "neuronet import-dltk": "the published weights; tests/neuronet_jax/dltk imports others",
 }
 # Where the main function is, if not in the module of the program's name.

@@ -33,7 +33,7 @@ def test_it_runs_from_top_to_bottom(tiny_run_of_all, noisy_heads, monkeypatch, t
     data = [output.get("data", {}) for output in outputs]
     assert "'malp_em_tissue': ((60, 70, 64)," in outputs[0]["data"]["text/plain"]
     assert sum("application/vnd.jupyter.widget-view+json" in found for found in data) == 1  # the viewer
-    assert sum(map(_is_image, data)) == 2  # volumes and agreement
+    assert sum(map(_is_image, data)) == 3  # labels, volumes and agreement
     text = "".join(output.get("text", "") for output in outputs)
     assert re.search(r"unanimous in \d+% of the voxels", text)
     assert len(re.findall(r"^(?:CSF|GM|WM) .*Dice (?:0\.\d\d|1\.00|nan)$", text, re.MULTILINE)) == 18  # of 6 pairs

@@ -1,4 +1,4 @@
-"""How the programs run: devices, threads, logs, BIDS Apps, completion, containers."""
+"""Running the programs: devices, threads, logs, BIDS Apps, completion, containers."""
 
 import json
 import logging
@@ -140,10 +140,9 @@ def test_the_containers_install_what_is_here():
     bases = re.findall(r"^FROM (\S+)$", docker, re.MULTILINE) + re.findall(r"^From: (\S+)$", apptainer, re.MULTILINE)
     assert len(bases) == 2 and len(set(bases)) == 1
     steps = [
-        re.search(r"python -m pip install .*", text)[0].replace("${EXTRA}", "{{ EXTRA }}")
-        for text in (docker, apptainer)
-    ]  # type: ignore[index]
-    assert steps[0] == steps[1] and "--constraint /opt/neuronet/constraints.txt" in steps[0]
+        re.findall("python -m pip install .*", text.replace("${EXTRA}", "{{ EXTRA }}")) for text in (docker, apptainer)
+    ]
+    assert steps[0] == steps[1] and "--constraint /opt/neuronet/constraints.txt" in steps[0][0]
     assert 'ENTRYPOINT ["neuronet"]' in docker and 'exec neuronet "$@"' in apptainer
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert {".git", "runs", "stores"} <= set(ignored)

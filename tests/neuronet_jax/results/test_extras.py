@@ -6,6 +6,7 @@ import re
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.freesurfer.mghformat import MGHImage
 
 from neuronet_jax.cli import main
 from neuronet_jax.evaluation import volumetry
@@ -41,11 +42,14 @@ def test_what_is_asked_for_is_written_later_too(run, heads, tmp_path, capsys):
     assert not [*folder.glob("*.stats"), *folder.glob("*.mgz"), *folder.glob("*res-1mm*")]
     assert main([*command, "--also=stats,mgz,1mm"]) == 0
     source = nib.Nifti1Image.from_filename(heads / "a.nii.gz")
+    assert source.affine is not None
     labels = np.asarray(nib.Nifti1Image.from_filename(folder / "sub-a_seg-fslfirst_dseg.nii.gz").dataobj)
-    mgz = nib.freesurfer.MGHImage.from_filename(folder / "sub-a_seg-fslfirst_dseg.mgz")
+    mgz = MGHImage.from_filename(folder / "sub-a_seg-fslfirst_dseg.mgz")
     np.testing.assert_array_equal(np.asarray(mgz.dataobj), labels)
+    assert mgz.affine is not None
     np.testing.assert_allclose(mgz.affine, source.affine)
     fine = nib.Nifti1Image.from_filename(folder / "sub-a_seg-fslfirst_res-1mm_dseg.nii.gz")
+    assert fine.affine is not None
     assert nib.aff2axcodes(fine.affine) == ("R", "A", "S") and set(fine.header.get_zooms()) == {1.0}
     here = np.argwhere(np.asarray(fine.dataobj) == 10)[::500]
     there = np.linalg.inv(source.affine) @ fine.affine @ np.c_[here, np.ones(len(here))].T
