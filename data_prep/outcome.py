@@ -1,4 +1,4 @@
-"""What a build reports: counts by split and code, and a bar while it works. Nothing here names a subject."""
+"""The report of a build: counts by split and code, and a bar while it works. Nothing here names a subject."""
 
 import collections
 from collections.abc import Iterable, Sequence

@@ -22,7 +22,7 @@ Input = Path | Member
 
 
 class Fingerprint(NamedTuple):
-    """What identifies an input file. For a member of an archive, size and time are those of the archive."""
+    """The identity of an input file. For a member of an archive, size and time are those of the archive."""
 
     bytes: int  # -1 if there was no file
     modified_ns: int

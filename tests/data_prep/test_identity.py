@@ -1,4 +1,4 @@
-"""What a store was made of is known by content: changed files are seen, and withdrawn participants stay unnamed."""
+"""Identity by content: changed files are seen, and withdrawn participants stay unnamed."""
 
 import hashlib
 import json
