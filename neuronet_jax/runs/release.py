@@ -71,9 +71,9 @@ def release(
     contents = {WEIGHTS: save(weights), **{program.file: program.content for program in programs}}
     if calibration.heads:
         contents[QUALITY] = calibration_to_json(calibration)
-    config = dataclasses.replace(
-        model.config, data=dataclasses.replace(model.config.data, store="")
-    )  # the path is private to the training site
+    data = model.config.data  # its paths are private to the training site; the weights go with the number of stores
+    data = dataclasses.replace(data, store="", stores=("",) * len(data.stores))
+    config = dataclasses.replace(model.config, data=data)
     description = {
         "schema": SCHEMA,
         "version": __version__,
