@@ -89,8 +89,8 @@ def _maps(target: Target, files: dict[str, Path]) -> Iterator[dict[str, str]]:
 def _tables() -> dict[str, dict[str, list[Any]]]:
     tables = {name: [(s.id, s.name, s.color) for s in protocol.structures] for name, protocol in PROTOCOLS.items()}
     tables["votes"] = [(i, f"{i} protocols agree", color) for i, color in enumerate(votes_colors(4))]
-    # NiiVue raises whatever is in the lowest 2/256 of a table to there: without an id below it, background of a table of
-    # more than 128 ids gets the colour of id 1.
+    # NiiVue raises whatever is in the lowest 2/256 of a table to there: without an id below it, the background of a
+    # table of more than 128 ids gets the colour of id 1.
     tables = {name: [(-1, "", (0, 0, 0)), *rows] for name, rows in tables.items()}
     return {
         name: {

@@ -85,7 +85,7 @@ def test_pages_are_self_contained(tmp_path):
         page = path.read_text()
         assert not re.findall(r"https?:|@import|<link|url\(", page)
         assert all(source.startswith("data:image/webp;base64,") for source in re.findall(r'src="([^"]*)"', page))
-        assert "This model is a demonstration" in page
+        assert "About this model: demonstration" in page
         for link in re.findall(r'href="([^"]*)"', page):
             assert (path.parent / link.partition("#")[0]).is_file()
     head = (tmp_path / "sub-01" / "anat" / "sub-01_report.html").read_text()

@@ -20,6 +20,7 @@ from neuronet_jax.runs.model import Model
 
 MOST_WEIGHTS_BYTES = 12_000_000  # what a wheel can carry
 HELD_OUT = "1015"  # of the validation split of the cohort
+ROOT = Path(__file__).resolve().parents[3]
 CARD = SHIPPED / "MODEL_CARD.md"
 
 
@@ -45,6 +46,7 @@ def test_the_card_is_of_these_weights(model: Model) -> None:
     text = CARD.read_text(encoding="utf-8")
     assert model.origin.weights_sha256 in text and f"{model.voxel_size_mm:g} mm" in text
     assert re.search(rf"\b{model.origin.step:,} steps\b", text)
+    assert text == (ROOT / "docs" / "pretrained.md").read_text(encoding="utf-8")  # the same on the pages
 
 
 def test_the_recipe_is_the_one_that_it_was_trained_with(model: Model, tmp_path: Path) -> None:
