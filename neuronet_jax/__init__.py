@@ -1,6 +1,6 @@
 """NeuroNet in JAX: one network reads a raw T1-weighted brain MRI and reproduces the outputs of FSL, SPM and MALP-EM.
 
-    model = neuronet_jax.restore("runs/all_targets")
+    model = neuronet_jax.restore()  # the network that ships; or restore("runs/all_targets")
     labels = neuronet_jax.segment(model, "T1.nii.gz")  # {protocol: label map on the grid of the input}
 
 Importing the package is cheap: JAX is imported on first use of a name that needs it.

@@ -4,6 +4,10 @@
     python -m data_prep.heads --maps=label_maps --brains=stores/pretrained/brains --heads-per-brain=6 \
         --store=stores/pretrained/heads --voxel-size-mm=2
     python -m experiments.train --config=pretrained --workdir=runs/pretrained
+    neuronet export --run=runs/pretrained --out=release --weights-only
+
+The data, their licences and the scores are in `docs/pretrained.md`. Seed 0. Measured cost: 5 s a step on two free CPU
+cores, 97 minutes for 650 steps on two cores with other work. Painting the heads takes 49 s.
 """
 
 from ml_collections import ConfigDict
