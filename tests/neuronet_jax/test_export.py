@@ -38,7 +38,11 @@ RAW = Options(clean_up=False)  # what the exported program gives
 def _model(family: str) -> Model:
     config = load("all_targets:demo")
     settings = replace(config.model, family=family, filters=(4, 6, 8, 10))
-    config = replace(config, model=settings, data=replace(config.data, store="/home/someone/store"))
+    config = replace(
+        config,
+        model=settings,
+        data=replace(config.data, store="/home/someone/store", stores=("/home/someone/heads",), weights=(0.4, 0.6)),
+    )
     return Model(build(settings.on("cpu"), config.protocols, seed=3), config, 2.0, Origin("test", 7))
 
 
@@ -186,7 +190,7 @@ def test_the_description_gives_the_meaning_of_the_ids(folder):
         assert [row["id"] for row in release["labels"][name]] == PROTOCOLS[name].ids.tolist()
     for name, digest in release["sha256"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
-    assert "someone" not in text  # from the path of the training store
+    assert "someone" not in text  # from the paths of the training stores
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "manifest.sha256"], cwd=folder, check=True)
 
 
@@ -210,6 +214,12 @@ def test_a_release_keeps_the_calibration_of_its_run(model, tmp_path, capsys):
     assert cli.main(["export", f"--run={tmp_path / 'run'}", f"--out={tmp_path / 'release'}"]) == 0
     assert "calibrated on 3 validation subjects; scans below 0.500 are flagged" in capsys.readouterr().out
     assert load_calibration(str(tmp_path / "release"), 7) == calibration
+    weights = ("export", f"--run={tmp_path / 'run'}", f"--out={tmp_path / 'weights'}", "--weights-only")
+    assert cli.main([*weights, "--note=for research only"]) == 0
+    assert "holds the weights and their description" in capsys.readouterr().out
+    assert not list((tmp_path / "weights").glob("*.jax_export"))
+    assert restore(tmp_path / "weights").origin == replace(model.origin, note="for research only")
+    assert cli.main([*weights, "--shape=32,32,32"]) == 2
     content = (tmp_path / "release" / "quality.json").read_bytes()
     assert (
         f"{hashlib.sha256(content).hexdigest()}  quality.json" in (tmp_path / "release" / "manifest.sha256").read_text()
