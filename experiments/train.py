@@ -89,11 +89,11 @@ def train(
     held_out = validation_subjects(store, "validation", process, processes)
     held_out = held_out[: -(-config.evaluate_subjects // processes) or None]
     start = restore(init) if init else None
-    described = TrainingData.of_store(store.info, start.origin if start else None)
+    earlier = start.origin if start else None
 
     with (
         contextlib.closing(data),
-        RunDirectory(workdir).hold(config, described, resume, begin) as check_owner,
+        RunDirectory(workdir).hold(config, TrainingData.of_store(store.info, earlier), resume, begin) as check_owner,
         Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
         StopRequest() as stop,
         Watchdog(STALL_S) as watchdog,
