@@ -45,7 +45,7 @@ def score_scan(model: Model, scan: Path, references: Mapping[str, Path]) -> dict
         ids = np.asarray(found[name].dataobj)
         grid = np.asarray(found[name].affine, float)
         if reference.data.shape != ids.shape or not np.allclose(reference.affine, grid, atol=1e-3):
-            raise NeuronetError(f"E_GRID: the map of {name} lies on a different grid than its scan: leave it out")
+            raise NeuronetError(f"E_GEOMETRY: the map of {name} lies on a different grid than its scan: leave it out")
         protocol = PROTOCOLS[name]
         tables[name] = dice_per_class(
             protocol.to_classes(reference.data), protocol.to_classes(ids), protocol.num_classes

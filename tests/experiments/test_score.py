@@ -66,7 +66,7 @@ def test_maps_that_cannot_be_compared_are_refused(command, tmp_path: Path, capsy
     moved = nib.Nifti1Image(np.zeros((48, 44, 50), np.uint8), AFFINE + np.eye(4, k=3))
     nib.save(moved, tmp_path / "fast1.nii.gz")
     assert command("--split=train") == 1
-    assert "E_GRID: the map of fsl_fast lies on a different grid than its scan" in capsys.readouterr().err
+    assert "E_GEOMETRY: the map of fsl_fast lies on a different grid than its scan" in capsys.readouterr().err
     assert command("--split=validation") == 1
     assert "no row of the manifest's validation has a label map of fsl_fast, fsl_first" in capsys.readouterr().err
     assert not (tmp_path / "scores").exists()

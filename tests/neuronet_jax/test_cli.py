@@ -170,7 +170,7 @@ def test_no_run_is_one_message(heads, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["segment", "x", "--out=y"], ["segment", "--run=x", "--out=y"], ["cut"], []])
+@pytest.mark.parametrize("arguments", [["segment", "x", "--run=y"], ["segment", "--run=x", "--out=y"], ["cut"], []])
 def test_wrong_arguments_exit_2(arguments):
     with pytest.raises(SystemExit) as raised:
         main(arguments)

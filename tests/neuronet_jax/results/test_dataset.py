@@ -49,7 +49,7 @@ def _copies(heads: Path, *names: str) -> None:
         (["a.nii"], 1, "did you mean {heads}/a.nii.gz?"),
         (["nowhere/a.nii.gz"], 1, "there is no folder {heads}/nowhere)"),
         (["list.csv"], 2, "write @{heads}/list.csv"),
-        (["@lost.csv"], 1, "lost.csv cannot be read"),
+        (["@lost.csv"], 1, "cannot read {heads}/lost.csv"),
         (["c.nii.gz"], 1, "rejected, E_CONSTANT"),
         (["a.nii.gz", "--protocols=fsl_fats"], 2, "not 'fsl_fats'"),
         (["a.nii.gz", "--crops=0"], 2, "crops must be at least 1"),

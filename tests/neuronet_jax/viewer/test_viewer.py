@@ -105,7 +105,8 @@ def test_a_person_looks_at_two_heads_and_notes_which_is_good(results, heads, tmp
             assert address, line + process.stderr.read()
             tab.open(address[0])
             tab.until("document.body.dataset.state === 'sub-a fsl_fast'")
-            assert tab.run("[...document.getElementById('map').options].map(o => o.value)") == ["fsl_fast", "fsl_first"]
+            maps = tab.run("[...document.getElementById('map').options].map(o => o.value)")
+            assert maps == ["fsl_fast", "fsl_first", "desc-brain"]
             # the middle of the head is labelled, and so is the place that is clicked; the canvas is not empty
             tab.until("/^(CSF|Background) \\(fsl_fast [01]\\)/.test(document.getElementById('structure').textContent)")
             seen = set()
@@ -169,13 +170,19 @@ def test_only_what_the_page_needs_is_served(server, results, heads, tmp_path):
         assert status == 404 and b"secret" not in content, name
 
 
+def test_no_table_begins_with_a_colour(results):
+    """NiiVue shows the first 2/256 of a table alike: the background of MALP-EM's 139 ids would look like id 1."""
+    for table in catalogue.catalogue(results, {}).tables.values():
+        assert table["I"][:2] == [-1, 0] and table["A"][:3] == [0, 0, 255]
+
+
 def test_a_link_that_leads_out_of_the_folder_is_not_followed(results, tmp_path):
     label_map = next(results.rglob("*fslfast_dseg.nii.gz"))
     (tmp_path / "elsewhere.nii.gz").write_bytes(label_map.read_bytes())
     label_map.unlink()
     label_map.symlink_to(tmp_path / "elsewhere.nii.gz")
     files = catalogue.catalogue(results, {}).files
-    assert label_map not in files.values() and len(files) == 1 + 2 + 3  # pages, and the other maps
+    assert label_map not in files.values() and len(files) == 1 + 2 + 3 + 2  # pages, the other maps, masks
 
 
 @pytest.mark.parametrize(
