@@ -139,7 +139,13 @@ dealt = volume._dealt
 
 
 @pytest.mark.parametrize("family", ["neuronet", "reference"])
-@pytest.mark.parametrize("options", [Options(), Options(flip=True, crops=2)], ids=["once", "averaged"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(Options(), id="once"),
+        pytest.param(Options(flip=True, crops=2), id="averaged", marks=pytest.mark.soak),
+    ],
+)
 def test_blocks_that_are_not_read_hold_nothing_but_background(family, options, monkeypatch):
     """Labels and sums of the blocks that remain are those of reading every block, on both kinds of grid."""
     model, image = _rare(family, options.flip)

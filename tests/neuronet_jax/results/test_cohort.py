@@ -82,6 +82,7 @@ def test_F08_killed_at_any_moment_and_run_again_equals_uninterrupted(tiny_run, n
     assert _tree(tmp_path) == whole
 
 
+@pytest.mark.soak  # one kill for each file; the test above kills at some moments
 def test_F08_killed_at_every_write_and_run_again_equals_uninterrupted(
     tiny_run, noisy_heads, whole, tmp_path, monkeypatch
 ):

@@ -607,6 +607,7 @@ import jax, numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 rank, port, run = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"localhost:{port}", 2, rank, initialization_timeout=60)
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from experiments.flags import load
 from neuronet_jax.runs.checkpoint import Checkpoints
@@ -622,9 +623,11 @@ def show(restored):
     mine = [shard.data.tolist() for shard in restored.state["w"].addressable_shards]
     print(checkpoints.steps(), restored.step, restored.data_position, mine, flush=True)
 show(checkpoints.restore(make(0)))
+multihost_utils.sync_global_devices("both have read it")
 if rank == 0:
     path = f"{run}/checkpoints/3/position/position.json"
     os.truncate(path, 1)
+multihost_utils.sync_global_devices("it is damaged")
 show(checkpoints.restore(make(0)))
 checkpoints.close()
 """
