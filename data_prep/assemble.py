@@ -70,7 +70,8 @@ def build_sources(
     """
     start = time.monotonic()
     check(sources)
-    kept = [source for source in sources if source.id not in set(excluded)]
+    left_out = set(excluded)
+    kept = [source for source in sources if source.id not in left_out]
     protocols = tuple(name for name in PROTOCOLS if any(name in source.labels for source in kept))
     if not protocols:
         raise NeuronetError("no subject has a label map: check the manifest's columns and --exclude")

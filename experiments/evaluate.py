@@ -101,10 +101,15 @@ def evaluate(
         {name: summarise_surfaces(values) for name, values in distances.items() if values},
         tolerance_mm,
     )
+    save(out, lines, _describe(model, store, split, result))
+    return result
+
+
+def save(out: Path, lines: Sequence[str], summary: dict) -> None:
+    """Writes dice.tsv and summary.json below `out`."""
     files = Files(str(out.absolute()))
     files.write(DICE, ("\n".join(lines) + "\n").encode())
-    files.write(SUMMARY, (json.dumps(_describe(model, store, split, result), indent=2) + "\n").encode())
-    return result
+    files.write(SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
 
 def refuse_existing(out: Path, overwrite: bool) -> None:

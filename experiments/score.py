@@ -9,7 +9,7 @@ back counts only here. Writes `dice.tsv` and `summary.json`, as `experiments.eva
 """
 
 import argparse
-import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,18 +17,17 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from data_prep.sources.manifest import read_manifest
-from experiments.evaluate import COLUMNS, DICE, SUMMARY, dice_rows, plain, refuse_existing
+from experiments.evaluate import COLUMNS, Evaluation, dice_rows, plain, refuse_existing, save, table
 from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.evaluation.metrics import DiceTable, Summary, dice_per_class, mean_dice, summarise
-from neuronet_jax.files import Files
 from neuronet_jax.images import nifti
 from neuronet_jax.inference.segment import segment
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.programs import DONE, Parser, run
+from neuronet_jax.runs.directory import shipped
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.restore import restore
 
@@ -69,9 +68,9 @@ def score(model: Model, manifest: Path, split: str, out: Path, overwrite: bool =
     lines, scores = ["\t".join(COLUMNS)], {name: [] for name in known}
     console = Console(stderr=True)
     for row, maps in track(scans, "scoring", console=console, disable=not console.is_terminal):
-        for name, table in score_scan(model, Path(str(row.t1)), maps).items():
-            lines += dice_rows(row.id, name, table)
-            scores[name].append(mean_dice(table))
+        for name, found in score_scan(model, Path(str(row.t1)), maps).items():
+            lines += dice_rows(row.id, name, found)
+            scores[name].append(mean_dice(found))
     summaries = {name: summarise(values) for name, values in scores.items() if values}
     described = {
         "run": model.provenance.to_json(),
@@ -79,17 +78,8 @@ def score(model: Model, manifest: Path, split: str, out: Path, overwrite: bool =
         "grid": "of each scan",
         "protocols": {name: plain(summary) for name, summary in summaries.items()},
     }
-    files = Files(str(out.absolute()))
-    files.write(DICE, ("\n".join(lines) + "\n").encode())
-    files.write(SUMMARY, (json.dumps(described, indent=2) + "\n").encode())
+    save(out, lines, described)
     return summaries
-
-
-def table(summaries: Mapping[str, Summary], title: str) -> Table:
-    printed = Table("protocol", "tool", "DSC mean ± sd \\[min]", "scans", title=title)
-    for name, summary in summaries.items():
-        printed.add_row(name, PROTOCOLS[name].tool, str(summary).replace("[", "\\["), str(summary.subjects))
-    return printed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,9 +98,10 @@ def _score(args: argparse.Namespace) -> int:
     runtime.plain()
     runtime.keep_compiled()
     runtime.one_per_core()
-    model = restore(args.run) if args.run else restore()
+    model = restore(args.run or shipped())
     summaries = score(model, args.manifest, args.split, args.out, args.overwrite)
-    Console().print(table(summaries, f"{model.config.name}, {args.split or 'all'} scans, on their own grids"))
+    title = f"{model.config.name}, {args.split or 'all'} scans, on their own grids"
+    Console().print(table(Evaluation(summaries, {}, math.nan), title))
     print(f"written to {args.out}")
     return DONE
 

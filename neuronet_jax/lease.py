@@ -61,10 +61,7 @@ class Lease:
         """Raises NeuronetError E_LEASE, as `check` does, after asking the file itself: before work becomes final."""
         with self._turn:
             if not self._lost:
-                self._beats += 1
-                version = self._files.replace(self._name, self._content(), self._version)
-                self._lost = version is None
-                self._version = version or self._version
+                self._renew()
         self.check()
 
     @property
@@ -104,16 +101,17 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
-            with self._turn:
-                self._beats += 1
-                try:
-                    version = self._files.replace(self._name, self._content(), self._version)
-                except NeuronetError:  # a failed write counts as a missed beat
-                    continue
-                if version is None:
-                    self._lost = True
-                    return
-                self._version = version
+            with self._turn, contextlib.suppress(NeuronetError):  # a failed write counts as a missed beat
+                self._renew()
+            if self._lost:
+                return
+
+    def _renew(self) -> None:
+        """Writes the next beat, or learns that a different process has taken the file. The caller has the turn."""
+        self._beats += 1
+        version = self._files.replace(self._name, self._content(), self._version)
+        self._lost = version is None
+        self._version = version or self._version
 
     def _release(self) -> None:
         self._ended.set()

@@ -93,9 +93,6 @@ class Turns:
 TURNS = Turns()  # one per process, which has one device for inference
 
 
-DEVICES = ("cpu", "gpu", "tpu")
-
-
 def use(device: str | None, threads: int | None) -> None:
     """Restricts this process to a kind of device and a number of CPU cores. Call it before JAX's first computation.
 

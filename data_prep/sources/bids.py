@@ -18,8 +18,8 @@ from data_prep.sources.files import Input
 from data_prep.sources.source import Source, check
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.results.bids import GENERATOR
 
-_OURS = "NeuroNet-JAX"  # in `GeneratedBy`: a network must not learn from a network
 _SPACES = (None, "", "T1w", "orig")  # names that BIDS and tools give to the grid of the scan
 _SEGMENTATIONS = {name.replace("_", ""): name for name in PROTOCOLS}
 
@@ -42,7 +42,7 @@ def read_dataset(folder: Path) -> list[Source]:
     maps: dict[tuple[str, str], dict[str, list[Path]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for root in sorted(bids2table.find_bids_datasets(folder)):
         about = _described(root)
-        if any(_OURS in str(tool) for tool in about.get("GeneratedBy", ())):
+        if any(GENERATOR in str(tool) for tool in about.get("GeneratedBy", ())):  # a network must not learn from one
             log.warning("%s holds results of this program, which are not taken as references", root.relative_to(folder))
             continue
         for row in _rows(bids2table.index_dataset(root)):

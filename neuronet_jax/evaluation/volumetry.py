@@ -14,12 +14,16 @@ _TOOLS = (("fsl_fast",), ("spm_tissue",), ("malp_em", "malp_em_tissue"))
 _OF_ALL_CSF = ("fsl_fast", "spm_tissue")  # they label the CSF of the sulci too
 
 
-def volumes_mm3(maps: Mapping[str, np.ndarray], affine: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns, per protocol, the volume of every id, float64 [256], in mm³. `maps` has the tools' ids."""
+def voxel_counts(maps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns, per protocol, the number of voxels of every id, int64 [256]. `maps` has the tools' ids."""
     return {
-        name: np.sum([np.bincount(plane.ravel(), minlength=256) for plane in ids], axis=0) * voxel_mm3(affine)
-        for name, ids in maps.items()
+        name: np.sum([np.bincount(plane.ravel(), minlength=256) for plane in ids], axis=0) for name, ids in maps.items()
     }  # plane by plane: planes fit the cache
+
+
+def volumes_mm3(counts: Mapping[str, np.ndarray], affine: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns, per protocol, the volume of every id, float64 [256], in mm³. `counts` is from `voxel_counts`."""
+    return {name: found * voxel_mm3(affine) for name, found in counts.items()}
 
 
 def brain_mm3(mm3: Mapping[str, np.ndarray]) -> float:

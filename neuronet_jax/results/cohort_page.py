@@ -136,10 +136,9 @@ def _distribution(name: str, protocol: str, values: np.ndarray, scans: Sequence[
     for number, value in enumerate(values):
         if not math.isnan(value):
             places[_x(float(value), least, most)].append(number)
+    far = (len(known) >= LEAST_FOR_OUTLIERS) & (np.abs(_deviations(values)) > FAR)
     dots = [
-        {"x": x, "scans": numbers, "title": _title(numbers, scans, values),
-         "far": len(known) >= LEAST_FOR_OUTLIERS
-         and any(abs(_deviations(known, float(values[number]))) > FAR for number in numbers)}
+        {"x": x, "scans": numbers, "title": _title(numbers, scans, values), "far": bool(far[numbers].any())}
         for x, numbers in sorted(places.items())
     ]  # fmt: skip
     return {
@@ -159,19 +158,25 @@ def _outliers(volumes: Volumes) -> list[dict[str, Any]]:
     if len(volumes.scans) >= LEAST_FOR_OUTLIERS:
         for column, values in zip(volumes.columns, volumes.values.T, strict=True):
             protocol, _, name = column.partition(".")
-            known = values[~np.isnan(values)]
-            for scan, value in zip(volumes.scans, values, strict=True):
-                if not math.isnan(value) and abs(z := _deviations(known, value)) > FAR:
-                    rows.append({"scan": scan, "name": name, "protocol": protocol, "value": value, "z": z,
-                                 "median": float(np.median(known))})  # fmt: skip
+            deviations = _deviations(values)
+            for number in np.flatnonzero(np.abs(deviations) > FAR):
+                rows.append({"scan": volumes.scans[number], "name": name, "protocol": protocol,
+                             "value": values[number], "z": float(deviations[number]),
+                             "median": float(np.nanmedian(values))})  # fmt: skip
     return sorted(rows, key=lambda row: -abs(row["z"]))
 
 
-def _deviations(values: np.ndarray, value: float) -> float:
-    """Returns how many robust standard deviations `value` is above the median, or 0 if the values have no spread."""
-    median = np.median(values)
-    spread = 1.4826 * np.median(np.abs(values - median))  # equals the standard deviation of a normal distribution
-    return float((value - median) / spread) if spread > 0 else 0.0
+def _deviations(values: np.ndarray) -> np.ndarray:
+    """Returns how many robust standard deviations each value is above the median, or zeros if they have no spread.
+
+    NaN stays NaN and does not count.
+    """
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return values
+    median = np.median(known)
+    spread = 1.4826 * np.median(np.abs(known - median))  # equals the standard deviation of a normal distribution
+    return (values - median) / spread if spread > 0 else np.zeros_like(values)
 
 
 def _x(value: float, least: float, most: float) -> float:

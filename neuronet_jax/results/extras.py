@@ -35,10 +35,17 @@ def files_of(target: Target, protocols: Sequence[str], kinds: Sequence[str]) -> 
 
 
 def write_extras(
-    target: Target, volume: space.Volume, maps: Mapping[str, np.ndarray], kinds: Sequence[str], overwrite: bool
+    target: Target,
+    volume: space.Volume,
+    maps: Mapping[str, np.ndarray],
+    mm3: Mapping[str, np.ndarray],
+    kinds: Sequence[str],
+    overwrite: bool,
 ) -> None:
-    """Writes the requested kinds for each map of the tools' ids, each file under its final name only when complete."""
-    mm3 = volumetry.volumes_mm3(maps, volume.affine)
+    """Writes the requested kinds for each map of the tools' ids, each file under its final name only when complete.
+
+    `mm3` has, per protocol, the volume of every id.
+    """
     for name, ids in maps.items():
         if "stats" in kinds:
             write_text(target.extra(name, "stats"), _stats(PROTOCOLS[name], ids, volume, mm3))

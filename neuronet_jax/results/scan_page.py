@@ -32,6 +32,7 @@ class ScanPage:
     name: str
     volume: Volume
     maps: Mapping[str, np.ndarray]  # tool ids, on the volume's grid
+    mm3: Mapping[str, np.ndarray]  # volumes of every id, per protocol
     agreement: Agreement
     quality: Quality
     warnings: tuple[str, ...]
@@ -56,7 +57,7 @@ class Layer:
 
 def render_scan(page: ScanPage) -> tuple[str, bytes]:
     """Returns the page of one scan as HTML, and its thumbnail as WebP."""
-    mm3 = volumetry.volumes_mm3(page.maps, page.volume.affine)
+    mm3 = page.mm3
     mosaic = Mosaic(page.volume, np.any([ids > 0 for ids in page.maps.values()], axis=0), _structures(page.maps))
     layers = [*_layers(page, mm3)]
     text = environment().get_template("scan.html").render(

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -88,18 +88,18 @@ def votes_table(voters: int) -> str:
     return tsv([["index", "name", "color"], *rows])
 
 
-def volume_table(maps: dict[str, np.ndarray], affine: np.ndarray) -> str:
+def volume_table(counts: Mapping[str, np.ndarray], affine: np.ndarray) -> str:
     """Returns the voxels and volume of every structure, background included, so each protocol sums to the field of
     view.
 
-    A voxel has |det(affine)| mm³, which holds for anisotropic and oblique grids alike.
+    `counts` has, per protocol, the number of voxels of every id, int64 [256]. A voxel has |det(affine)| mm³, which
+    holds for anisotropic and oblique grids alike.
     """
     per_voxel_mm3 = voxel_mm3(affine)
     rows = [["protocol", "index", "name", "voxels", "volume_mm3"]]
-    for name, ids in maps.items():
-        counts = np.sum([np.bincount(plane.ravel(), minlength=256) for plane in ids], axis=0)  # planes fit the cache
+    for name, found in counts.items():
         for s in PROTOCOLS[name].structures:
-            rows.append([name, str(s.id), s.name, str(counts[s.id]), f"{counts[s.id] * per_voxel_mm3:.10g}"])
+            rows.append([name, str(s.id), s.name, str(found[s.id]), f"{found[s.id] * per_voxel_mm3:.10g}"])
     return tsv(rows)
 
 

@@ -42,7 +42,8 @@ def write_results(
     asks for `extras`. Raises NeuronetError if writing fails.
     """
     maps = result.maps
-    mm3 = volumetry.volumes_mm3(maps, volume.affine)
+    counts = volumetry.voxel_counts(maps)
+    mm3 = volumetry.volumes_mm3(counts, volume.affine)
     compared = agreement.compare(maps, volume.affine)
     expected = quality.assess(result.confidence, calibration)
     removed_ml = {name: voxels * voxel_mm3(volume.affine) / 1000 for name, voxels in result.removed.items()}
@@ -69,8 +70,8 @@ def write_results(
             nifti.write_labels(target.mask, mask, volume, overwrite)
             what = "Brain: voxels that at least half of the tools label, without holes"
             _write_json(target.mask, {"Description": what, "Type": "Brain"}, provenance)
-        write_extras(target, volume, maps, also, overwrite)
-        write_text(target.volumes, volume_table(maps, volume.affine))
+        write_extras(target, volume, maps, mm3, also, overwrite)
+        write_text(target.volumes, volume_table(counts, volume.affine))
         write_text(target.table("agreement"), tsv(agreement.table(compared)))
         if expected.predicted:
             write_text(target.table("quality"), tsv(quality.table(expected)))
@@ -80,6 +81,7 @@ def write_results(
                 target.stem,
                 volume,
                 maps,
+                mm3,
                 compared,
                 expected,
                 tuple(warnings),

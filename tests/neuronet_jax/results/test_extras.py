@@ -21,7 +21,7 @@ def test_mask_and_volumes_by_hand():
     spm = np.where(fast == 1, 0, fast)  # no CSF
     first = np.where(fast == 3, 17, 0).astype(np.uint8)
     maps = {"fsl_fast": fast, "fsl_first": first, "spm_tissue": spm}
-    mm3 = volumetry.volumes_mm3(maps, np.diag([2.0, 1, 1, 1]))
+    mm3 = volumetry.volumes_mm3(volumetry.voxel_counts(maps), np.diag([2.0, 1, 1, 1]))
     assert mm3["fsl_first"][17] == 2 * 26
     assert volumetry.brain_mm3(mm3) == 2 * (125 - 1)
     assert volumetry.intracranial_mm3(mm3) == 2 * ((343 - 1) + (125 - 1)) / 2

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from neuronet_jax.codes import CODES
-from neuronet_jax.evaluation import agreement, quality
+from neuronet_jax.evaluation import agreement, quality, volumetry
 from neuronet_jax.images import nifti
 from neuronet_jax.images.space import Volume
 from neuronet_jax.inference.segmentation import Confidence, Segmentation
@@ -64,6 +64,7 @@ def test_G05_names_and_provenance_never_become_markup(tmp_path):
         ATTACK,
         _volume(),
         _result().maps,
+        volumetry.volumes_mm3(volumetry.voxel_counts(_result().maps), AFFINE),
         compared,
         quality.assess({}),
         (ATTACK,),
