@@ -1,15 +1,17 @@
 """Scores a model on a store's subjects, on whole volumes and the store's grid, for training and evaluation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from neuronet_jax.evaluation import intervals
 from neuronet_jax.evaluation.metrics import DiceTable, dice_per_class
 from neuronet_jax.evaluation.quality import Sample, calibrate, expected_dice
 from neuronet_jax.evaluation.surfaces import SurfaceTable, surfaces_per_class
 from neuronet_jax.images.intensity import whiten
-from neuronet_jax.images.space import Volume, place, shifted
+from neuronet_jax.images.space import Volume, place, shifted, voxel_mm3
 from neuronet_jax.inference.segment import predict, segment_volume
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.runs.calibration import Calibration
@@ -47,17 +49,19 @@ def score_surfaces(
 def calibrate_on(
     model: Model, store: Store, subjects: Sequence[Subject], progress: Callable[[], None] = lambda: None
 ) -> Calibration:
-    """Returns the calibration of the model's predicted Dice. `progress` is called after each subject."""
-    samples = []
+    """Returns the calibration of the model's predicted Dice and volumes. `progress` is called after each subject."""
+    samples, volumes = [], []
     for subject in subjects:
         if any(subject.present):
-            samples.append(_sample(model, store, subject))
+            sample, measured = _sample(model, store, subject)
+            samples.append(sample)
+            volumes.append(measured)
         progress()
-    return calibrate(samples, model.origin.step)
+    return replace(calibrate(samples, model.origin.step), volumes=intervals.fit(volumes))
 
 
-def _sample(model: Model, store: Store, subject: Subject) -> Sample:
-    """Returns expected and true Dice of one subject, from the same code path as a user's image."""
+def _sample(model: Model, store: Store, subject: Subject) -> tuple[Sample, intervals.Measured]:
+    """Returns expected and true Dice of one subject, and its volumes, from the same code path as a user's image."""
     outside = [-start for start in subject.origin]  # from the store's grid back to the conformed volume
 
     def conformed(stored: np.ndarray) -> np.ndarray:
@@ -66,12 +70,14 @@ def _sample(model: Model, store: Store, subject: Subject) -> Sample:
     affine = shifted(np.array(subject.affine), outside)
     volume = Volume(conformed(store.read_image(subject.slot)), affine)
     result = segment_volume(model, volume)
-    found = {}
+    found, volumes = {}, {}
+    per_voxel_mm3 = voxel_mm3(affine)
     for name, reference in _references(result.confidence, store, subject):
         classes = PROTOCOLS[name].to_classes(result.maps[name])
-        true = dice_per_class(conformed(reference), classes, PROTOCOLS[name].num_classes).dice
-        found[name] = (expected_dice(result.confidence[name]), true)
-    return found
+        true = dice_per_class(conformed(reference), classes, PROTOCOLS[name].num_classes)
+        found[name] = (expected_dice(result.confidence[name]), true.dice)
+        volumes[name] = (true.predicted_voxels * per_voxel_mm3, true.reference_voxels * per_voxel_mm3)
+    return found, volumes
 
 
 def _references(prediction: Mapping[str, Any], store: Store, subject: Subject) -> Iterator[tuple[str, np.ndarray]]:

@@ -41,6 +41,10 @@ class ScanPage:
     source: str = ""  # name of the input file
     command: str = ""  # what made the labels, without folders
     folder_page: str = ""  # link to the page of all scans
+    ranges_mm3: Mapping[str, np.ndarray] = field(
+        default_factory=dict
+    )  # per calibrated protocol, [2 k], see `intervals`
+    coverage: str = ""  # how well they held
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def render_scan(page: ScanPage) -> tuple[str, bytes]:
         window=mosaic.window,
         protocols=list(page.maps),
         regions=_regions(page, mm3),
-        everything=[_everything(name, page.quality, volumes) for name, volumes in mm3.items()],
+        coverage=page.coverage,
+        everything=[_everything(name, page.quality, volumes, page.ranges_mm3) for name, volumes in mm3.items()],
         origin=_origin(page),
         command=page.command,
         folder_page=page.folder_page,
@@ -197,18 +202,22 @@ def _regions(page: ScanPage, mm3: Mapping[str, np.ndarray]) -> list[dict[str, An
     ]
 
 
-def _everything(name: str, quality: Quality, mm3: np.ndarray) -> dict[str, Any]:
+def _everything(name: str, quality: Quality, mm3: np.ndarray, ranges_mm3: Mapping[str, np.ndarray]) -> dict[str, Any]:
     protocol = PROTOCOLS[name]
     unknown = np.full(protocol.num_classes, np.nan)
+    low, high = ranges_mm3.get(name, (unknown, unknown))
     entropy, predicted = quality.entropy.get(name, unknown), quality.predicted.get(name, unknown)
     return {
         "title": f"{protocol.tool} ({name})",
+        "ranges": name in ranges_mm3,
         "rows": [
             {
                 "id": s.id,
                 "color": css(s.color),
                 "name": s.name,
                 "mm3": mm3[s.id],
+                "low": low[s.index],
+                "high": high[s.index],
                 "entropy": entropy[s.index],
                 "dice": predicted[s.index],
             }

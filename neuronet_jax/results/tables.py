@@ -88,18 +88,23 @@ def votes_table(voters: int) -> str:
     return tsv([["index", "name", "color"], *rows])
 
 
-def volume_table(counts: Mapping[str, np.ndarray], affine: np.ndarray) -> str:
+def volume_table(
+    counts: Mapping[str, np.ndarray], affine: np.ndarray, ranges_mm3: Mapping[str, np.ndarray] = {}
+) -> str:
     """Returns the voxels and volume of every structure, background included, so each protocol sums to the field of
     view.
 
     `counts` has, per protocol, the number of voxels of every id, int64 [256]. A voxel has |det(affine)| mm³, which
-    holds for anisotropic and oblique grids alike.
+    holds for anisotropic and oblique grids alike. `ranges_mm3` is from `intervals_of`.
     """
     per_voxel_mm3 = voxel_mm3(affine)
-    rows = [["protocol", "index", "name", "voxels", "volume_mm3"]]
+    rows = [["protocol", "index", "name", "voxels", "volume_mm3", "low_mm3", "high_mm3"]]
     for name, found in counts.items():
+        ends = ranges_mm3.get(name, np.full((2, PROTOCOLS[name].num_classes), np.nan))
         for s in PROTOCOLS[name].structures:
-            rows.append([name, str(s.id), s.name, str(found[s.id]), f"{found[s.id] * per_voxel_mm3:.10g}"])
+            volume = f"{found[s.id] * per_voxel_mm3:.10g}"
+            low, high = ("n/a" if math.isnan(end) else f"{end:.4g}" for end in ends[:, s.index])
+            rows.append([name, str(s.id), s.name, str(found[s.id]), volume, low, high])
     return tsv(rows)
 
 

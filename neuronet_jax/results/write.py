@@ -10,7 +10,7 @@ import numpy as np
 from neuronet_jax import __version__
 from neuronet_jax.codes import CODES
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.evaluation import agreement, plausibility, quality, volumetry
+from neuronet_jax.evaluation import agreement, intervals, plausibility, quality, volumetry
 from neuronet_jax.files import Files
 from neuronet_jax.images import nifti
 from neuronet_jax.images.space import Volume, voxel_mm3
@@ -44,6 +44,7 @@ def write_results(
     maps = result.maps
     counts = volumetry.voxel_counts(maps)
     mm3 = volumetry.volumes_mm3(counts, volume.affine)
+    ranges_mm3 = intervals.intervals_of(mm3, calibration.volumes)
     compared = agreement.compare(maps, volume.affine)
     expected = quality.assess(result.confidence, calibration)
     removed_ml = {name: voxels * voxel_mm3(volume.affine) / 1000 for name, voxels in result.removed.items()}
@@ -71,7 +72,7 @@ def write_results(
             what = "Brain: voxels that at least half of the tools label, without holes"
             _write_json(target.mask, {"Description": what, "Type": "Brain"}, provenance)
         write_extras(target, volume, maps, mm3, also, overwrite)
-        write_text(target.volumes, volume_table(counts, volume.affine))
+        write_text(target.volumes, volume_table(counts, volume.affine, ranges_mm3))
         write_text(target.table("agreement"), tsv(agreement.table(compared)))
         if expected.predicted:
             write_text(target.table("quality"), tsv(quality.table(expected)))
@@ -90,6 +91,8 @@ def write_results(
                 shown(target.source.name),
                 shown(f"neuronet segment {target.source.name} {command}".rstrip()) if command else "",
                 f"{up}report.html",
+                ranges_mm3,
+                intervals.describe(calibration.volumes, list(ranges_mm3)),
             )
             text, thumbnail = render_scan(page)
             Files(str(target.folder.absolute())).write(target.thumbnail.name, thumbnail)

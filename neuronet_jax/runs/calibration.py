@@ -1,13 +1,13 @@
-"""The calibration of a run's predicted Dice on its validation subjects, and its file.
+"""The calibration of a run's predicted Dice and volumes on its validation subjects, and its file.
 
-`evaluation.quality` computes a calibration and applies it.
+`evaluation.quality` and `evaluation.intervals` compute a calibration and apply it.
 """
 
 import hashlib
 import json
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from neuronet_jax.errors import CodedWarning, NeuronetError
@@ -17,6 +17,7 @@ from neuronet_jax.runs.directory import QUALITY, RunDirectory
 
 SCHEMA_VERSION = 1
 FALSE_ALARMS = 0.05  # share of good scans that the threshold may flag: a person can check one in twenty
+COVERAGE = 0.9  # share of volumes that their interval should hold
 LEAST_SUBJECTS = 3  # for a threshold: two scores have one difference, which gives no spread
 
 
@@ -40,6 +41,16 @@ class Threshold:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How far the reference volumes of one protocol's structures lie from the predicted ones, as natural logarithms."""
+
+    bias: tuple[float, ...]  # per class, of reference over predicted volume
+    edges_mm3: tuple[float, ...]  # predicted volumes between the classes of sizes, ascending
+    half_widths: tuple[float, ...]  # per class of sizes: holds for COVERAGE of the volumes
+    coverage: float | None  # share of the volumes of left-out subjects within their intervals; None: too few to say
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The calibration from a run's validation subjects. It holds no subject ids."""
 
@@ -48,11 +59,12 @@ class Calibration:
     lines: dict[str, Line]
     threshold: Threshold | None  # None with fewer than three subjects
     why_not: str = ""  # why there are no subjects
+    volumes: dict[str, Spread] = field(default_factory=dict)  # empty in files of earlier releases
 
     @property
     def sha256(self) -> str:
         """Returns the digest that names the calibration in provenances; empty if there is none."""
-        return _digest(asdict(self)) if self.heads else ""
+        return _digest(_fields(self)) if self.heads else ""
 
     def describe(self) -> str:
         """Returns one sentence for reports."""
@@ -83,7 +95,7 @@ def save_calibration(run: str, calibration: Calibration) -> None:
 
 def calibration_to_json(calibration: Calibration) -> bytes:
     """Returns the content of quality.json, which carries its own checksum."""
-    content = {"schema_version": SCHEMA_VERSION, **asdict(calibration)}
+    content = {"schema_version": SCHEMA_VERSION, **_fields(calibration)}
     content.pop("why_not")
     content["sha256"] = _digest(content)
     return (json.dumps(content, indent=1) + "\n").encode()
@@ -124,11 +136,28 @@ def _from_json(content: dict[str, Any]) -> Calibration:
     heads = content["heads"]
     if type(heads) is not int or heads < 1:
         raise ValueError(f"it is of {heads!r:.80} heads")
+    volumes = {name: _spread(name, content) for name, content in content.get("volumes", {}).items()}
     numbers = [value for line in lines.values() for value in (line.slope, *line.offsets, line.error)]
     numbers += [threshold.score, threshold.rate_at_most, threshold.false_alarms, threshold.heads] if threshold else []
+    numbers += [value for s in volumes.values() for value in (*s.bias, *s.edges_mm3, *s.half_widths, s.coverage)]
     if not all(value is None or abs(float(value)) < math.inf for value in numbers):
         raise ValueError("it holds numbers that are not finite")
-    return Calibration(content["step"], heads, lines, threshold)
+    return Calibration(content["step"], heads, lines, threshold, volumes=volumes)
+
+
+def _spread(name: str, content: dict[str, Any]) -> Spread:
+    bias, edges_mm3, half_widths = (tuple(map(float, content[field])) for field in ("bias", "edges_mm3", "half_widths"))
+    if name not in PROTOCOLS or len(bias) != PROTOCOLS[name].num_classes or len(half_widths) != len(edges_mm3) + 1:
+        raise ValueError("its volumes do not fit the protocols of this release")
+    return Spread(bias, edges_mm3, half_widths, content["coverage"])
+
+
+def _fields(calibration: Calibration) -> dict[str, Any]:
+    """Returns the fields as plain data, those of an earlier release if there is no more."""
+    content = asdict(calibration)
+    if not calibration.volumes:
+        content.pop("volumes")
+    return content
 
 
 def _digest(content: dict[str, Any]) -> str:
