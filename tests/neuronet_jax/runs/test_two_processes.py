@@ -108,8 +108,13 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict
         for process in both:
             process.kill()
     assert [process.returncode for process in both] == [0, 0], outputs
-    first, second = (dict(line.partition(": ")[::2] for line in text.splitlines()) for text in outputs)
+    first, second = map(_by_name, outputs)
     return first, second, run
+
+
+def _by_name(text: str) -> dict[str, str]:
+    lines = (line.partition(": ") for line in text.splitlines())
+    return {name: said for name, _, said in lines}
 
 
 def test_both_save_and_restore_their_part(said):
