@@ -102,7 +102,7 @@ def train(
         # --- The computation: the state on the mesh, the step.
         graphdef, state = init_state(config, mesh, start)
         train_step = make_train_step(config, graphdef, mesh)
-        if resume and checkpoints.latest() is not None:
+        if resume and any(runtime.gathered(checkpoints.latest() is not None, "looking for checkpoints")):
             with spent.on("restore"):
                 state, position, _ = checkpoints.restore(state, strict=strict, reset_data=reset_data, added=ADDED)
             if position is not None:

@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import itertools
+import json
 import logging
 import os
 import platform
@@ -19,11 +21,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import distributed  # the store of keys and values that JAX's processes share has no public name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from neuronet_jax.errors import CodedWarning, NeuronetError, UsageError
 from neuronet_jax.files import user_cache
+from neuronet_jax.programs import STALLED
 
 # Messages.
 
@@ -208,6 +211,9 @@ def peak_memory_bytes() -> int:
 # Peers.
 
 _METADATA_S = 10.0  # a metadata server answers within milliseconds
+JOIN_S = 290.0  # JAX aborts after 300 s, with a trace of C++ that names nobody
+MEET_S = 600.0  # for the slowest process to read a checkpoint from a busy file system
+_MEETINGS = itertools.count()  # the same in all processes, which meet in the same order
 
 
 def join_cluster() -> None:
@@ -219,13 +225,38 @@ def join_cluster() -> None:
     environment = os.environ
     if "JAX_COORDINATOR_ADDRESS" in environment and "JAX_NUM_PROCESSES" in environment:
         count, index = int(environment["JAX_NUM_PROCESSES"]), int(environment["JAX_PROCESS_ID"])
-        jax.distributed.initialize(environment["JAX_COORDINATOR_ADDRESS"], count, index)
+        _join(environment["JAX_COORDINATOR_ADDRESS"], count, index)
     elif (tasks := int(environment.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:  # set by srun alone, unlike SLURM_NTASKS
         one_per_node = tasks == int(environment["SLURM_STEP_NUM_NODES"])
         # Under Slurm, JAX restricts a process to the GPU of its number on the node. An empty list means all of them.
-        jax.distributed.initialize(local_device_ids=[] if one_per_node else None)
+        _join(local_device_ids=[] if one_per_node else None)
     elif _tpu_hosts() > 1:
-        jax.distributed.initialize()
+        _join()
+
+
+def _join(*given: Any, **named: Any) -> None:
+    """Joins the other processes. Ends this one with a message if some have not come after JOIN_S."""
+    too_late = threading.Timer(JOIN_S, _give_up)
+    too_late.daemon = True
+    too_late.start()
+    try:
+        jax.distributed.initialize(*given, **named)
+    finally:
+        too_late.cancel()
+
+
+def _give_up() -> None:
+    cluster = distributed.global_state
+    own, count = cluster.process_id, cluster.num_processes
+    missing = [str(index) for index in range(count) if index != own]
+    who = f"process {missing[0]}" if len(missing) == 1 else f"one or more of the processes {', '.join(missing)}"
+    print(
+        f"error: process {own} of {count} has waited {JOIN_S:.0f} s for {who} at {cluster.coordinator_address}: start "
+        "all processes of the run together, and let them reach this address; the log of each says how far it came",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(STALLED)  # JAX waits in C++, which no exception reaches
 
 
 def _tpu_hosts() -> int:
@@ -270,8 +301,30 @@ def my_prefix() -> str:
 
 
 def agreed(text: str) -> str:
-    """Returns the first process's text in all processes, such as a name that holds the time; at most 256 bytes."""
-    if jax.process_count() == 1:
-        return text
-    padded = np.frombuffer(text.encode().ljust(256, b"\0"), np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes().rstrip(b"\0").decode()
+    """Returns the first process's text in all processes, such as a name that holds the time."""
+    return gathered(text, "agreeing on a name")[0]
+
+
+def gathered(value: Any, purpose: str) -> list[Any]:
+    """Returns the values of all processes, which are any JSON, in the order of the processes.
+
+    Every process calls it, in the same order. Unlike a computation over all devices it ends: raises NeuronetError, in
+    which the missing process is named, after MEET_S.
+    """
+    own, count = jax.process_index(), jax.process_count()
+    if count == 1:
+        return [value]
+    client, meeting = distributed.global_state.client, f"neuronet_jax/{next(_MEETINGS)}"
+    assert client is not None, "processes meet after they have joined"
+    client.key_value_set(f"{meeting}/{own}", json.dumps(value))
+    end, values = time.monotonic() + MEET_S, []
+    for index in range(count):
+        left_ms = max(1, int(1000 * (end - time.monotonic())))
+        try:
+            values.append(json.loads(client.blocking_key_value_get(f"{meeting}/{index}", left_ms)))
+        except jax.errors.JaxRuntimeError as error:
+            raise NeuronetError(
+                f"process {own} of {count} has waited {MEET_S:.0f} s for process {index} while {purpose}: see the log "
+                "of that process, end all of them, and start them again with --resume"
+            ) from error
+    return values

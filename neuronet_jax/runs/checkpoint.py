@@ -17,31 +17,32 @@ import json
 import logging
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import children
-from neuronet_jax.runs.checkpoint_info import CheckpointInfo, NewerSchemaError
-from neuronet_jax.runs.checksums import MANIFEST, covered, damage, read_checked, signature, write_manifest
+from neuronet_jax.runs import arrays
+from neuronet_jax.runs.checkpoint_info import CheckpointInfo
+from neuronet_jax.runs.checksums import covered, read_checked, write_manifest
 from neuronet_jax.runs.directory import RunDirectory
+from neuronet_jax.runs.inspection import Inspection, is_finished, is_step
+from neuronet_jax.runtime import gathered
 
 _POSITION = "position.json"
 # Arrays may take this many times the bytes of their files before a checkpoint counts as forged: zeros, such as fresh
 # moments of an optimiser, compress to almost nothing, weights hardly at all. Small ones are never suspicious.
 _MOST_INFLATION, _SMALL_BYTES = 64, 2**26
 
+Read = TypeVar("Read")
 log = logging.getLogger(__name__)
 
 
@@ -68,8 +69,7 @@ class Checkpoints:
         self._keep = keep
         self._read_only = read_only
         self._saving: int | None = None  # the step that Orbax is writing
-        self._known: dict[int, tuple[Any, str]] = {}  # per step: the files when they were verified, and their fault
-        self.faults: dict[int, str] = {}  # what is wrong with the checkpoints that were passed over, by step
+        self._inspection = Inspection(self._folder, quiet=read_only)
         if not read_only:
             self._probe()
         elif not self._folder.is_dir():
@@ -79,14 +79,19 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of the finished checkpoints, oldest first."""
-        return sorted(int(path.name) for path in children(self._folder) if _is_step(path.name) and _finished(path))
+        return self._inspection.steps()
 
     def sound(self) -> list[int]:
         """Returns the steps of the finished checkpoints whose files match their checksums, oldest first.
 
         Files are hashed once, and again when they have changed since. The others are reported once.
         """
-        return [step for step in self.steps() if not self._fault(step)]
+        return [step for step in self.steps() if not self._inspection.fault(step)]
+
+    @property
+    def faults(self) -> dict[int, str]:
+        """What is wrong with the checkpoints that were passed over, by step."""
+        return self._inspection.faults
 
     def latest(self) -> int | None:
         return max(self.steps(), default=None)
@@ -101,7 +106,7 @@ class Checkpoints:
 
     def config(self, step: int) -> Config:
         """Returns the settings with which the checkpoint of `step` was trained."""
-        return Config.from_fields(self._info(step).config)
+        return Config.from_fields(self._inspection.info(step).config)
 
     def save(self, step: int, state: Any, data_position: Any, config: Config, score: float | None = None) -> None:
         """Copies `state` off the devices, then returns. The rest continues in the background.
@@ -120,17 +125,17 @@ class Checkpoints:
                 f"checkpoint {step} was not saved: there is a later one, {latest}; "
                 "resume from the latest one, or give a new --workdir"
             )
-        arrays = _flatten(state)
+        leaves = arrays.flatten(state)
         info = CheckpointInfo(
             config=config.to_fields(),
             score=float(score) if score is not None and math.isfinite(score) else None,
-            arrays={path: _describe(leaf) for path, leaf in arrays.items()},
-            key_impls={path: str(jax.random.key_impl(leaf)) for path, leaf in arrays.items() if _is_key(leaf)},
+            arrays=arrays.describe(leaves),
+            key_impls={path: str(jax.random.key_impl(leaf)) for path, leaf in leaves.items() if arrays.is_key(leaf)},
             versions={name: metadata.version(name) for name in ("jax", "orbax-checkpoint", "grain")},
         )
         self._saving = step
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave({path: _raw(leaf) for path, leaf in arrays.items()}),
+            state=ocp.args.PyTreeSave({path: arrays.raw(leaf) for path, leaf in leaves.items()}),
             position=_PositionSave(data_position),
             run=ocp.args.JsonSave(info.to_fields()),
         )
@@ -157,8 +162,7 @@ class Checkpoints:
         if self._saving is not None:
             step, self._saving = self._saving, None
             if multihost.process_index() == 0:
-                if _finished(self._folder / str(step)):  # hashed a moment ago, for its manifest
-                    self._known[step] = (self._files(step), "")
+                self._inspection.vouch(step)
                 self._remove_old()
 
     def close(self) -> None:
@@ -201,8 +205,12 @@ class Checkpoints:
         `target`.
         """
         step = self._sound(step, strict)
-        state = self._arrays(step, target, part=False, added=added)
-        return Restored(state, None if reset_data else self._position(step), step)
+
+        def read() -> Restored:
+            position = None if reset_data else self._position(step)
+            return Restored(self._arrays(step, target, part=False, added=added), position, step)
+
+        return _together(read)
 
     def restore_params(self, target: Any, step: int | None = None, strict: bool = False) -> tuple[Any, int]:
         """Restores a part of the state: `target` is any subtree with its path kept, such as `{"params": …}`.
@@ -210,99 +218,59 @@ class Checkpoints:
         Returns that tree and its step.
         """
         step = self._sound(step, strict)
-        return self._arrays(step, target, part=True), step
-
-    def _info(self, step: int) -> CheckpointInfo:
-        try:
-            return CheckpointInfo.from_json(read_checked(self._folder / str(step), "run/metadata"))
-        except NeuronetError as error:
-            raise type(error)(f"checkpoint {step} has {error}") from error
+        return _together(lambda: self._arrays(step, target, part=True)), step
 
     def _score(self, step: int) -> float | None:
         try:
-            return self._info(step).score
+            return self._inspection.info(step).score
         except NeuronetError:  # of a newer release, or damaged this moment
             return None
 
-    def _fault(self, step: int) -> str:
-        """Returns what is wrong with the files of `step`, or "". Reports each fault once."""
-        folder, files = self._folder / str(step), self._files(step)
-        before, fault = self._known.get(step, (None, ""))
-        if files is not None and files == before:
-            return fault
-        fault = _problem(folder) or self._misfit(step)
-        self._known[step] = (files, fault)
-        if fault and folder.exists() and self.faults.get(step) != fault:  # else a writer has just removed it
-            self.faults[step] = fault
-            if not self._read_only:
-                log.warning("CHECKPOINT %d IS DAMAGED: %s. It is passed over.", step, fault)
-        return fault
-
-    def _files(self, step: int) -> Any:
-        """Returns the signature of the files of `step`, or None if there is none: they are then judged every time."""
-        try:
-            return signature(self._folder / str(step))
-        except OSError:
-            return None
-
-    def _misfit(self, step: int) -> str:
-        """Returns why no release wrote this `run/metadata`, or ""."""
-        try:
-            self._info(step)
-        except NewerSchemaError:  # sound; whoever restores it is told
-            return ""
-        except NeuronetError as error:
-            return str(error)
-        return ""
-
     def _sound(self, step: int | None, strict: bool) -> int:
-        """Returns the step to restore, the same in all processes: `step` or the latest whose files match their
-        checksums.
+        """Returns the step to restore: `step`, or the latest whose files every process finds sound.
+
+        The processes judge one checkpoint after the other and tell each other, so that all of them take the same one,
+        or raise the same error, even if a file is damaged while they read or only one of them cannot read it.
         """
         self.wait()
-        chosen, problem = -1, ""
-        if multihost.process_index() == 0:
-            for candidate in [step] if step is not None else reversed(self.steps()):
-                problem = self._fault(candidate)
-                if not problem:
-                    chosen = candidate
-                    break
-                if strict or step is not None:
-                    break
-                if not self._read_only:
-                    self._rename(candidate, "damaged")
-        chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        purpose = "looking for a sound checkpoint"
+        lists = [[step]] if step is not None else gathered(self.steps(), purpose)
+        problem = "there is none"
+        for candidate in sorted({found for each in lists for found in each}, reverse=True):
+            verdicts = gathered(self._inspection.fault(candidate), purpose)
+            if not any(verdicts):
+                if self._manager:
+                    self._manager.reload()  # Orbax forgets the ones set aside
+                return candidate
+            process = next(index for index, fault in enumerate(verdicts) if fault)
+            problem = (f"process {process}: " if len(verdicts) > 1 else "") + verdicts[process]
+            if strict or step is not None:
+                break
+            if not verdicts[multihost.process_index()] and not self._read_only:
+                log.warning("CHECKPOINT %d IS DAMAGED: %s. It is passed over.", candidate, problem)
+            if multihost.process_index() == 0 and not self._read_only and (self._folder / str(candidate)).exists():
+                self._rename(candidate, "damaged")
         if self._manager:
-            self._manager.reload()  # Orbax forgets the ones set aside
-        if chosen >= 0:
-            return chosen
+            self._manager.reload()
         wanted = f"checkpoint {step}" if step is not None else "any checkpoint"
         raise NeuronetError(
-            f"cannot restore {wanted} of {self._folder.parent}: {problem or 'there is none'}; sound ones: "
-            f"{self.sound() or 'none'}"
+            f"cannot restore {wanted} of {self._folder.parent}: {problem}; sound ones: {self.sound() or 'none'}"
         )
 
     def _arrays(self, step: int, target: Any, part: bool, added: Collection[str] = ()) -> Any:
-        every, info = _flatten(target), self._info(step)
+        every, info = arrays.flatten(target), self._inspection.info(step)
         kept = {path: leaf for path, leaf in every.items() if path in added and path not in info.arrays}
         if kept:
             log.warning("checkpoint %d is of an older release without %s, which begin anew", step, ", ".join(kept))
         wanted = {path: leaf for path, leaf in every.items() if path not in kept}
-        if differences := _differences(info.arrays, {path: _describe(leaf) for path, leaf in wanted.items()}, part):
+        if differences := arrays.differences(info.arrays, arrays.describe(wanted), part):
             raise NeuronetError(f"checkpoint {step} does not fit this model:\n  " + "\n  ".join(differences))
         self._check_size(step, sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values()))
-        raw = {path: _raw_shape(leaf) for path, leaf in wanted.items()}
-        restore = ocp.args.PyTreeRestore(
-            raw, restore_args=ocp.checkpoint_utils.construct_restore_args(raw), partial_restore=part
-        )
         try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                arrays = reader.restore(self._folder / str(step) / "state", args=restore)
+            found = arrays.read(self._folder / str(step) / "state", wanted, info.key_impls, part)
         except Exception as error:
             raise NeuronetError(f"checkpoint {step} cannot be read: {error}") from error
-        for path in info.key_impls.keys() & wanted.keys():
-            arrays[path] = jax.random.wrap_key_data(arrays[path], impl=info.key_impls[path])
-        return jax.tree.unflatten(jax.tree.structure(target), [{**arrays, **kept}[path] for path in every])
+        return jax.tree.unflatten(jax.tree.structure(target), [{**found, **kept}[path] for path in every])
 
     def _position(self, step: int) -> Any:
         folder = self._folder / str(step) / "position"
@@ -344,7 +312,7 @@ class Checkpoints:
             for path in children(self._folder):
                 if path.name.endswith(".deleting") and not self._read_only:
                     path.rmtree()
-                elif _is_step(path.name) and not _finished(path):
+                elif is_step(path.name) and not is_finished(path):
                     log.warning("checkpoint %s was never finished and is ignored", path.name)
                     if not self._read_only:
                         self._rename(int(path.name), "unfinished")
@@ -395,60 +363,20 @@ def _check_place(path: str) -> None:
         )
 
 
-def _is_step(name: str) -> bool:
-    """Tells whether a folder has the name of a step, as Orbax writes it: no leading zeros, no digits beyond ASCII."""
-    return name.isdecimal() and name.isascii() and name == str(int(name))
-
-
-def _finished(folder: epath.Path) -> bool:
-    return ocp.utils.is_checkpoint_finalized(folder) and (folder / MANIFEST).exists()
-
-
-def _problem(folder: epath.Path) -> str:
-    return damage(folder) if _finished(folder) else "it is not there or was never finished"
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of `tree` by their path, in the tree's order."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    if len(flat) != len(leaves):
-        raise NeuronetError("two leaves of the state have the same path: keys must not contain '/'")
-    for path, leaf in flat.items():
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise NeuronetError(f"the state's leaves must be arrays, but {path} is {leaf!r:.80}")
-    return flat
-
-
-def _describe(leaf: Any) -> list[Any]:
-    """Returns the dtype (of a random key with its implementation: `key<fry>`) and shape, as JSON."""
-    return [str(leaf.dtype), list(leaf.shape)]
-
-
-def _differences(saved: dict[str, list], wanted: dict[str, list], part: bool) -> list[str]:
-    missing = [f"{path}: not in the checkpoint" for path in wanted if path not in saved]
-    extra = [f"{path}: only in the checkpoint" for path in saved if path not in wanted and not part]
-    changed = [
-        f"{path}: {saved[path][0]}{saved[path][1]} in the checkpoint, {dtype}{shape} here"
-        for path, (dtype, shape) in wanted.items()
-        if path in saved and saved[path] != [dtype, shape]
-    ]
-    return missing + extra + changed
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _raw(leaf: Any) -> Any:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _raw_shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns shape, dtype and sharding of `leaf` as requested from Orbax; for a random key, those of its words."""
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    raw = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=sharding)
+def _together(read: Callable[[], Read]) -> Read:
+    """Returns what `read` returns, once every process has read. Raises NeuronetError in all if it fails in one."""
+    result, failure = None, None
+    try:
+        result = read()
+    except NeuronetError as error:
+        failure = error
+    failures = gathered(failure and str(failure), "reading a checkpoint")
+    if failure is not None:
+        raise failure
+    for process, told in enumerate(failures):
+        if told is not None:
+            raise NeuronetError(f"process {process} could not read the checkpoint: {told}")
+    return cast(Read, result)
 
 
 class _Position(ocp.CheckpointHandler):

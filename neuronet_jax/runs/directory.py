@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from neuronet_jax.config import Config, flatten
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import MOST_BYTES, Files
 from neuronet_jax.lease import lease
 from neuronet_jax.runs.provenance import Imported, TrainingData
+from neuronet_jax.runtime import gathered
 from neuronet_jax.store.schema import StoreInfo
 
 CONFIG, TRAINING_DATA, CHECKPOINTS = "config.json", "training_data.json", "checkpoints"
@@ -107,12 +106,8 @@ class RunDirectory:
                     held = stack.enter_context(lease(self.files, LEASE))
                 except NeuronetError as error:
                     refusal = error
-            if refusal is None and not multihost_utils.broadcast_one_to_all(np.bool(held is not None)):
-                refusal = NeuronetError(f"the first process of this run could not get {self.path}, and says why")
-            elif refusal is not None:
-                multihost_utils.broadcast_one_to_all(np.bool(False))
-            if refusal is not None:
-                raise refusal
+            if gathered(refusal is not None, "claiming the run's folder")[0]:
+                raise refusal or NeuronetError(f"the first process of this run could not get {self.path}, and says why")
             self.claim(config, data, resume, begin)
             yield held.check if held else lambda: None
 
@@ -184,15 +179,15 @@ def records(data: bytes | None) -> list[dict[str, Any]]:
 def _check_alike(config: Config) -> None:
     """Raises NeuronetError in every process whose config, code or JAX is not that of the first one."""
     ours = {"configs": config.to_json(), "code": code_sha256(), "versions of JAX": jax.__version__}
-    digests = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in ours.values()])
-    firsts = np.asarray(multihost_utils.broadcast_one_to_all(digests))
-    different = [name for name, own, first in zip(ours, digests, firsts, strict=True) if (own != first).any()]
-    if np.any(multihost_utils.process_allgather(np.bool(different != []))):  # all end, instead of waiting for some
-        own = f"process {jax.process_index()} has different {' and '.join(different)}" if different else "others differ"
-        raise NeuronetError(
-            f"the processes of this run must have the same config, code and JAX as the first one, but {own}: start all "
-            "of them with the same command, in the same installation"
-        )
+    digests = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in ours.items()}
+    first, *others = gathered(digests, "comparing their configs")
+    for process, theirs in enumerate(others, start=1):
+        if different := [name for name in ours if theirs[name] != first[name]]:
+            raise NeuronetError(
+                f"the processes of this run must have the same config, code and JAX as the first one, but process "
+                f"{process} has different {' and '.join(different)}: start all of them with the same command, in the "
+                "same installation"
+            )
 
 
 def code_sha256() -> str:

@@ -27,10 +27,20 @@ from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.store.reader import Store
 from neuronet_jax.training.mesh import make_mesh
+from neuronet_jax.training.pipeline import training_iterator
 from neuronet_jax.training.step import TrainState, init_state
 
 SPLITS = ("train", "train", "train", "validation", "train")
 STEPS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All processes of these tests keep their compiled programs in one place, down to the smallest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
 
 
 @pytest.fixture
@@ -60,11 +70,20 @@ def start(
 ) -> subprocess.Popen[str]:
     """Starts the command; `fault` is a program that runs before it, in its process."""
     alone = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # as a user would, not on eight devices
-    # as after a restart: with the programs of the run before
-    alone |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(store.parent / "compiled")}
+    alone |= {"JAX_ENABLE_COMPILATION_CACHE": "true"}
     program = ["-c", f"{fault}\nimport sys; from experiments import train; sys.exit(train.main())"]
     command = [sys.executable, *(program if fault else ["-m", "experiments.train"]), *arguments(store, run), *extra]
     return subprocess.Popen(command, env={**alone, **(environment or {})}, stderr=subprocess.PIPE, text=True)
+
+
+def start_two(store: Path, run: Path, *extra: str, fault: str = "") -> list[subprocess.Popen[str]]:
+    """Starts the command in two processes, which train one run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    indices = [{**cluster, "JAX_PROCESS_ID": str(index)} for index in range(2)]
+    return [start(store, run, *extra, environment=settings, fault=fault) for settings in indices]
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -100,40 +119,23 @@ def whole(build_store, tmp_path_factory: pytest.TempPathFactory) -> TrainState:
     return last_state(store, folder / "run")
 
 
-def test_D05_killed_and_resumed_equals_never_killed(store: Path, tmp_path: Path, whole: TrainState) -> None:
-    broken = tmp_path / "broken"
-    killed = start(store, broken)
-    wait_for_step(broken, random.Random().randint(3, STEPS - 2), killed)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    finish(start(store, broken, "--resume"))
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+def test_D05_killed_and_resumed_equals_never_killed(store: Path, tmp_path: Path, whole: TrainState, kills: int) -> None:
+    """Each kill comes at a random moment after the run has got further than before."""
+    broken, resume, moment = tmp_path / "broken", (), random.Random()
+    for number in range(kills):
+        killed = start(store, broken, *resume)
+        wait_for_step(broken, 1 + number * (STEPS - 1) // kills, killed)
+        time.sleep(moment.uniform(0, 0.3))
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        resume = ("--resume", "--begin")  # the first may come before the first checkpoint
+    finish(start(store, broken, *resume))
     jax.tree.map(
         np.testing.assert_array_equal, last_state(store, broken), whole
     )  # every bit of parameters, moments, optimiser, averages
     lines = [json.loads(line) for line in (broken / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
-
-
-def test_D03_sigterm_saves_and_the_run_can_continue(store: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start(store, run)
-    wait_for_step(run, 1, process)
-    process.send_signal(signal.SIGTERM)
-    said = finish(process).splitlines()
-    assert any(line.startswith("stopped as asked") and line.endswith("continue with --resume") for line in said)
-    assert any(line.startswith("training tissue:demo from step 0") for line in said)
-    assert sum(line.startswith("time: ") for line in said) == 1
-    with Checkpoints(run, read_only=True) as checkpoints:
-        stopped = checkpoints.latest()
-    assert stopped is not None and 1 <= stopped < STEPS
-    finish(start(store, run, "--resume"))
-    model = restore(run)
-    labels = segment(model, np.random.default_rng(0).normal(100, 20, (20, 24, 17)).astype(np.float32))
-    assert set(labels) == {"fsl_fast", "fsl_first"} and labels["fsl_first"].shape == (20, 24, 17)
-    text = "".join(path.read_text(errors="ignore") for path in run.rglob("*") if path.is_file())
-    calibration = load_calibration(str(run), model.origin.step)  # for the checkpoint that is restored
-    assert calibration is not None and calibration.heads == 1 and calibration.threshold is None
-    assert "subject0" not in text  # A41: no identifier of a participant in a run's folder
 
 
 SIGTERM_IN = """
@@ -155,10 +157,11 @@ AT = {
     "compilation": "train.make_train_step = lambda *a: interrupted(make(*a), 1)",
     "validation": "train.validate = interrupted(train.validate, 1)",
     "save": "Checkpoints.save = interrupted(Checkpoints.save, 2)",
+    "a step": "train.make_train_step = lambda *a: interrupted(make(*a), 2)",
 }
 
 
-def test_D03_sigterm_in_compilation_validation_and_save(store: Path, tmp_path: Path, whole: TrainState) -> None:
+def test_D03_sigterm_in_compilation_validation_save_and_between(store: Path, tmp_path: Path, whole: TrainState) -> None:
     """Each stops the run with status 0 after that step or the next. It goes on, and ends as if it was never hit."""
     run, reached = tmp_path / "run", [0]
     for place, fault in AT.items():
@@ -168,8 +171,19 @@ def test_D03_sigterm_in_compilation_validation_and_save(store: Path, tmp_path: P
             reached.append(checkpoints.latest() or 0)
         assert reached[-2] < reached[-1] < STEPS
     assert reached[1] == 1 and reached[2] in (5, 6)
+    said = errors.splitlines()
+    assert any(line.startswith("stopped as asked") and line.endswith("continue with --resume") for line in said)
+    assert any(line.startswith(f"training tissue:demo from step {reached[-2]} to") for line in said)
+    assert sum(line.startswith("time: ") for line in said) == 1
     finish(start(store, run, "--resume"))
     jax.tree.map(np.testing.assert_array_equal, last_state(store, run), whole)
+    model = restore(run)
+    labels = segment(model, np.random.default_rng(0).normal(100, 20, (20, 24, 17)).astype(np.float32))
+    assert set(labels) == {"fsl_fast", "fsl_first"} and labels["fsl_first"].shape == (20, 24, 17)
+    text = "".join(path.read_text(errors="ignore") for path in run.rglob("*") if path.is_file())
+    calibration = load_calibration(str(run), model.origin.step)  # for the checkpoint that is restored
+    assert calibration is not None and calibration.heads == 1 and calibration.threshold is None
+    assert "subject0" not in text  # A41: no identifier of a participant in a run's folder
 
 
 NO_MEMORY = """
@@ -184,7 +198,7 @@ def starved(*arguments):
         if len(calls) == 2:  # compiling takes memory too
             jax.block_until_ready((state, batch))  # what the first step holds is not there to be used again
             used = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize")]
-            limit = (int(used[0]) << 10) + (256 << 20)
+            limit = (int(used[0]) << 10) + (128 << 20)
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         return step(state, batch)
     return wrapped
@@ -194,16 +208,16 @@ train.make_train_step = starved
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_D08_out_of_memory_ends_with_5_and_names_batch_and_crop(store: Path, tmp_path: Path) -> None:
-    """Memory really runs out, by one large piece: a step of this crop asks for 586 MB at once, and 256 MiB are left.
+    """Memory really runs out, by one large piece: a step of this crop asks for 247 MB at once, and 128 MiB are left.
 
     What is left is for everything small, whose absence would end the process in C++ before XLA can say anything.
     Freed memory is given back at once, so that the first step does not leave enough.
     """
     settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    process = start(store, tmp_path, "--config.data.crop=128", environment=settings, fault=NO_MEMORY)
+    process = start(store, tmp_path, "--config.data.crop=96", environment=settings, fault=NO_MEMORY)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 5, errors
-    assert "error: out of device memory with batch 2 and crop (128, 128, 128); lower --config.batch or" in errors
+    assert "error: out of device memory with batch 2 and crop (96, 96, 96); lower --config.batch or" in errors
 
 
 SHORT = """
@@ -218,16 +232,10 @@ train.Watchdog = Watchdog
 
 
 def test_D07_a_frozen_process_ends_the_other_with_6(store: Path, tmp_path: Path) -> None:
-    run, processes = tmp_path / "run", []
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    run, most = tmp_path / "run", 100000
+    long = (f"--config.steps={most}", f"--config.evaluate_every={most}", f"--config.checkpoint_every={most}")
+    processes = start_two(store, run, *long, fault=SHORT)
     try:
-        for index in range(2):
-            settings = {**cluster, "JAX_PROCESS_ID": str(index)}
-            long = ("--config.steps=100000", "--config.evaluate_every=100000", "--config.checkpoint_every=100000")
-            processes.append(start(store, run, *long, environment=settings, fault=SHORT))
         wait_for_step(run, 3, processes[0])
         processes[1].send_signal(signal.SIGSTOP)
         _, errors = processes[0].communicate(timeout=60)
@@ -333,24 +341,28 @@ def disk(folder: Path, options: str) -> Iterator[None]:
 
 
 def test_D01_a_run_that_cannot_learn_ends_with_4_and_names_its_batches(store: Path, tmp_path: Path) -> None:
-    """Its learning rate is far too high: every update would be infinite. The weights that are kept are finite."""
+    """Its learning rate is far too high: every update would be infinite. The weights that are kept are finite.
+
+    Two processes, with one crop of each batch, record all of it.
+    """
     run = tmp_path / "run"
-    process = start(
-        store,
-        run,
+    settings = (
         "--config.optimizer.learning_rate=3e38",
         "--config.optimizer.schedule=constant",
         "--config.profile_steps=2,3",
     )
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 4, errors
-    assert "error: 11 updates in a row were skipped up to step 11" in errors and "skipped.jsonl names the" in errors
+    for process in start_two(store, run, *settings):
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 4, errors
+        assert "error: 11 updates in a row were skipped up to step 11" in errors and "skipped.jsonl names the" in errors
     lines = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 12))
-    for line in lines:
-        assert set(line) == {"step", "loss", "gradient_norm", "slots", "starts"} and line["gradient_norm"] > 0
-        assert len(line["slots"]) == len(line["starts"]) == 2 and set(line["slots"]) <= {0, 1, 2, 4}
-        assert np.all(np.array(line["starts"]) <= np.array([20, 24, 16])) and np.min(line["starts"]) >= 0
+    config = load("tissue:demo", [a for a in arguments(store, run) if a.startswith("--config.")])
+    with contextlib.closing(training_iterator(Store.open(str(store)), config)) as batches:
+        for line, batch in zip(lines, batches, strict=False):
+            assert set(line) == {"step", "loss", "gradient_norm", "slots", "starts"} and line["gradient_norm"] > 0
+            crops = zip(batch["slot"].tolist(), batch["start"].tolist(), strict=True)
+            assert sorted(zip(line["slots"], line["starts"], strict=True)) == sorted(crops)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_total"] for line in metrics if "loss" in line] == list(range(1, 12))
     assert restore(run).origin.step in (5, 10)  # the best one, whose weights are finite numbers
@@ -381,12 +393,8 @@ def test_two_processes_train_one_run_and_one_process_continues_it(
     store: Path, tmp_path: Path, whole: TrainState
 ) -> None:
     """C04, C07: the batches do not depend on the processes, so two and then one end where one alone does."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
     run = tmp_path / "run"
-    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    processes = [start(store, run, environment={**cluster, "JAX_PROCESS_ID": str(index)}) for index in range(2)]
+    processes = start_two(store, run)
     wait_for_step(run, 4, processes[0])
     processes[1].send_signal(signal.SIGTERM)  # one is told, both save the same step
     for process in processes:

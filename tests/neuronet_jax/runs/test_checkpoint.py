@@ -10,7 +10,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -599,71 +598,7 @@ def test_G04_no_secret_of_the_environment_is_stored(tmp_path, open_run, config, 
     assert not any(b"hunter2" in path.read_bytes() for path in files)
 
 
-# -- two processes
-
-TWO = """
-import os, sys
-import jax, numpy as np
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-rank, port, run = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.distributed.initialize(f"localhost:{port}", 2, rank, initialization_timeout=60)
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from experiments.flags import load
-from neuronet_jax.runs.checkpoint import Checkpoints
-
-devices = NamedSharding(Mesh(jax.devices(), "d"), PartitionSpec("d"))
-make = lambda step: {"w": jax.make_array_from_callback((8,), devices, lambda i: np.arange(8.0)[i] * step)}
-checkpoints = Checkpoints(run, keep=2)
-for step in (1, 2, 3):
-    checkpoints.save(step, make(step), {"next_index": 10 * step}, load("all_targets:demo"), score=1 / step)
-    checkpoints.check()
-checkpoints.wait()
-def show(restored):
-    mine = [shard.data.tolist() for shard in restored.state["w"].addressable_shards]
-    print(checkpoints.steps(), restored.step, restored.data_position, mine, flush=True)
-show(checkpoints.restore(make(0)))
-multihost_utils.sync_global_devices("both have read it")
-if rank == 0:
-    path = f"{run}/checkpoints/3/position/position.json"
-    os.truncate(path, 1)
-multihost_utils.sync_global_devices("it is damaged")
-show(checkpoints.restore(make(0)))
-checkpoints.close()
-"""
-
-
-def test_two_processes_save_and_restore_together(tmp_path, open_run):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, str(rank), port, str(tmp_path / "run")],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0].splitlines() for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0]
-    said = [[line for line in lines if line.startswith("[1")] for lines in outputs]  # Gloo talks too
-    assert said[0][0] == "[1, 2, 3] 3 {'next_index': 30} [[0.0, 3.0], [6.0, 9.0]]"
-    assert said[1][0] == "[1, 2, 3] 3 {'next_index': 30} [[12.0, 15.0], [18.0, 21.0]]"
-    assert said[0][1] == "[1, 2] 2 {'next_index': 20} [[0.0, 2.0], [4.0, 6.0]]"  # both fell back
-    assert said[1][1] == "[1, 2] 2 {'next_index': 20} [[8.0, 10.0], [12.0, 14.0]]"
-    one = open_run()  # and one process reads the checkpoint of two
-    target = {"w": np.zeros(8, np.float32)}
-    restored = one.restore(target)
-    np.testing.assert_array_equal(restored.state["w"], np.arange(8.0) * 2)
-    assert restored.data_position == {"next_index": 20}
+# -- buckets
 
 
 def test_checkpoints_in_a_bucket_need_what_reads_it(monkeypatch):

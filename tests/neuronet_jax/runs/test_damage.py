@@ -184,7 +184,7 @@ def test_E15_a_verified_checkpoint_is_not_hashed_again(run, config, monkeypatch)
     hashed: list[str] = []
     true_damage = checksums.damage
     monkeypatch.setattr(
-        "neuronet_jax.runs.checkpoint.damage", lambda folder: hashed.append(folder.name) or true_damage(folder)
+        "neuronet_jax.runs.inspection.damage", lambda folder: hashed.append(folder.name) or true_damage(folder)
     )
     with Checkpoints(run, keep=3) as checkpoints:
         for step in range(LATEST + 1, LATEST + 4):

@@ -96,10 +96,7 @@ except NeuronetError as error:
 
 
 def test_D11_processes_with_a_different_config_or_code_are_refused(tmp_path):
-    wanted = {
-        "config": ("others differ", "process 1 has different configs:"),
-        "code": ("others differ", "process 1 has different code:"),
-    }
+    wanted = {"config": "process 1 has different configs:", "code": "process 1 has different code:"}
     for changed, said in wanted.items():
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
@@ -119,8 +116,8 @@ def test_D11_processes_with_a_different_config_or_code_are_refused(tmp_path):
         finally:
             for process in both:
                 process.kill()
-        for text, part in zip(texts, said, strict=True):
-            assert "must have the same config, code and JAX as the first one" in text and part in text
+        for text in texts:
+            assert "must have the same config, code and JAX as the first one" in text and said in text
         assert not (tmp_path / changed).exists()  # nothing was written
 
 

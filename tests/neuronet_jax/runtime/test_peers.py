@@ -136,6 +136,24 @@ print(jax.process_index(), jax.process_count())
     assert [said.split() for said, _ in answers] == [["0", "2"], ["1", "2"]], answers
 
 
+def test_D06_a_process_that_never_joins_is_named() -> None:
+    program = "from neuronet_jax import runtime; runtime.JOIN_S = 2.0; runtime.join_cluster()"
+    wanted = {
+        ("0", "2"): "process 0 of 2 has waited 2 s for process 1 at",
+        ("1", "2"): "process 1 of 2 has waited 2 s for process 0 at",
+        ("0", "3"): "process 0 of 3 has waited 2 s for one or more of the processes 1, 2 at",
+    }
+    alone = []
+    for index, count in wanted:
+        cluster = {"JAX_COORDINATOR_ADDRESS": _closed_port(), "JAX_PROCESS_ID": index, "JAX_NUM_PROCESSES": count}
+        command = [sys.executable, "-c", program]
+        alone.append(subprocess.Popen(command, env={**os.environ, **cluster}, stderr=subprocess.PIPE, text=True))
+    for process, said in zip(alone, wanted.values(), strict=True):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 6, errors
+        assert f"error: {said} 127.0.0.1:" in errors
+
+
 def _closed_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
