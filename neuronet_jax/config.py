@@ -20,7 +20,7 @@ GROUPS = 8  # of channels with model.norm="group": two channels each at full res
 _MOST_FILTERS, _MOST_SCALES = 2**14, 12  # a scale halves the grid: 12 need sides of 2,048 voxels
 # No whole number of a config comes near this one. A larger one is damage, and must not become the shape of an array.
 _LARGEST = 10**12
-SCHEMA = 4  # of saved configs; raised with every added field
+SCHEMA = 5  # of saved configs; raised with every added field
 # Per schema, the fields that it added, as "group.field", and the value that keeps the behaviour of older runs.
 ADDED: dict[int, dict[str, Any]] = {
     2: {"loss.class_balance": 0.0, "loss.consistency": 0.0},
@@ -35,6 +35,7 @@ ADDED: dict[int, dict[str, Any]] = {
         "optimizer.base_batch": 0,
         "accumulate": 1,
     },
+    5: {"augment.artefacts": 0.0},
 }
 
 
@@ -58,6 +59,7 @@ class AugmentConfig:
     elastic: float  # strength of smooth deformation; 0 is none
     resolution: float  # strength of blur along each axis: thick slices, partial volume; 0 is none
     any_contrast: float  # share of painted heads whose tissues take any brightness; the others are T1-like
+    artefacts: float  # share of crops with each of: motion, ghosts, a spike, thick slices, no face, a cut field of view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,6 +266,7 @@ def check(config: Config) -> None:
         f"empty, or {1 + len(config.data.stores)} numbers: for data.store and each of data.stores",
     )
     require(config.augment.any_contrast <= 1, "augment.any_contrast", config.augment.any_contrast, "in [0, 1]")
+    require(config.augment.artefacts <= 1, "augment.artefacts", config.augment.artefacts, "in [0, 1]")
     for path in ("batch", "accumulate", "steps", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"):
         require(getattr(config, path) >= 1, path, getattr(config, path), "at least 1")
 

@@ -34,6 +34,7 @@ def config(protocols: tuple[str, ...], variant: str = "") -> ConfigDict:
                 "elastic": 0.0,
                 "resolution": 0.0,
                 "any_contrast": 0.0,
+                "artefacts": 0.0,
             },
             "model": {"family": "neuronet", "filters": (16, 32, 64, 128), "compute_dtype": "auto", "norm": "batch"},
             "loss": {"cross_entropy": 1.0, "dice": 1.0, "class_balance": 0.0, "consistency": 0.0},

@@ -121,7 +121,9 @@ def _config(name: str) -> Config:
         data=DataConfig(
             "", (128, 128, 128), foreground_fraction=0.0, workers=0, read_threads=1, prefetch=1, stores=(), weights=()
         ),
-        augment=AugmentConfig(flip=False, intensity=0.0, spatial=0.0, elastic=0.0, resolution=0.0, any_contrast=0.0),
+        augment=AugmentConfig(
+            flip=False, intensity=0.0, spatial=0.0, elastic=0.0, resolution=0.0, any_contrast=0.0, artefacts=0.0
+        ),
         # bfloat16 was never tried on these weights
         model=ModelConfig("reference", (16, 32, 64, 128), "float32", "batch"),
         loss=LossConfig(cross_entropy=1.0, dice=0.0, class_balance=0.0, consistency=0.0),

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from neuronet_jax.config import AugmentConfig
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.training import artefacts
 
 # At strength 1. The ranges cover what scanners and protocols change in T1 images; each is a normal's standard
 # deviation.
@@ -57,6 +58,9 @@ def augment(batch: dict[str, Array], key: Array, config: AugmentConfig, protocol
         image = jax.vmap(lambda i, p: blur(i, p.blur))(image, parameters)
     if config.intensity:
         image = jax.vmap(change_intensity)(image, parameters)
+    if config.artefacts:
+        faults = jax.vmap(lambda k: artefacts.draw(jax.random.fold_in(k, 1), config.artefacts))(keys)
+        image, labels = jax.vmap(artefacts.apply)(image, labels, faults)
     return {**batch, "image": image, "labels": labels}
 
 
@@ -69,7 +73,7 @@ def draw(key: Array, config: AugmentConfig) -> Parameters:
         # Truncated: rare extremes do not occur in scanners.
         return deviation * jax.random.truncated_normal(next(keys), -2.0, 2.0, shape)
 
-    rotation = _rotation(jnp.deg2rad(normal(space * ROTATION_DEGREES, (3,))))
+    rotation = artefacts.rotation(jnp.deg2rad(normal(space * ROTATION_DEGREES, (3,))))
     scale = jnp.diag(jnp.exp(normal(space * LOG_SCALE, (3,))))
     shear = jnp.eye(3) + jnp.triu(normal(space * SHEAR, (3, 3)), 1)
     return Parameters(
@@ -149,12 +153,3 @@ def _bias_field(shape: tuple[int, ...], coefficients: Float[Array, "3 3 3"]) -> 
     bases = [jnp.cos(jnp.pi * jnp.arange(3.0)[:, None] * (jnp.arange(float(n)) + 0.5)[None, :] / n) for n in shape]
     varying = coefficients.at[0, 0, 0].set(0.0)
     return jnp.exp(jnp.einsum("ijk,ix,jy,kz->xyz", varying, *bases))
-
-
-def _rotation(angles: Float[Array, "3"]) -> Float[Array, "3 3"]:
-    """Returns the rotation by the given radians about x, then y, then z."""
-    (cx, cy, cz), (sx, sy, sz) = jnp.cos(angles), jnp.sin(angles)
-    x = jnp.array([[1.0, 0.0, 0.0], [0.0, cx, -sx], [0.0, sx, cx]])
-    y = jnp.array([[cy, 0.0, sy], [0.0, 1.0, 0.0], [-sy, 0.0, cy]])
-    z = jnp.array([[cz, -sz, 0.0], [sz, cz, 0.0], [0.0, 0.0, 1.0]])
-    return z @ y @ x

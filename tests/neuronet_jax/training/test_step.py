@@ -37,7 +37,7 @@ def config_of(
         name="test",
         protocols=NAMES,
         data=DataConfig("", crop, 0.5, 0, 1, 1, (), ()),
-        augment=AugmentConfig(False, 0.0, 0.0, 0.0, 0.0, 0.0),
+        augment=AugmentConfig(False, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
         model=ModelConfig(family, (4, 6, 8), "float32", "batch"),
         loss=LossConfig(1.0, 0.0 if family == "reference" else 1.0, 0.0, 0.0),  # as published, and as ours
         optimizer=OptimizerConfig(1e-3, "constant", 0, 1e-5, 0.0, 0.0, 0.9, 10.0, 0),
