@@ -147,7 +147,7 @@ def test_calibrate_writes_the_fit_to_the_validation_subjects(model, store, tmp_p
     assert found is not None and found.heads == 2 and set(found.lines) == {"fsl_fast", "fsl_first"}
     # the only subject with this reference: half of the prediction is right, and a line fits that except for the prior
     line = found.lines["fsl_first"]
-    (sample,) = [scoring._sample(model, store, store.subjects[n]) for n in (0,)]
+    (sample,) = [scoring._sample(model, store, store.subjects[n])[0] for n in (0,)]
     expected, true = sample["fsl_first"]
     assert true[1] == pytest.approx(2 / 3) and true[2] == 0
     calibrated = quality._predict(line, expected)
