@@ -92,13 +92,14 @@ def draw(store: Store, out: Path) -> list[str]:
     image = (store.read_image(subject.slot) - subject.mean) / subject.std
     labels = store.read_labels(subject.slot, ("malp_em_tissue",))
     given = jnp.asarray(image, jnp.float32)[..., None]
-    pictures = {name: change(given, jnp.asarray(labels)) for name, change in PICTURES.items()}
+    pictures = {name: jax.jit(change) for name, change in PICTURES.items()}
     volume = jnp.asarray(_painted(store, subject))[..., None]
     for name, share in (("t1-like", 0.0), ("any-contrast", 1.0)):
         palette = generate.draw(jax.random.key(5), share, jnp.asarray(False))
-        pictures[name] = augment.blur(generate.paint(volume, palette), jnp.full(3, 0.5))
+        pictures[name] = lambda *_, palette=palette: augment.blur(generate.paint(volume, palette), jnp.full(3, 0.5))
     files = Files(str(out.absolute()))
-    for name, changed in pictures.items():
+    for name, change in pictures.items():
+        changed = change(given, jnp.asarray(labels))
         files.write(f"{name}.webp", _webp(np.asarray(given)[..., 0], np.asarray(changed)[..., 0]))
     return list(pictures)
 
