@@ -1,4 +1,4 @@
-"""What the scores of two arms allow to be said: paired tests over subjects, and intervals over subjects and seeds.
+"""Statistics of two arms: paired tests over subjects, and intervals over subjects and seeds.
 
 The subjects are those of one split, so tests and intervals are about further subjects like these. Whether other
 training subjects would change the order of the arms, one split cannot tell.
