@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,13 +93,14 @@ def draw(store: Store, out: Path) -> list[str]:
     image = (store.read_image(subject.slot) - subject.mean) / subject.std
     labels = store.read_labels(subject.slot, ("malp_em_tissue",))
     given = jnp.asarray(image, jnp.float32)[..., None]
-    pictures = {name: change(given, jnp.asarray(labels)) for name, change in PICTURES.items()}
+    pictures: dict[str, Callable[..., Any]] = {name: jax.jit(change) for name, change in PICTURES.items()}
     volume = jnp.asarray(_painted(store, subject))[..., None]
     for name, share in (("t1-like", 0.0), ("any-contrast", 1.0)):
         palette = generate.draw(jax.random.key(5), share, jnp.asarray(False))
-        pictures[name] = augment.blur(generate.paint(volume, palette), jnp.full(3, 0.5))
+        pictures[name] = lambda *_, palette=palette: augment.blur(generate.paint(volume, palette), jnp.full(3, 0.5))
     files = Files(str(out.absolute()))
-    for name, changed in pictures.items():
+    for name, change in pictures.items():
+        changed = change(given, jnp.asarray(labels))
         files.write(f"{name}.webp", _webp(np.asarray(given)[..., 0], np.asarray(changed)[..., 0]))
     return list(pictures)
 
@@ -107,11 +109,11 @@ def _painted(store: Store, subject: Subject) -> np.ndarray:
     """Returns the head as tissues: those of the brain by their labels, the others by what is dark and bright."""
     (classes,) = store.read_labels(subject.slot, ("malp_em_tissue",))
     image = store.read_image(subject.slot)
-    bright = np.asarray(ndimage.gaussian_filter(image, 1.0)) > 0.25 * np.percentile(image, 99)
-    head = ndimage.binary_fill_holes(ndimage.binary_closing(bright, iterations=3))
+    bright: np.ndarray = np.asarray(ndimage.gaussian_filter(image, 1.0)) > 0.25 * np.percentile(image, 99)
+    head = np.asarray(ndimage.binary_fill_holes(ndimage.binary_closing(bright, iterations=3)))
     tissues = np.where(head, NUMBER["compact bone"], AIR)
     tissues[bright] = NUMBER["soft tissue"]
-    tissues[ndimage.binary_dilation(classes > 0)] = NUMBER["CSF around the brain"]
+    tissues[np.asarray(ndimage.binary_dilation(classes > 0), bool)] = NUMBER["CSF around the brain"]
     for number in range(1, PROTOCOLS["malp_em_tissue"].num_classes):
         tissues[classes == number] = NUMBER[_TISSUES[number]]
     return -tissues.astype(np.float32)

@@ -1,4 +1,4 @@
-"""How robust is a network? Dice against the strength of what may be wrong with a scan, beside a classical tool.
+"""Measures how robust a network is: Dice against the strength of what may be wrong with a scan.
 
     python -m experiments.robustness --store=stores/brains --split=validation --out=robustness
     python -m experiments.robustness --store=stores/brains --split=validation --run=runs/a --peer --out=robustness
@@ -48,7 +48,7 @@ PEER_PROTOCOL = "fsl_fast"  # three tissues by intensity, as the peer has them
 
 @dataclass(frozen=True)
 class Disturbance:
-    """What may be wrong with a scan: `apply(image, labels, strength, voxel_size_mm)`."""
+    """A fault that a scan may have: `apply(image, labels, strength, voxel_size_mm)`."""
 
     unit: str
     strengths: tuple[float, ...]
@@ -139,7 +139,7 @@ def measure(model: Model, store: Store, split: str, out: Path, peer: bool) -> li
         if not missing:
             continue
         image = np.maximum(store.read_image(subject.slot), 0).astype(np.float32)
-        labels = np.stack(store.read_labels(subject.slot, names))
+        labels = np.stack([*store.read_labels(subject.slot, names)])
         if name in DISTURBANCES:
             image, labels = DISTURBANCES[name].apply(image, labels, strength, store.info.voxel_size_mm)
         for method, labelled in missing.items():

@@ -1,4 +1,4 @@
-"""What a comparison trains: a cell for every network, and the budgets in which the cells take part.
+"""Plan of a comparison: a cell for every network to train, and the budgets in which the cells take part.
 
 A budget says what the networks of a comparison have in common:
 

@@ -52,7 +52,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class ArmScores:
-    """What the finished cells of one arm have scored, and what they cost."""
+    """Scores and costs of the finished cells of one arm."""
 
     arm: Arm
     seeds: tuple[int, ...]

@@ -1,9 +1,10 @@
-"""What the scores of two arms allow to be said: paired tests over subjects, and intervals over subjects and seeds.
+"""Statistics of two arms: paired tests over subjects, and intervals over subjects and seeds.
 
 The subjects are those of one split, so tests and intervals are about further subjects like these. Whether other
 training subjects would change the order of the arms, one split cannot tell.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ def compare(arm: Float[np.ndarray, "s n"], baseline: Float[np.ndarray, "t n"], s
     both = ~(np.isnan(arm).any(axis=0) | np.isnan(baseline).any(axis=0))
     arm, baseline = arm[:, both], baseline[:, both]
     if not both.any():
-        return Comparison(*[float("nan")] * 4, 0)
+        return Comparison(math.nan, math.nan, math.nan, math.nan, 0)
     low, high = bootstrap(arm, baseline, seed)
     with np.errstate(invalid="ignore"):  # of infinite distances
         difference = float(arm.mean() - baseline.mean())

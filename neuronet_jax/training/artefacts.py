@@ -86,7 +86,7 @@ def apply(
     scan = after(3, thick_slices(scan, a.thick_axis, a.thickness), scan)
     scan = after(4, remove_face(scan, labels, a.face_degrees), scan)
     inside = field_of_view(scan.shape, a.cut_axis, a.cut_end, a.cut) | ~a.has[5]
-    return jnp.where(inside, scan, jnp.min(scan))[..., None], jnp.where(inside, labels, 0)
+    return jnp.where(inside, scan, jnp.min(scan))[..., None], jnp.where(inside[None], labels, 0)
 
 
 def motion(

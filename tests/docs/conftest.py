@@ -45,6 +45,9 @@ TINY = {
 # Understood, not run: what it takes.
 UNDERSTOOD = {
     "experiments.benchmark": "minutes, other frameworks, a TPU compiler",
+    "experiments.compare": "training of many networks, which tests/experiments/compare does with two",
+    "experiments.robustness": "many segmentations; tests/experiments/test_robustness.py has the parts",
+    "experiments.augmentations": "the demo cohort, which tests/data_prep/demo draws",
     "data_prep.demo": "drawing phantoms, which tests/data_prep/demo does",
     "data_prep.heads": "whole-head label maps, which tests/data_prep/test_heads.py draws",
     "neuronet view": "a browser; tests/neuronet_jax/viewer has one",
@@ -55,6 +58,7 @@ MODULES = {
     "neuronet": "neuronet_jax.cli",
     "experiments.benchmark": "experiments.benchmark.__main__",
     "data_prep.demo": "data_prep.demo.cohort",
+    "experiments.compare": "experiments.compare.__main__",
 }
 # Places in the pages that are not the reader's own folder.
 ELSEWHERE = {"/shared/stores/cohort": "stores/cohort", "/shared/runs/a": "runs/on_slurm"}
