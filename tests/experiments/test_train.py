@@ -36,10 +36,9 @@ STEPS = 12
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """All processes of these tests keep their compiled programs in one place, down to the smallest."""
+    """All processes of these tests keep their compiled programs in one place: a start takes half the time then."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield
 
 
@@ -155,13 +154,13 @@ make = train.make_train_step
 """
 AT = {
     "compilation": "train.make_train_step = lambda *a: interrupted(make(*a), 1)",
+    "a step": "train.make_train_step = lambda *a: interrupted(make(*a), 2)",
     "validation": "train.validate = interrupted(train.validate, 1)",
     "save": "Checkpoints.save = interrupted(Checkpoints.save, 2)",
-    "a step": "train.make_train_step = lambda *a: interrupted(make(*a), 2)",
 }
 
 
-def test_D03_sigterm_in_compilation_validation_save_and_between(store: Path, tmp_path: Path, whole: TrainState) -> None:
+def test_D03_sigterm_in_compilation_step_validation_and_save(store: Path, tmp_path: Path, whole: TrainState) -> None:
     """Each stops the run with status 0 after that step or the next. It goes on, and ends as if it was never hit."""
     run, reached = tmp_path / "run", [0]
     for place, fault in AT.items():
@@ -170,7 +169,7 @@ def test_D03_sigterm_in_compilation_validation_save_and_between(store: Path, tmp
         with Checkpoints(run, read_only=True) as checkpoints:
             reached.append(checkpoints.latest() or 0)
         assert reached[-2] < reached[-1] < STEPS
-    assert reached[1] == 1 and reached[2] in (5, 6)
+    assert reached[1] == 1 and reached[3] in (5, 6)
     said = errors.splitlines()
     assert any(line.startswith("stopped as asked") and line.endswith("continue with --resume") for line in said)
     assert any(line.startswith(f"training tissue:demo from step {reached[-2]} to") for line in said)
