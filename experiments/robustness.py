@@ -5,12 +5,13 @@
 
 Every scan of the split is disturbed on the grid of the store and segmented as `neuronet segment` does. `--peer` adds
 DIPY's tissue classifier (a hidden Markov random field, for stripped brains alone), against the maps of `fsl_fast`.
-Writes `robustness.tsv` and `robustness.png`, which name no subject. The same command continues where it was
-interrupted.
+Writes `robustness.tsv`, `robustness.png` and `robustness.json` (the network and the scans), which name no subject.
+The same command continues where it was interrupted.
 """
 
 import argparse
 import csv
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from neuronet_jax.training import artefacts
 from neuronet_jax.training.augment import warp
 
 Scan = tuple[np.ndarray, np.ndarray]  # image ≥ 0, float32 [x y z]; labels, uint8 [p x y z]
-TSV, PICTURE = "robustness.tsv", "robustness.png"
+TSV, PICTURE, MEASURED = "robustness.tsv", "robustness.png", "robustness.json"
 COLUMNS = ("disturbance", "strength", "scan", "method", "protocol", "dice")
 NETWORK, PEER = "network", "DIPY"
 PEER_PROTOCOL = "fsl_fast"  # three tissues by intensity, as the peer has them
@@ -117,10 +118,12 @@ NEUTRAL = ("none", 0.0)
 def measure(model: Model, store: Store, split: str, out: Path, peer: bool) -> list[dict[str, str]]:
     """Segments every scan under every disturbance, and returns the rows of robustness.tsv.
 
-    Rows that the file has already are kept. Raises NeuronetError as `evaluate.check`, and without DIPY for `peer`.
+    Rows that the file has already are kept. Raises NeuronetError as `evaluate.check`, if they are of a different
+    network or of different scans, and without DIPY for `peer`.
     """
     check(model, store, split)
     files = Files(str(out.absolute()))
+    _claim(files, model, store, split)
     rows = list(csv.DictReader((files.read(TSV) or b"").decode().splitlines(), delimiter="\t"))
     done = {(row["disturbance"], float(row["strength"]), row["scan"], row["method"]) for row in rows}
     cases = [NEUTRAL, *((name, float(s)) for name, d in DISTURBANCES.items() for s in d.strengths)]
@@ -152,6 +155,18 @@ def measure(model: Model, store: Store, split: str, out: Path, peer: bool) -> li
         lines = ["\t".join(COLUMNS), *("\t".join(row[column] for column in COLUMNS) for row in rows)]
         files.write(TSV, ("\n".join(lines) + "\n").encode())
     return rows
+
+
+def _claim(files: Files, model: Model, store: Store, split: str) -> None:
+    """Records what is measured. Raises NeuronetError if the folder holds the measurement of something else."""
+    own = {"network": model.provenance.to_json(), "split": split, "split_hash": store.info.split_hash}
+    content = json.dumps(own, indent=2, sort_keys=True).encode()
+    if (before := files.read(MEASURED)) is not None and before != content:
+        raise NeuronetError(
+            f"{files.dest} holds the measurement of a different network, split or store ({MEASURED}): "
+            "choose a different --out"
+        )
+    files.write(MEASURED, content)
 
 
 def by_network(

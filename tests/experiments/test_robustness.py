@@ -86,6 +86,9 @@ def test_an_interrupted_measurement_goes_on(make_store, threshold_network, monke
     named = {subject.id for subject in store.split("validation")}
     assert not named & {row["scan"] for row in rows}
     assert (tmp_path / "out" / robustness.PICTURE).stat().st_size < 100_000
+    model = replace(model, origin=replace(model.origin, step=8))
+    assert robustness.main(command) == 1  # rows of two networks never share a table
+    assert len(calls) == cases + 1
 
 
 def test_dipys_classes_are_those_of_fast() -> None:
