@@ -189,7 +189,7 @@ def by_dipy(image: np.ndarray) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise NeuronetError("--peer needs DIPY: pip install 'neuronet-jax[benchmark]'") from error
     _, classes, _ = TissueClassifierHMRF(verbose=False).classify(image.astype(np.float64), nclasses=3, beta=0.1)
-    return {PEER_PROTOCOL: np.where(image > 0, classes, 0).astype(np.uint8)}
+    return {PEER_PROTOCOL: np.where(image > 0, np.maximum(classes, 0), 0).astype(np.uint8)}  # −1: it has failed
 
 
 def means(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, str], dict[tuple[str, float], float]]:

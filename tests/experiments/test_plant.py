@@ -20,20 +20,20 @@ def test_errors_are_in_one_protocol_of_some_training_subjects(make_store, tmp_pa
     assert plant.main(command) == 0
     planted = Store.open(tmp_path / "bad")
     assert planted.info.split_hash == clean.info.split_hash
-    different = []
+    different, names = [], clean.info.protocols
     for subject in clean.subjects:
         np.testing.assert_array_equal(planted.read_image(subject.slot), clean.read_image(subject.slot))
         maps = zip(
-            PROTOCOLS,
-            clean.read_labels(subject.slot, list(PROTOCOLS)),
-            planted.read_labels(subject.slot, list(PROTOCOLS)),
+            names,
+            clean.read_labels(subject.slot, names),
+            planted.read_labels(subject.slot, names),
             strict=True,
         )
         for name, before, after in maps:
             if not np.array_equal(before, after):
                 different.append((name, subject.split))
                 np.testing.assert_array_equal(after, PROTOCOLS[name].partners[before])
-    has = sum(subject.present[list(PROTOCOLS).index("malp_em")] for subject in clean.split("train"))
+    has = sum(subject.present[names.index("malp_em")] for subject in clean.split("train"))
     assert different == [("malp_em", "train")] * round(has / 2)
     assert f"{round(has / 2)} of 4 training maps" in capsys.readouterr().out
 
