@@ -221,8 +221,8 @@ def test_D08_out_of_memory_ends_with_5_and_names_batch_and_crop(store: Path, tmp
 
 SHORT = """
 from experiments import train
-class Watchdog(train.Watchdog):  # as patient as ever until the first step, which compiles
-    def __init__(self, timeout_s): super().__init__(20.0)
+class Watchdog(train.Watchdog):  # patient until the first step, which compiles; it ticks every 2 s
+    def __init__(self, timeout_s): super().__init__(40.0)
     def progress(self):
         super().progress()
         self._timeout_s = 2.0
