@@ -4,8 +4,9 @@
     python -m data_prep.references --store=stores/cohort --drop-outliers
 
 Every map is held against the same protocol of the cohort (volumes and positions of its structures), against the image
-under it, and against the other tools on the same head (tissues, and FIRST's structures in MALP-EM). The scores go to references.tsv of the store, by
-slot. With --drop-outliers a flagged map counts as absent: its voxels stay, and training does not read them.
+under it, and against the other tools on the same head (tissues, and FIRST's structures in MALP-EM). The scores go to
+references.tsv of the store, by slot. With --drop-outliers a flagged map counts as absent: its voxels stay, and training
+does not read them.
 """
 
 import argparse
@@ -95,7 +96,8 @@ def score(cohort: Mapping[int, Measures]) -> list[Score]:
     """Scores every map of a cohort, by slot.
 
     A map is flagged if its volumes or positions deviate by more than `LIMIT`, if it separates the image's intensities
-    less than such maps do, or if no other tool agrees with it as tools usually do. The worst map of a head is judged first, and the others are not held against it.
+    less than such maps do, or if no other tool agrees with it as tools usually do. The worst map of a head is judged
+    first, and the others are not held against it.
     """
     agreement = _agreement(cohort)
     alone: dict[tuple[int, str], dict[str, float]] = {}  # scores that need no other map of the head

@@ -1,6 +1,7 @@
 """Ten failed label maps of five kinds, planted among sound ones, are found; nothing else is."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -109,9 +110,11 @@ def test_planted_failures_are_flagged_and_dropped(cohort, build, tmp_path, capsy
 def test_a_drop_that_is_killed_is_finished_by_the_build(make_cohort, build, monkeypatch):
     manifest = make_cohort()
     _, store = build(manifest)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(references.StoreWriter, "finalize", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        references.drop(store, [references.Score(1, "malp_em", 9, 9, 9, 9, "volume")])
+    failed = [references.Score(1, "malp_em", 9, 9, 9, 9, "volume")]
+    with monkeypatch.context() as patch:
+        patch.setattr(references.StoreWriter, "finalize", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            references.drop(store, failed)
     with pytest.raises(StoreError, match="E_INCOMPLETE"):
         Store.open(store.dest)
     build(manifest)
