@@ -100,11 +100,11 @@ def build_sources(
             again |= set(damaged(finished))
         if not again:
             rejects = read_rejects(files)
-            _tidy(files)
+            tidy(files)
             return report(finished.subjects, rejects, excluded_now, time.monotonic() - start, already=True)
     with lease(files, BUILD_LEASE):
         if finished is not None:
-            _reopen(finished, again)
+            reopen(finished, again)
         writer = _writer(store, settings, len(kept), shard_subjects, provenance)
         shards = {slot: tuple(kept[slot : slot + shard_subjects]) for slot in range(0, len(kept), shard_subjects)}
         with Bar(progress, len(kept)) as advance:
@@ -126,7 +126,7 @@ def build_sources(
         inputs = {slot: files_of for record in rows.values() for slot, files_of in record.inputs.items()}
         files.write(INPUTS, inputs_to_tsv(inputs))
         writer.finalize(subjects, rejects)
-        _tidy(files)
+        tidy(files)
     return report(subjects, rejects, excluded_now, time.monotonic() - start, repaired=len(again))
 
 
@@ -145,7 +145,7 @@ def _changed(files: Files, kept: Sequence[Source]) -> set[int]:
         return {slot for slot, unchanged in enumerate(same) if not unchanged}
 
 
-def _reopen(store: Store, again: Collection[int]) -> None:
+def reopen(store: Store, again: Collection[int]) -> None:
     """Makes a finished store unfinished, as if its shards with a slot in `again`, or with a hole, had not been built
     yet.
     """
@@ -260,7 +260,7 @@ def _duplicates(rows: dict[int, ShardRows]) -> list[tuple[Subject, int]]:
     return [(s, first[s.image_hash]) for s in subjects if first.setdefault(s.image_hash, s.slot) != s.slot]
 
 
-def _tidy(files: Files) -> None:
+def tidy(files: Files) -> None:
     """Removes the files that only an unfinished store needs."""
     for name in [*files.names("unfinished-"), "unfinished.json"]:
         files.delete(name)

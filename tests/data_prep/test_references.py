@@ -1,0 +1,150 @@
+"""Ten failed label maps of five kinds, planted among sound ones, are found; nothing else is."""
+
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from data_prep import references
+from data_prep.build import build as build_store
+from data_prep.purge import purge
+from neuronet_jax.files import Files
+from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
+from neuronet_jax.store.reader import Store
+from neuronet_jax.store.schema import StoreError
+
+KINDS = ("empty", "shifted", "mirrored", "scrambled", "another's")
+COHORT = Path(__file__).resolve().parents[3] / "shared" / "data" / "cohort" / "cohort.csv"  # beside the repository
+
+
+def fail(kind: str, classes: np.ndarray, protocol: str, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns a map, class indices [x y z], as a failed tool would have left it."""
+    if kind == "empty":  # but for a twentieth of its voxels, as the failed SPM map of the published study
+        return np.where(rng.random(classes.shape) < 0.05, classes, 0).astype(np.uint8)
+    if kind == "shifted":  # by a sixth of the head
+        return np.roll(classes, classes.shape[1] // 6, axis=1)
+    if kind == "mirrored":
+        return np.ascontiguousarray(classes[::-1])
+    if kind == "scrambled":
+        count = PROTOCOLS[protocol].num_classes
+        return np.array([0, *np.roll(np.arange(1, count), 1)], np.uint8)[classes]
+    return other
+
+
+def anatomies(brain, count: int) -> list[np.ndarray]:
+    """Returns MALP-EM maps [x y z] of different heads: each scaled, bent and asymmetric in its own way."""
+    grid = np.stack(np.meshgrid(*map(np.arange, brain.shape), indexing="ij")).astype(float)
+    centre = np.array(brain.shape).reshape(3, 1, 1, 1) / 2
+    heads = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        bends = [ndimage.zoom(rng.normal(0, 1.5, (4, 4, 4)), [n / 4 for n in brain.shape], order=1) for _ in range(3)]
+        points = centre + (grid - centre) * rng.normal(1, 0.04, (3, 1, 1, 1)) + np.stack(bends)
+        heads.append(ndimage.map_coordinates(brain.malp_em, points, order=0))
+    return heads
+
+
+def image(malp_em: np.ndarray, seed: int) -> np.ndarray:
+    brightness = np.array([0, 200, 500, 450, 700, 250])[MALP_EM_TO_TISSUE[malp_em]]
+    return (brightness + np.random.default_rng(seed).normal(40, 15, malp_em.shape)).clip(0).astype(np.int16)
+
+
+def derived(brain, malp_em: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns all five maps of an anatomy, as the tools write them."""
+    tables = {name: np.zeros(256, np.uint8) for name in PROTOCOLS}
+    for name, table in tables.items():
+        table[brain.malp_em] = brain.ids(name)
+    return {name: table[malp_em] for name, table in tables.items()}
+
+
+@pytest.fixture
+def cohort(brain, make_cohort):
+    """Writes 24 heads with ten failed maps; returns the manifest and the planted (slot, protocol)."""
+    names = tuple(str(1001 + number) for number in range(24))
+    manifest = make_cohort(names)
+    heads = [derived(brain, malp_em) for malp_em in anatomies(brain, len(names))]
+    planted = {}
+    for number, maps in enumerate(heads):
+        folder = manifest.parent / str(number)
+        brain.write(folder / "T1.nii.gz", image(maps["malp_em"], number), brain.affine)
+        for name, ids in maps.items():
+            brain.write(folder / f"{name}.nii.gz", ids, brain.affine)
+    for number in range(10):
+        kind, name, slot = KINDS[number % 5], tuple(PROTOCOLS)[(number + number // 5) % 5], 2 * number
+        protocol = PROTOCOLS[name]
+        classes, other = (protocol.to_classes(heads[n][name]) for n in (slot, slot + 3))
+        failed = protocol.to_ids(fail(kind, classes, name, other, np.random.default_rng(number)))
+        brain.write(manifest.parent / str(slot) / f"{name}.nii.gz", failed, brain.affine)
+        planted[slot, name] = kind
+    return manifest, planted
+
+
+def test_planted_failures_are_flagged_and_dropped(cohort, build, tmp_path, capsys, tree):
+    manifest, planted = cohort
+    _, before = build(manifest)
+    assert len(before.subjects) == 24
+    assert references.main([f"--store={before.dest}"]) == 0
+    scores = references.read_scores(Files(before.dest))
+    assert len(scores) == 24 * 5
+    flagged = {(row.slot, row.protocol): row.flagged for row in scores if row.flagged}
+    assert set(flagged) == set(planted), {key: planted.get(key) for key in set(flagged) ^ set(planted)}
+    table = tree(tmp_path / "store")["references.tsv"].decode()
+    assert "1001" not in table and "1024" not in table  # slots only
+    assert Store.open(before.dest).subjects == before.subjects
+
+    assert references.main([f"--store={before.dest}", "--drop-outliers"]) == 0
+    after = Store.open(before.dest)
+    for subject in after.subjects:
+        absent = {name for name, has in zip(after.info.protocols, subject.present, strict=True) if not has}
+        assert absent == {name for slot, name in planted if slot == subject.slot}
+    assert references.main([f"--store={before.dest}", "--drop-outliers"]) == 0  # and again: nothing changes
+    assert "0 maps are now absent" in capsys.readouterr().out
+    assert Store.open(before.dest).subjects == after.subjects
+    assert build(manifest)[0].already
+    purge(before.dest, {"1002"})
+    assert "references.tsv" not in tree(tmp_path / "store")  # scores of a withdrawn participant
+
+
+def test_a_drop_that_is_killed_is_finished_by_the_build(make_cohort, build, monkeypatch):
+    manifest = make_cohort()
+    _, store = build(manifest)
+    failed = [references.Score(1, "malp_em", 9, 9, 9, 9, "volume")]
+    with monkeypatch.context() as patch:
+        patch.setattr(references.StoreWriter, "finalize", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            references.drop(store, failed)
+    with pytest.raises(StoreError, match="E_INCOMPLETE"):
+        Store.open(store.dest)
+    build(manifest)
+    assert [all(subject.present) for subject in Store.open(store.dest).subjects] == [True, False, True]
+
+
+def test_a_small_cohort_is_not_judged(make_cohort, build, caplog):
+    _, store = build(make_cohort())
+    scores = references.score_store(store)
+    assert len(scores) == 15 and not any(row.flagged for row in scores)
+    assert "too few to judge by" in caplog.text
+
+
+@pytest.mark.soak
+def test_failures_among_real_brains_are_flagged(tmp_path):
+    if not COHORT.exists():
+        pytest.skip(f"the real cohort is not at {COHORT}")
+    store_at = str(tmp_path / "store")
+    build_store(COHORT, store_at, voxel_size_mm=3.0, workers=2)
+    store = Store.open(store_at)
+    names = store.info.protocols
+    images = {subject.slot: store.read_image(subject.slot) for subject in store.subjects}
+    maps = {slot: dict(zip(names, store.read_labels(slot, names), strict=True)) for slot in images}
+    sound = {slot: references.measure(images[slot], maps[slot]) for slot in images}
+    assert not [row for row in references.score(sound) if row.flagged]
+    for seed in range(4):
+        rng, cohort, planted = np.random.default_rng(seed), dict(sound), set()
+        for number, slot in enumerate(rng.permutation(list(images))[:10].tolist()):
+            name, other = names[rng.integers(len(names))], maps[(slot + 1) % len(maps)]
+            failed = fail(KINDS[number % 5], maps[slot][name], name, other[name], rng)
+            cohort[slot] = references.measure(images[slot], maps[slot] | {name: failed})
+            planted.add((slot, name))
+        assert {(row.slot, row.protocol) for row in references.score(cohort) if row.flagged} == planted
