@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from experiments import flags
 from experiments.compare.work import operations
@@ -36,7 +37,8 @@ class Arm:
 
     @property
     def name(self) -> str:
-        return f"{self.family}/{self.variant.replace(':', '-')}"
+        path, colon, kind = self.variant.partition(":")
+        return f"{self.family}/{Path(path).stem}{'-' * bool(colon)}{kind}"
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,12 @@ def test_every_arm_has_as_many_trials_and_trains_with_the_best(train_nothing, tm
 def _command(store: str, out: Path, *extra: str) -> subprocess.Popen[str]:
     settings = {"data.store": store, "data.crop": 16, "data.workers": 0, "model.filters": "4,6", "steps": 40}
     settings |= {"log_every": 1, "checkpoint_every": 100, "evaluate_subjects": 1}
-    fixed = [f"--out={out}", "--variants=tissue:demo,fsl_fast:demo", "--budgets=compute", "--seeds=1"]
+    fixed = [
+        f"--out={out}",
+        f"--variants={out.parent / 'both.py'}:demo,fsl_fast:demo",
+        "--budgets=compute",
+        "--seeds=1",
+    ]
     alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     arguments = [*fixed, *(f"--config.{name}={value}" for name, value in settings.items()), *extra]
     return subprocess.Popen(
@@ -174,7 +179,9 @@ def _command(store: str, out: Path, *extra: str) -> subprocess.Popen[str]:
 
 def test_an_interrupted_comparison_goes_on_where_it_was(make_store, tmp_path):
     store = make_store(("train", "train", "validation", "test", "test"))[0].dest
-    joint = tmp_path / "out/cells/neuronet/tissue-demo/40-steps/seed-0"
+    joint = tmp_path / "out/cells/neuronet/both-demo/40-steps/seed-0"
+    both = "def get_config(variant):\n    return config(('fsl_fast', 'malp_em'), variant)\n"
+    (tmp_path / "both.py").write_text("from experiments.configs.common import config\n\n\n" + both)
     first = _command(store, tmp_path / "out")
     while not ((joint / "run/metrics.jsonl").exists() and (joint / "run/metrics.jsonl").read_text()):
         assert first.poll() is None, first.communicate()
@@ -194,7 +201,7 @@ def test_an_interrupted_comparison_goes_on_where_it_was(make_store, tmp_path):
     ]
     text = (tmp_path / "out/comparison.md").read_text()
     assert "2 of 2 networks are trained and scored on 2 test subjects." in text
-    assert "| fsl_fast | neuronet/tissue-demo | neuronet/fsl_fast-demo |" in text
+    assert "| fsl_fast | neuronet/both-demo | neuronet/fsl_fast-demo |" in text
     assert store not in text + (tmp_path / "out/comparison.html").read_text() + (tmp_path / "out/plan.json").read_text()
 
 
