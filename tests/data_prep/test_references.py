@@ -1,6 +1,5 @@
 """Ten failed label maps of five kinds, planted among sound ones, are found; nothing else is."""
 
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,7 +15,6 @@ from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import StoreError
 
 KINDS = ("empty", "shifted", "mirrored", "scrambled", "another's")
-COHORT = Path(__file__).resolve().parents[3] / "shared" / "data" / "cohort" / "cohort.csv"  # beside the repository
 
 
 def fail(kind: str, classes: np.ndarray, protocol: str, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -129,11 +127,9 @@ def test_a_small_cohort_is_not_judged(make_cohort, build, caplog):
 
 
 @pytest.mark.soak
-def test_failures_among_real_brains_are_flagged(tmp_path):
-    if not COHORT.exists():
-        pytest.skip(f"the real cohort is not at {COHORT}")
+def test_failures_among_real_brains_are_flagged(tmp_path, real_data):
     store_at = str(tmp_path / "store")
-    build_store(COHORT, store_at, voxel_size_mm=3.0, workers=2)
+    build_store(real_data / "cohort" / "cohort.csv", store_at, voxel_size_mm=3.0, workers=2)
     store = Store.open(store_at)
     names = store.info.protocols
     images = {subject.slot: store.read_image(subject.slot) for subject in store.subjects}
