@@ -7,7 +7,7 @@
     neuronet export --run=runs/pretrained --out=release --weights-only
 
 The data, their licences and the scores are in `docs/pretrained.md`. Seed 0. Measured cost: 5 s a step on two free CPU
-cores, 97 minutes for 650 steps on two cores with other work. Painting the heads takes 49 s.
+cores, 201 minutes for 1,350 steps on two cores with other work. Painting the heads takes 49 s.
 """
 
 from ml_collections import ConfigDict

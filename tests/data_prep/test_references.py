@@ -38,7 +38,8 @@ def anatomies(brain, count: int) -> list[np.ndarray]:
     heads = []
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        bends = [ndimage.zoom(rng.normal(0, 1.5, (4, 4, 4)), [n / 4 for n in brain.shape], order=1) for _ in range(3)]
+        zooms = [n / 4 for n in brain.shape]
+        bends = [np.asarray(ndimage.zoom(rng.normal(0, 1.5, (4, 4, 4)), zooms, order=1)) for _ in range(3)]
         points = centre + (grid - centre) * rng.normal(1, 0.04, (3, 1, 1, 1)) + np.stack(bends)
         heads.append(ndimage.map_coordinates(brain.malp_em, points, order=0))
     return heads
