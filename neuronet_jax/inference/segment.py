@@ -111,8 +111,7 @@ def _segment(
     classes = {name: home(found) for name, found in zip(plan.read, result.classes, strict=True)}
     removed: dict[str, int] = {}
     if options.clean_up:
-        for name, found in classes.items():
-            classes[name], removed[name] = clean_up(PROTOCOLS[name], found)
+        classes, removed = clean_up(classes, volume.spacing_mm)
     if plan.reading.tissue_of is not None:
         classes["malp_em_tissue"] = MALP_EM_TO_TISSUE[classes["malp_em"]]
         removed["malp_em_tissue"] = removed.get("malp_em", 0)

@@ -103,7 +103,7 @@ def volume_table(
         ends = ranges_mm3.get(name, np.full((2, PROTOCOLS[name].num_classes), np.nan))
         for s in PROTOCOLS[name].structures:
             volume = f"{found[s.id] * per_voxel_mm3:.10g}"
-            low, high = ("n/a" if math.isnan(end) else f"{end:.4g}" for end in ends[:, s.index])
+            low, high = ("n/a" if math.isnan(end) else f"{end:.1f}" for end in ends[:, s.index])
             rows.append([name, str(s.id), s.name, str(found[s.id]), volume, low, high])
     return tsv(rows)
 
