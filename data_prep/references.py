@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measures:
-    """What one head's maps are judged by."""
+    """The measures by which one head's maps are judged."""
 
     volumes: Mapping[str, np.ndarray]  # per protocol, voxels of each structure, float32 [k-1]
     centroids: Mapping[str, np.ndarray]  # float32 [k-1 3], in standard deviations of the brain from its centre

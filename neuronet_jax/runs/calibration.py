@@ -42,7 +42,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Spread:
-    """How far the reference volumes of one protocol's structures lie from the predicted ones, as natural logarithms."""
+    """The distance of reference volumes from predicted ones, for one protocol's structures, as natural logarithms."""
 
     bias: tuple[float, ...]  # per class, of reference over predicted volume
     edges_mm3: tuple[float, ...]  # predicted volumes between the classes of sizes, ascending

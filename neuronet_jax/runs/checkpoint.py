@@ -90,7 +90,7 @@ class Checkpoints:
 
     @property
     def faults(self) -> dict[int, str]:
-        """What is wrong with the checkpoints that were passed over, by step."""
+        """The faults of the checkpoints that were passed over, by step."""
         return self._inspection.faults
 
     def latest(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a folder are finished, and which of those are sound: their files are as they were written."""
+"""Finds the checkpoints of a folder that are finished and sound: their files are as they were written."""
 
 import logging
 from typing import Any
