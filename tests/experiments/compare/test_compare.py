@@ -171,12 +171,14 @@ def _command(store: str, out: Path, *extra: str) -> subprocess.Popen[str]:
         "--seeds=1",
     ]
     alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    alone |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(out.parent / "compiled")}
     arguments = [*fixed, *(f"--config.{name}={value}" for name, value in settings.items()), *extra]
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.compare", *arguments], env=alone, stderr=subprocess.PIPE, text=True
     )
 
 
+@pytest.mark.soak
 def test_an_interrupted_comparison_goes_on_where_it_was(make_store, tmp_path):
     store = make_store(("train", "train", "validation", "test", "test"))[0].dest
     joint = tmp_path / "out/cells/neuronet/both-demo/40-steps/seed-0"
@@ -187,12 +189,12 @@ def test_an_interrupted_comparison_goes_on_where_it_was(make_store, tmp_path):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
-    _, errors = first.communicate(timeout=120)
+    _, errors = first.communicate(timeout=600)
     assert first.returncode == command.INTERRUPTED, errors
     reached = RunDirectory(joint / "run").metrics()[-1]["step"]
     assert 1 <= reached < 40 and not (joint / "evaluation").exists()
     again = _command(store, tmp_path / "out")
-    _, errors = again.communicate(timeout=240)
+    _, errors = again.communicate(timeout=1800)
     assert again.returncode == 0, errors
     assert f"from step {reached} to 40" in (joint / "log.txt").read_text()
     assert [row["step"] for row in RunDirectory(joint / "run").metrics()][reached - 1 : reached + 1] == [
