@@ -196,7 +196,6 @@ def test_an_interrupted_comparison_goes_on_where_it_was(make_store, tmp_path):
     again = _command(store, tmp_path / "out")
     _, errors = again.communicate(timeout=1800)
     assert again.returncode == 0, errors
-    assert f"from step {reached} to 40" in (joint / "log.txt").read_text()
     assert [row["step"] for row in RunDirectory(joint / "run").metrics()][reached - 1 : reached + 1] == [
         reached,
         reached + 1,
