@@ -112,7 +112,11 @@ DISTURBANCES = {
     "field of view": Disturbance("of the height missing", (0.15, 0.3, 0.45), field_of_view),
     "motion": Disturbance("mm", (2, 4, 8), motion),
 }
-NEUTRAL = ("none", 0.0)
+NEUTRAL: tuple[str, float] = ("none", 0.0)
+CASES: tuple[tuple[str, float], ...] = (
+    NEUTRAL,
+    *((name, float(s)) for name, d in DISTURBANCES.items() for s in d.strengths),
+)
 
 
 def measure(model: Model, store: Store, split: str, out: Path, peer: bool) -> list[dict[str, str]]:
@@ -126,9 +130,8 @@ def measure(model: Model, store: Store, split: str, out: Path, peer: bool) -> li
     _claim(files, model, store, split)
     rows = list(csv.DictReader((files.read(TSV) or b"").decode().splitlines(), delimiter="\t"))
     done = {(row["disturbance"], float(row["strength"]), row["scan"], row["method"]) for row in rows}
-    cases = [NEUTRAL, *((name, float(s)) for name, d in DISTURBANCES.items() for s in d.strengths)]
     protocols = [name for name in model.config.protocols if name in store.info.protocols]
-    todo = [(number, subject, *case) for number, subject in enumerate(store.split(split), 1) for case in cases]
+    todo = [(number, subject, *case) for number, subject in enumerate(store.split(split), 1) for case in CASES]
     console = Console(stderr=True)
     for number, subject, name, strength in track(todo, "disturbing", console=console, disable=not console.is_terminal):
         present = dict(zip(store.info.protocols, subject.present, strict=True))
@@ -225,7 +228,7 @@ def draw(averages: Mapping[tuple[str, str], Mapping[tuple[str, float], float]], 
 def table(averages: Mapping[tuple[str, str], Mapping[tuple[str, float], float]]) -> list[list[str]]:
     """Returns mean Dice by disturbance and strength, a column per method and protocol; header first."""
     rows = [["disturbance", "strength", *(f"{method}, {protocol}" for method, protocol in averages)]]
-    for name, strength in [NEUTRAL, *((n, float(s)) for n, d in DISTURBANCES.items() for s in d.strengths)]:
+    for name, strength in CASES:
         values = [cases.get((name, strength)) for cases in averages.values()]
         if any(value is not None for value in values):
             unit = f" {DISTURBANCES[name].unit}" if name in DISTURBANCES else ""

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -36,6 +35,7 @@ from neuronet_jax.models.readout import Readout
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Record, Reject, Subject, sample_foreground
 from neuronet_jax.store.writer import StoreWriter
+from tests.processes import free_port
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs so, and children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -173,7 +173,7 @@ class GcsServer:
         if sys.platform != "linux" or not found:
             pytest.skip("fake-gcs-server has no program for this machine")
         found[0].chmod(0o755)
-        own, behind = _free_port(), _free_port()
+        own, behind = free_port(), free_port()
         self.url, self._address, self._backend = f"http://127.0.0.1:{own}", ("127.0.0.1", own), f"127.0.0.1:{behind}"
         places = ("-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(behind))
         command = [str(found[0]), *places, "-public-host", self.url[7:]]
@@ -270,12 +270,6 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *given: Any) -> None:
         pass
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

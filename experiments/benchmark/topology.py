@@ -9,7 +9,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,34 +123,19 @@ def step_config(family: str, space: int, side: int, batch: int, dtype: str) -> A
 def described_step(devices: Sequence[Any], family: str, space: int, side: int) -> tuple[Any, tuple[Any, Any]]:
     """Returns the training step of a slice, and its arguments as shapes with shardings."""
     import jax
-    import jax.numpy as jnp
-    from flax import nnx
 
-    from neuronet_jax.models.network import abstract
-    from neuronet_jax.training.mesh import batch_sharding, make_mesh, platform_of, replicated
-    from neuronet_jax.training.step import fresh_state, make_train_step
+    from neuronet_jax.training.mesh import batch_sharding, make_mesh, replicated
+    from neuronet_jax.training.step import abstract_step
 
-    batch = len(devices) // space
-    config = step_config(family, space, side, batch, "bfloat16")
+    config = step_config(family, space, side, len(devices) // space, "bfloat16")
     mesh = make_mesh(config, devices)
-    network = abstract(config.model.on(platform_of(mesh)), config.protocols)
-    graphdef, params, moments = nnx.split(network, nnx.Param, nnx.BatchStat, graph=False)
+    step, state, batch = abstract_step(config, mesh)
 
     def placed(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
-    described = jax.tree.map(
-        lambda s: placed(s, replicated(mesh)), jax.eval_shape(partial(fresh_state, config), params, moments)
-    )
-    cube = (side,) * 3
-    shapes = {
-        "image": jax.ShapeDtypeStruct((batch, *cube, 1), jnp.float32),
-        "labels": jax.ShapeDtypeStruct((batch, len(config.protocols), *cube), jnp.uint8),
-        "present": jax.ShapeDtypeStruct((batch, len(config.protocols)), jnp.bool),
-        "slot": jax.ShapeDtypeStruct((batch,), jnp.int32),
-    }
-    crops = {name: placed(shape, batch_sharding(mesh)[name]) for name, shape in shapes.items()}
-    return make_train_step(config, graphdef, mesh), (described, crops)
+    described = jax.tree.map(lambda shape: placed(shape, replicated(mesh)), state)
+    return step, (described, {name: placed(shape, batch_sharding(mesh)[name]) for name, shape in batch.items()})
 
 
 def collectives_of(row: dict[str, Any]) -> list[hlo.Collective]:

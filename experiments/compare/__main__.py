@@ -28,6 +28,7 @@ from experiments import flags
 from experiments.compare import cell as cells
 from experiments.compare import page, tuning
 from experiments.compare.plan import BUDGETS, Arm, Cell, Plan, make_plan
+from experiments.evaluate import SUMMARY
 from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.files import Files
@@ -77,7 +78,7 @@ def tune(plan: Plan, arm: Arm, out: Path, trials: int) -> tuple[str, ...] | None
             place = folder / f"trial-{len(found) + 1}"
             if _in_own_process(cell, place, "validation", surfaces=False):
                 raise NeuronetError(f"a trial failed: see {place}/log.txt")
-            summary = json.loads((place / "evaluation" / "summary.json").read_text())
+            summary = json.loads((place / cells.EVALUATION / SUMMARY).read_text())
             means = [row["mean"] for row in summary["protocols"].values()]
             found.append((settings, sum(means) / len(means)))
             record = [{"settings": dict(s), "dice": dice} for s, dice in found]
@@ -195,7 +196,7 @@ def _compare(options: argparse.Namespace) -> int:
         return INTERRUPTED
     page.write(plan, options.out, options.split, failed)
     print(f"written to {options.out}/comparison.md and comparison.html")
-    finished = all((options.out / "cells" / c.name / "evaluation" / "summary.json").is_file() for c in plan.cells())
+    finished = all(cells.is_scored(options.out / "cells" / cell.name) for cell in plan.cells())
     return DONE if finished and not wrong else PARTIAL
 
 

@@ -22,10 +22,17 @@ from neuronet_jax.runs.directory import RunDirectory, changes
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.store.reader import Store
 
+EVALUATION = "evaluation"  # folder of a cell's scores
+
+
+def is_scored(folder: Path) -> bool:
+    """Tells whether a cell has its scores: their summary is written last."""
+    return (folder / EVALUATION / SUMMARY).is_file()
+
 
 def finished(folder: Path, config: Config) -> bool:
     """Tells whether a cell has its scores. Raises NeuronetError if they are those of different settings."""
-    if not (folder / "evaluation" / SUMMARY).is_file():
+    if not is_scored(folder):
         return False
     earlier = RunDirectory(folder / "run").config()
     if earlier is None:
@@ -43,7 +50,7 @@ def train_and_score(config: Config, folder: Path, split: str, surfaces: bool = T
     if int(state.step) < config.steps:
         return False
     store = Store.open(config.data.store)
-    evaluate(restore(str(folder / "run")), store, split, folder / "evaluation", surfaces, overwrite=True)
+    evaluate(restore(str(folder / "run")), store, split, folder / EVALUATION, surfaces, overwrite=True)
     return True
 
 

@@ -15,6 +15,7 @@ from experiments.compare.statistics import LEVEL
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.results.reports import embed, environment
+from neuronet_jax.results.tables import tsv
 
 _INCHES, _DPI = 2.1, 100  # a panel of one protocol
 
@@ -56,7 +57,7 @@ def write(plan: Plan, out: Path, split: str, failed: Failed = ()) -> None:
     facts = stated(plan, views[0][1], split)
     files = Files(str(out.absolute()))
     files.write("plan.json", to_json(plan))
-    files.write("structures.tsv", "".join("\t".join(row) + "\n" for row in structures(views[0][1])).encode())
+    files.write("structures.tsv", tsv(structures(views[0][1])).encode())
     files.write("comparison.md", markdown(facts, sections).encode())
     files.write("comparison.html", _TEMPLATE.render(facts=facts, sections=sections).encode())
 

@@ -1,6 +1,5 @@
 """The scores of all finished cells, as arrays over seeds, subjects and structures."""
 
-import csv
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,13 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from experiments.compare.cell import EVALUATION, is_scored
 from experiments.compare.plan import Arm, Plan
 from experiments.compare.statistics import Comparison, compare, holm, wilcoxon
 from experiments.evaluate import DICE
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.results.tables import read_tsv
 from neuronet_jax.runs.directory import RunDirectory
 
 Scores = Float[np.ndarray, "s n k"]  # seed, subject, foreground structure
@@ -69,10 +70,10 @@ def read(plan: Plan, out: Path, failed: Failed = ()) -> list[ArmScores]:
     found = []
     for arm in plan.arms:
         names = {seed: out / "cells" / plan.cell(arm, seed).name for seed in range(plan.seeds)}
-        done = {seed: folder for seed, folder in names.items() if (folder / "evaluation" / DICE).is_file()}
+        done = {seed: folder for seed, folder in names.items() if is_scored(folder)}
         if not done:
             continue
-        tables = [_table(folder / "evaluation" / DICE) for folder in done.values()]
+        tables = [read_tsv(folder / EVALUATION / DICE) for folder in done.values()]
         metrics = [RunDirectory(folder / "run").metrics() for folder in done.values()]
         found.append(
             ArmScores(
@@ -84,11 +85,6 @@ def read(plan: Plan, out: Path, failed: Failed = ()) -> list[ArmScores]:
             )
         )
     return found
-
-
-def _table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
 
 
 def _arrays(tables: Sequence[Sequence[Mapping[str, str]]], protocol: str, failed: Failed) -> dict[str, Scores]:

@@ -8,31 +8,17 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
 from neuronet_jax.config import Config
-from neuronet_jax.models.network import abstract
-from neuronet_jax.training.mesh import make_mesh, platform_of
-from neuronet_jax.training.step import fresh_state, make_train_step
+from neuronet_jax.training.mesh import make_mesh
+from neuronet_jax.training.step import abstract_step
 
 
 def operations(config: Config) -> float:
     """Returns the operations of one step, forward, backward and update, with its augmentation."""
     mesh = make_mesh(config, jax.devices()[: config.mesh.space])
-    network = abstract(config.model.on(platform_of(mesh)), config.protocols)
-    graphdef, params, moments = nnx.split(network, nnx.Param, nnx.BatchStat, graph=False)
-    state = jax.eval_shape(lambda *weights: fresh_state(config, *weights), params, moments)
-    crop, batch, protocols = config.data.crop, config.batch, len(config.protocols)
-    shapes = {
-        "image": jax.ShapeDtypeStruct((batch, *crop, 1), jnp.float32),
-        "labels": jax.ShapeDtypeStruct((batch, protocols, *crop), jnp.uint8),
-        "present": jax.ShapeDtypeStruct((batch, protocols), jnp.bool),
-        "slot": jax.ShapeDtypeStruct((batch,), jnp.int32),
-    }
-    if config.data.stores:
-        shapes["painted"] = jax.ShapeDtypeStruct((batch,), jnp.bool)
-    return counted(jax.make_jaxpr(make_train_step(config, graphdef, mesh))(state, shapes).jaxpr)
+    step, *described = abstract_step(config, mesh)
+    return counted(jax.make_jaxpr(step)(*described).jaxpr)
 
 
 def counted(jaxpr: Any) -> float:

@@ -9,6 +9,7 @@ was measured on left-out heads is part of the result.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -66,25 +67,22 @@ def interval(spread: Spread, mm3: Float[np.ndarray, "k"]) -> tuple[Float[np.ndar
 
 
 def _spread(volumes: Sequence[tuple[np.ndarray, np.ndarray]]) -> Spread | None:
+    """Returns the spread with its coverage of subjects that each were left out of the fit."""
     spread = _fit(volumes)
     if spread is None:
         return None
     inside = total = 0
     for index, (predicted, reference) in enumerate(volumes):
         if (others := _fit([*volumes[:index], *volumes[index + 1 :]])) is None:
-            return Spread(*spread, coverage=None)
-        low, high = interval(Spread(*others, coverage=None), predicted)
+            return spread
+        low, high = interval(others, predicted)
         inside += int(np.sum((low <= reference) & (reference <= high)))
         total += int(np.sum(~np.isnan(low)))
-    return Spread(*spread, coverage=round(inside / total, 4))
+    return replace(spread, coverage=round(inside / total, 4))
 
 
-def _fit(
-    volumes: Sequence[tuple[np.ndarray, np.ndarray]],
-) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]] | None:
-    """Returns the bias of each class, the edges of the classes of sizes, and their half-widths. None if there are too
-    few volumes.
-    """
+def _fit(volumes: Sequence[tuple[np.ndarray, np.ndarray]]) -> Spread | None:
+    """Returns the spread without its coverage, or None if there are too few volumes."""
     if len(volumes) < 2:
         return None  # the bias of a subject comes from others
     predicted, reference = (np.stack(values) for values in zip(*volumes, strict=True))  # [n k]
@@ -104,7 +102,7 @@ def _fit(
     if not all(map(math.isfinite, half_widths)):
         return None
     bias = tuple(round(float(value), 6) for value in _bias(ratios, found))
-    return bias, tuple(round(float(e), 3) for e in edges), tuple(round(w, 6) for w in half_widths)
+    return Spread(bias, tuple(round(float(e), 3) for e in edges), tuple(round(w, 6) for w in half_widths), None)
 
 
 def _bias(ratios: np.ndarray, found: np.ndarray) -> np.ndarray:

@@ -37,18 +37,18 @@ def clean_up(classes: Mapping[str, Classes], spacing_mm: Sequence[float]) -> tup
     Voxels are connected by faces. A map from which nothing is removed is the one that was given.
     """
     wholes = [found > 0 for name, found in classes.items() if name not in SEPARATE]
-    near = _around_brain(wholes, spacing_mm) if wholes else None
+    away = _away_from_brain(wholes, spacing_mm) if wholes else None
     cleaned, removed = {}, {}
     for name, found in classes.items():
-        kept = found if near is None else _without(found, (found > 0) & ~near)
+        kept = found if away is None else _without(found, away & (found > 0))
         kept = _largest_of_each(kept) if name in SEPARATE else _without(kept, _apart(kept > 0))
         cleaned[name] = kept
         removed[name] = 0 if kept is found else int(np.count_nonzero(kept != found))
     return cleaned, removed
 
 
-def _around_brain(masks: Sequence[Bool[np.ndarray, "x y z"]], spacing_mm: Sequence[float]) -> np.ndarray | None:
-    """Returns where the brain and its surroundings are, bool [x y z]; None if nothing is thick enough for a brain."""
+def _away_from_brain(masks: Sequence[Bool[np.ndarray, "x y z"]], spacing_mm: Sequence[float]) -> np.ndarray | None:
+    """Returns what is not around the brain, bool [x y z]; None if nothing is thick enough for a brain."""
     steps = [max(1, round(_GRID_MM / side)) for side in spacing_mm]
     sampling = [step * side for step, side in zip(steps, spacing_mm, strict=True)]
     coarse = [mask[tuple(slice(None, None, step) for step in steps)] for mask in masks]
@@ -61,9 +61,9 @@ def _around_brain(masks: Sequence[Bool[np.ndarray, "x y z"]], spacing_mm: Sequen
         return None
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0
-    near = _distance(pieces != sizes.argmax(), sampling) <= BRIDGE_MM + MARGIN_MM
-    border = (near.shape[0] - coarse[0].shape[0]) // 2
-    return near[np.ix_(*(border + np.arange(side) // step for side, step in zip(masks[0].shape, steps, strict=True)))]
+    away = _distance(pieces != sizes.argmax(), sampling) > BRIDGE_MM + MARGIN_MM
+    border = (away.shape[0] - coarse[0].shape[0]) // 2
+    return away[np.ix_(*(border + np.arange(side) // step for side, step in zip(masks[0].shape, steps, strict=True)))]
 
 
 def _distance(mask: np.ndarray, sampling: Sequence[float]) -> np.ndarray:

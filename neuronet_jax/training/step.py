@@ -19,7 +19,7 @@ from neuronet_jax.config import Config, OptimizerConfig
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.models.head import zero_sums
 from neuronet_jax.models.head_tallies import Together
-from neuronet_jax.models.network import Network, build
+from neuronet_jax.models.network import Network, abstract, build
 from neuronet_jax.runs.model import Model
 from neuronet_jax.training import accumulation, augment, generate, losses
 from neuronet_jax.training.mesh import batch_sharding, platform_of, replicated
@@ -172,6 +172,24 @@ def _gradient(
 
     (loss, (moved, parts)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
     return loss, parts, gradient, moved
+
+
+def abstract_step(
+    config: Config, mesh: Mesh
+) -> tuple[Callable[..., tuple[TrainState, Metrics]], TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """Returns the training step, and its arguments as shapes: to be compiled or counted, with nothing allocated."""
+    graphdef, params, moments = _split(abstract(config.model.on(platform_of(mesh)), config.protocols))
+    state = jax.eval_shape(lambda *weights: fresh_state(config, *weights), params, moments)
+    crop, batch, protocols = config.data.crop, config.batch, len(config.protocols)
+    shapes = {
+        "image": jax.ShapeDtypeStruct((batch, *crop, 1), jnp.float32),
+        "labels": jax.ShapeDtypeStruct((batch, protocols, *crop), jnp.uint8),
+        "present": jax.ShapeDtypeStruct((batch, protocols), jnp.bool),
+        "slot": jax.ShapeDtypeStruct((batch,), jnp.int32),
+    }
+    if config.data.stores:
+        shapes["painted"] = jax.ShapeDtypeStruct((batch,), jnp.bool)
+    return make_train_step(config, graphdef, mesh), state, shapes
 
 
 def network_loss(network: Network, batch: DeviceBatch, config: Config, train: bool) -> tuple[jax.Array, Metrics]:

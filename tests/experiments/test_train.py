@@ -29,6 +29,7 @@ from neuronet_jax.store.reader import Store
 from neuronet_jax.training.mesh import make_mesh
 from neuronet_jax.training.pipeline import training_iterator
 from neuronet_jax.training.step import TrainState, init_state
+from tests.processes import free_port
 
 SPLITS = ("train", "train", "train", "validation", "train")
 STEPS = 12
@@ -77,10 +78,7 @@ def start(
 
 def start_two(store: Path, run: Path, *extra: str, fault: str = "") -> list[subprocess.Popen[str]]:
     """Starts the command in two processes, which train one run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     indices = [{**cluster, "JAX_PROCESS_ID": str(index)} for index in range(2)]
     return [start(store, run, *extra, environment=settings, fault=fault) for settings in indices]
 

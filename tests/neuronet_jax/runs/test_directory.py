@@ -1,10 +1,6 @@
 """The folder of a run: the claim of a training to it, and the description of its data."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +12,7 @@ from neuronet_jax.errors import NeuronetError
 from neuronet_jax.runs.directory import CONFIG, LEASE, METRICS, TRAINING_DATA, RunDirectory, code_sha256
 from neuronet_jax.runs.provenance import Imported, Origin, Provenance, TrainingData
 from neuronet_jax.store.schema import StoreInfo
+from tests.processes import run_two
 
 GOLDEN = Path(__file__).parent / "goldens" / "run_v1"
 DATA = TrainingData(("fsl_fast",), 2.0, (24, 24, 24), "abc", "a test", store={"software": "neuronet-jax", "n": [1]})
@@ -98,24 +95,7 @@ except NeuronetError as error:
 def test_D11_processes_with_a_different_config_or_code_are_refused(tmp_path):
     wanted = {"config": "process 1 has different configs:", "code": "process 1 has different code:"}
     for changed, said in wanted.items():
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = str(probe.getsockname()[1])
-        both = [
-            subprocess.Popen(
-                [sys.executable, "-c", TWO, str(rank), port, str(tmp_path / changed), changed],
-                env={**os.environ, "XLA_FLAGS": ""},
-                cwd=Path(__file__).parents[3],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in (0, 1)
-        ]
-        try:
-            texts = [process.communicate(timeout=120)[0] for process in both]
-        finally:
-            for process in both:
-                process.kill()
+        texts, _ = run_two(TWO, str(tmp_path / changed), changed, environment={"XLA_FLAGS": ""})
         for text in texts:
             assert "must have the same config, code and JAX as the first one" in text and said in text
         assert not (tmp_path / changed).exists()  # nothing was written

@@ -1,15 +1,12 @@
 """Checkpoints of two real processes, which save together, and restore the same one whatever each of them sees."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from neuronet_jax.runs.checkpoint import Checkpoints
+from tests.processes import run_two
 
 ROOT = Path(__file__).parents[3]
 
@@ -26,7 +23,6 @@ from experiments.flags import load
 from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.runs.checkpoint import Checkpoints
-
 devices = NamedSharding(Mesh(jax.devices(), "d"), PartitionSpec("d"))
 make = lambda step: {"w": jax.make_array_from_callback((8,), devices, lambda i: np.arange(8.0)[i] * step)}
 checkpoints = Checkpoints(run, keep=4)
@@ -87,27 +83,8 @@ checkpoints.close()
 def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, str], Path]:
     """Returns what each of the two processes said of each of their restores, and the folder of their run."""
     run = tmp_path_factory.mktemp("two") / "run"
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, str(rank), port, str(run)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], outputs
+    outputs, statuses = run_two(TWO, str(run), environment={"XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
+    assert statuses == [0, 0], outputs
     first, second = map(_by_name, outputs)
     return first, second, run
 

@@ -1,7 +1,6 @@
 """Processes join by the address of a coordinator, under Slurm, and on a Cloud TPU slice; elsewhere they stay alone."""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ import pytest
 
 from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError
+from tests.processes import free_port
 
 HOSTS = {"worker-network-endpoints": "unknown:unknown:127.0.0.1,unknown:unknown:127.0.0.1", "tpu-env": ""}
 
@@ -116,7 +116,7 @@ from neuronet_jax import runtime
 runtime.join_cluster()
 print(jax.process_index(), jax.process_count())
 """
-    port = _closed_port().rpartition(":")[2]
+    port = str(free_port())
     common = {"JAX_FORCE_TPU_INIT": "1", "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": port}
     environment = {k: v for k, v in os.environ.items() if k != "TPU_SKIP_MDS_QUERY"} | common
     with ExitStack() as stack:
@@ -155,6 +155,4 @@ def test_D06_a_process_that_never_joins_is_named() -> None:
 
 
 def _closed_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from neuronet_jax.programs import STALLED
 from neuronet_jax.training.signals import StopRequest, Watchdog
+from tests.processes import free_port
 
 ROOT = Path(__file__).parents[3]
 
@@ -102,10 +102,11 @@ with StopRequest() as stop:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_D03_signal_to_one_process_stops_all_at_the_same_step(number, free_port):
+def test_D03_signal_to_one_process_stops_all_at_the_same_step(number):
     environment = {**os.environ, "XLA_FLAGS": ""}
+    port = str(free_port())
     with contextlib.ExitStack() as stack:
-        both = [stack.enter_context(_running(TWO, str(rank), str(free_port), env=environment)) for rank in (0, 1)]
+        both = [stack.enter_context(_running(TWO, str(rank), port, env=environment)) for rank in (0, 1)]
         for process in both:
             _until(process.stdout, "running")
         both[1].send_signal(number)
@@ -113,13 +114,6 @@ def test_D03_signal_to_one_process_stops_all_at_the_same_step(number, free_port)
     assert said[0] == said[1]
     assert said[0].startswith("saved")
     assert [process.returncode for process in both] == [0, 0]
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 STALL = """

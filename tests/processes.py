@@ -1,0 +1,42 @@
+"""Starts several processes that make one run, for tests of what they do together."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    """Returns a port of this machine on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_two(program: str, *arguments: str, environment: Mapping[str, str]) -> tuple[list[str], list[int]]:
+    """Runs the program twice at once, with its number, a port to meet at, and the arguments.
+
+    Returns what each of the two printed, errors included, and their exit statuses.
+    """
+    port = str(free_port())
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(rank), port, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return outputs, [process.returncode for process in both]
