@@ -205,12 +205,13 @@ train.make_train_step = starved
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_D08_out_of_memory_ends_with_5_and_names_batch_and_crop(store: Path, tmp_path: Path) -> None:
-    """Memory really runs out, by one large piece: a step of this crop asks for 247 MB at once, and 128 MiB are left.
+    """Memory really runs out, by one large piece: a step of this crop asks for 517 MB at once, and 128 MiB are left.
 
-    What is left is for everything small, whose absence would end the process in C++ before XLA can say anything.
-    Freed memory is given back at once, so that the first step does not leave enough.
+    On one device: of two, one could still get its memory and would wait for the other, until XLA ends the process. What
+    is left is for everything small, whose absence would end the process in C++ before XLA can say anything. Freed
+    memory is given back at once, so that the first step does not leave enough.
     """
-    settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    settings = {"JAX_NUM_CPU_DEVICES": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     process = start(store, tmp_path, "--config.data.crop=96", environment=settings, fault=NO_MEMORY)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 5, errors

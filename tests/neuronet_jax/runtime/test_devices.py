@@ -48,6 +48,7 @@ import numpy as np
 from experiments.flags import load
 from neuronet_jax.runs.model import Model
 from neuronet_jax.inference.segment import segment
+from neuronet_jax.inference.segmentation import Options
 from neuronet_jax.models.network import build
 
 config = load("all_targets:demo")
@@ -55,13 +56,14 @@ names = ("fsl_fast", "fsl_first")
 config = replace(config, protocols=names, model=replace(config.model, filters=(8, 8), compute_dtype="float32"))
 model = Model(build(config.model, names, seed=3), config, 2.0)
 head = np.random.default_rng(0).normal(100, 10, (160, 160, 160)).astype(np.float32)
-expected = segment(model, head)  # this and the next line compile all programs: compiling takes memory too
-segment(replace(model, max_voxels=head.size // 2), head)
+options = Options(clean_up=False)  # which takes memory of its own, not the device's
+expected = segment(model, head, options=options)  # this and the next line compile all programs: that takes memory too
+segment(replace(model, max_voxels=head.size // 2), head, options=options)
 with open("/proc/self/status") as file:
     status = dict(line.split(":") for line in file)
 limit = (int(status["VmSize"].split()[0]) << 10) + (int(sys.argv[1]) << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-labels = segment(model, head)
+labels = segment(model, head, options=options)
 print([float(np.mean(labels[name] == expected[name])) for name in names])
 """
 
