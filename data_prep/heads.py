@@ -14,8 +14,9 @@ what its store holds.
 import argparse
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -27,7 +28,7 @@ from data_prep.subject import bounding_box, content_hash
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.images import nifti, space
 from neuronet_jax.labels import PROTOCOLS, TISSUES, tissue_classes
-from neuronet_jax.programs import DONE, Parser, run
+from neuronet_jax.programs import DONE, Parser, number, run
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import PAINTED, Record, Subject, sample_foreground
 from neuronet_jax.store.writer import StoreWriter
@@ -66,8 +67,8 @@ def build_heads(
 ) -> int:
     """Writes the store of painted volumes at `dest` and returns their number.
 
-    The last `validation` maps go to that split, and lend no brain their head. Raises NeuronetError for a map with
-    unknown ids or without a brain, too few maps, and brains with voxels of another size.
+    The last `validation` maps go to that split, and lend their heads to the brains of that split, one head each. Raises
+    NeuronetError for a map with unknown ids or without a brain, too few maps, and brains with voxels of another size.
     """
     training = len(maps) - validation
     if training < 1 or validation < 0 or heads_per_brain < 0:
@@ -79,9 +80,9 @@ def build_heads(
             f"{grid} of {voxel_size_mm:g} mm; build the brains' store with that --voxel-size-mm and no --grid"
         )
     protocols = brains.info.protocols if brains else TAUGHT
-    members = brains.split("train") if brains else []
     teaching = len(maps) if set(protocols) & set(TAUGHT) else 0  # the others only lend their heads
-    slots = teaching + heads_per_brain * len(members)
+    pairs = _pairs(brains, heads_per_brain, {"train": range(training), "validation": range(training, len(maps))})
+    slots = teaching + len(pairs)
     writer = StoreWriter.create(
         dest,
         protocols=protocols,
@@ -99,7 +100,7 @@ def build_heads(
     bar = track(range(slots), "painting heads", console=Console(stderr=True), disable=not progress)
     subjects = []
     for slot, (id_, split, image, labels) in zip(
-        bar, _volumes(maps, training, protocols, brains, members, heads_per_brain, voxel_size_mm, grid), strict=True
+        bar, _volumes(maps, training, protocols, brains, pairs, voxel_size_mm, grid), strict=True
     ):
         record = _record(slot, id_, split, image, labels, protocols, voxel_size_mm)
         writer.write_shard(slot, [record])
@@ -111,39 +112,55 @@ def build_heads(
 Labels = dict[str, np.ndarray]  # protocol: classes, uint8 [x y z]
 
 
+class _Pair(NamedTuple):
+    """A brain and the map that lends it a head."""
+
+    id: str
+    brain: Subject
+    map: int
+
+
+def _pairs(brains: Store | None, heads_per_brain: int, maps_of: Mapping[str, range]) -> list[_Pair]:
+    """Returns the pairs of each split. A brain gets a head once; the next brain begins with the next head."""
+    pairs, seen = [], 0
+    for split, maps in maps_of.items():
+        for index, brain in enumerate(brains.split(split) if brains else []):
+            seen += 1
+            for turn in range(min(heads_per_brain, len(maps))):
+                lender = maps[(index + turn) % len(maps)]
+                pairs.append(_Pair(f"brain{seen:03d}head{turn + 1:02d}", brain, lender))
+    return pairs
+
+
 def _volumes(
     maps: Sequence[Path],
     training: int,
     protocols: Sequence[str],
     brains: Store | None,
-    members: Sequence[Subject],
-    heads_per_brain: int,
+    pairs: Sequence[_Pair],
     voxel_size_mm: float,
     grid: tuple[int, int, int],
 ) -> Iterator[tuple[str, str, np.ndarray, Labels]]:
-    """Yields id, split, painted volume and labels: of every map, then of every brain in some of the maps' heads."""
+    """Yields id, split, painted volume and labels: of every map, then of every pair."""
     heads = []
-    for number, path in enumerate(maps):
+    for index, path in enumerate(maps):
         tissues, ids = read_map(path, voxel_size_mm, grid)
-        if number < training:
-            heads.append(tissues)
+        heads.append(tissues)
         labels = {name: classes for name, classes in taught(tissues, ids).items() if name in protocols}
         if not labels:
             continue
         yield (
-            f"map{number + 1:03d}",
-            "train" if number < training else "validation",
+            f"map{index + 1:03d}",
+            "train" if index < training else "validation",
             -tissues.astype(np.float32),
             labels,
         )
-    for index, subject in enumerate(members):
+    for pair in pairs:
         assert brains is not None
-        names = [name for name, present in zip(protocols, subject.present, strict=True) if present]
-        labels = dict(zip(names, brains.read_labels(subject.slot, names), strict=True))
-        brain = brightness(brains.read_image(subject.slot), labels)
-        for turn in range(heads_per_brain):
-            head = heads[(index + turn * len(members)) % len(heads)]
-            yield f"brain{index + 1:03d}head{turn + 1:02d}", "train", around(brain, head), labels
+        slot = pair.brain.slot
+        names = [name for name, present in zip(protocols, pair.brain.present, strict=True) if present]
+        labels = dict(zip(names, brains.read_labels(slot, names), strict=True))
+        yield pair.id, pair.brain.split, around(brightness(brains.read_image(slot), labels), heads[pair.map]), labels
 
 
 def read_map(path: Path, voxel_size_mm: float, grid: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -249,9 +266,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--maps", type=Path, required=True, help="folder of whole-head label maps (.nii, .nii.gz)")
     parser.add_argument("--store", required=True, help="where the store is written: a folder, gs:// or s3://")
     parser.add_argument("--brains", help="a finished store of stripped brains, to put into the maps' heads")
-    parser.add_argument("--heads-per-brain", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--validation", type=int, default=2, help="maps kept for validation (default: %(default)s)")
-    parser.add_argument("--voxel-size-mm", type=float, default=1.0, help="default: %(default)s")
+    parser.add_argument("--heads-per-brain", type=number(int, 0), default=4, help="default: %(default)s")
+    parser.add_argument(
+        "--validation", type=number(int, 0), default=2, help="maps kept for validation (default: %(default)s)"
+    )
+    parser.add_argument("--voxel-size-mm", type=number(float, 0.2, 10), default=1.0, help="default: %(default)s")
     return run(parser, _heads, arguments)
 
 

@@ -7,8 +7,8 @@
 
 Writes `dice.tsv` (a row per subject, protocol and structure), and `summary.json` and `pictures/`, which name no
 subject. `--surfaces` adds `hd95_mm` (`inf` if only one map has the structure) and `nsd`, the surface Dice at a
-tolerance of one voxel. `--calibrate` scores nothing: it writes the run's quality.json from the validation subjects, as
-training does at its end.
+tolerance of one voxel. `--calibrate` scores nothing: it writes the run's quality.json from the validation subjects of
+all its stores (or of `--store` alone), as training does at its end.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from data_prep.demo.cohort import ensure_demo_store
 from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.evaluation.metrics import DiceTable, Summary, mean_dice, summarise
-from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score, score_surfaces
+from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score, score_surfaces, validation_of
 from neuronet_jax.evaluation.surfaces import SurfaceSummary, SurfaceTable, summarise_surfaces
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
@@ -227,7 +227,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         refuse_withdrawn([store], args.exclude)
     if args.calibrate:
         check(model, store, "validation")
-        calibration = calibrate_on(model, store, store.split("validation"))
+        further = [] if args.store else model.config.data.stores
+        calibration = calibrate_on(model, validation_of([store, *map(Store.open, further)]))
         save_calibration(args.run, calibration)
         print(f"predicted Dice: {calibration.describe()}")
         return DONE

@@ -27,7 +27,7 @@ from neuronet_jax import runtime
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.evaluation.metrics import mean_dice
-from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score
+from neuronet_jax.evaluation.scoring import calibrate_on, predict_subject, score, validation_of
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.programs import DONE, INTERRUPTED, NOT_FINITE, OUT_OF_MEMORY, STALLED, Parser, run
 from neuronet_jax.results.pictures import label_picture
@@ -156,7 +156,7 @@ def train(
             with spent.on("save"):
                 checkpoints.wait()  # the last checkpoint is still being written, and may be the best
             with spent.on("evaluate"):
-                calibrate(workdir, store, held_out, watchdog)
+                calibrate(workdir, config, watchdog)
         elif finished and held_out and process == 0:
             log.info("for calibrated quality scores, run: python -m experiments.evaluate --run=%s --calibrate", workdir)
     if process == 0:
@@ -165,10 +165,12 @@ def train(
     return state
 
 
-def calibrate(workdir: str, store: Store, subjects: Sequence[Any], watchdog: Watchdog) -> None:
+def calibrate(workdir: str, config: Config, watchdog: Watchdog) -> None:
     """Writes quality.json for the checkpoint that `restore` will choose. A failure leaves the run uncalibrated."""
+    stores = [open_store(config), *map(Store.open, config.data.stores)]
+    subjects = validation_of(stores, config.evaluate_subjects or None)
     try:
-        save_calibration(workdir, calibrate_on(restore(workdir), store, subjects, watchdog.progress))
+        save_calibration(workdir, calibrate_on(restore(workdir), subjects, watchdog.progress))
     except NeuronetError as error:
         log.warning("no quality.json: %s", error)
 

@@ -18,6 +18,7 @@ from neuronet_jax.runs.calibration import Calibration
 from neuronet_jax.runs.model import Model
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import Subject
+from neuronet_jax.training import generate
 
 
 def predict_subject(model: Model, store: Store, subject: Subject) -> dict[str, np.ndarray]:
@@ -46,16 +47,26 @@ def score_surfaces(
     }
 
 
+def validation_of(stores: Sequence[Store], most: int | None = None) -> list[tuple[Store, Subject]]:
+    """Returns the validation subjects of stores that share a voxel size, at most `most` of each."""
+    return [(store, subject) for store in stores for subject in store.split("validation")[:most]]
+
+
 def calibrate_on(
-    model: Model, store: Store, subjects: Sequence[Subject], progress: Callable[[], None] = lambda: None
+    model: Model, subjects: Sequence[tuple[Store, Subject]], progress: Callable[[], None] = lambda: None
 ) -> Calibration:
-    """Returns the calibration of the model's predicted Dice and volumes. `progress` is called after each subject."""
+    """Returns the calibration of the model's predicted Dice and volumes. `progress` is called after each subject.
+
+    Painted heads are drawn, one T1-like image each. They have their say on predicted Dice, so that whole heads set the
+    threshold for whole heads. Volumes are calibrated on scans alone: painted heads hold the same brains again.
+    """
     samples, volumes = [], []
-    for subject in subjects:
+    for store, subject in subjects:
         if any(subject.present):
             sample, measured = _sample(model, store, subject)
             samples.append(sample)
-            volumes.append(measured)
+            if not store.info.painted:
+                volumes.append(measured)
         progress()
     return replace(calibrate(samples, model.origin.step), volumes=intervals.fit(volumes))
 
@@ -68,7 +79,10 @@ def _sample(model: Model, store: Store, subject: Subject) -> tuple[Sample, inter
         return place(stored, subject.conformed_shape, outside)
 
     affine = shifted(np.array(subject.affine), outside)
-    volume = Volume(conformed(store.read_image(subject.slot)), affine)
+    image = store.read_image(subject.slot)
+    if store.info.painted:
+        image = generate.whole(image, seed=subject.slot)
+    volume = Volume(conformed(image), affine)
     result = segment_volume(model, volume)
     found, volumes = {}, {}
     per_voxel_mm3 = voxel_mm3(affine)

@@ -17,7 +17,7 @@ from neuronet_jax.training import artefacts
 
 # At strength 1. The ranges cover what scanners and protocols change in T1 images; each is a normal's standard
 # deviation.
-LOG_GAMMA, LOG_GAIN, OFFSET, LOG_BIAS, NOISE = 0.2, 0.1, 0.1, 0.15, 0.08
+LOG_GAMMA, LOG_GAIN, OFFSET, LOG_BIAS, NOISE = 0.2, 0.1, 0.1, 0.15, 0.2
 ROTATION_DEGREES, LOG_SCALE, SHEAR = 7.0, 0.07, 0.03
 DISPLACEMENT = 0.02  # of the crop's side, at control points a quarter of it apart
 BLUR = 0.8  # voxels: the standard deviation of the point spread, along each axis on its own

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from neuronet_jax.tissues import AIR, TISSUES
@@ -56,6 +57,12 @@ def paint(volume: Float[Array, "x y z 1"], palette: Palette) -> Float[Array, "x 
     values = palette.brightness[tissue] + palette.texture[tissue] * _grain(volume.shape[:3], palette.texture_key)
     image = jnp.where(volume < 0, jnp.maximum(values, 0.0), volume)
     return (image - palette.mean) / palette.std
+
+
+def whole(volume: Float[np.ndarray, "x y z"], seed: int) -> Float[np.ndarray, "x y z"]:
+    """Returns a whole painted volume as a T1-like image, not whitened: brightness, float32 ≥ 0."""
+    palette = draw(jax.random.key(seed), 0.0, jnp.asarray(True))
+    return np.asarray(paint(jnp.asarray(volume)[..., None], palette) * palette.std + palette.mean)[..., 0]
 
 
 def generate(batch: dict[str, Array], key: Array, any_contrast: float) -> dict[str, Array]:

@@ -115,12 +115,18 @@ def test_brains_keep_their_voxels_and_labels_and_take_a_head_in_turn(
 
     brains = Store.open(str(tmp_path / "brains"))
     count = build_heads(
-        maps, str(tmp_path / "store"), brains=brains, heads_per_brain=2, validation=1, voxel_size_mm=4.0
+        maps, str(tmp_path / "store"), brains=brains, heads_per_brain=3, validation=1, voxel_size_mm=4.0
     )
     store = Store.open(str(tmp_path / "store"))
-    # Not the maps, which teach nothing of FAST's, nor the brain of the validation split.
-    assert count == 2 and [subject.id for subject in store.subjects] == ["brain001head01", "brain001head02"]
-    a, b = (store.read_image(slot) for slot in (0, 1))
+    # Not the maps, which teach nothing of FAST's. Two heads are there to train in, and one to validate.
+    assert count == 3
+    assert {subject.id: subject.split for subject in store.subjects} == {
+        "brain001head01": "train",
+        "brain001head02": "train",
+        "brain002head01": "validation",
+    }
+    a, b, kept = (store.read_image(slot) for slot in range(3))
+    np.testing.assert_array_equal(kept, around(image / 900, to_tissues(head_map(11))))  # the last map
     np.testing.assert_allclose(a[fast > 0], image[fast > 0] / 900, rtol=1e-6)
     np.testing.assert_array_equal(store.read_labels(0, ("fsl_fast",))[0], fast)
     np.testing.assert_array_equal(a[fast > 0], b[fast > 0])

@@ -16,7 +16,7 @@ from neuronet_jax.runs.calibration import QUALITY, load_calibration
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.provenance import Origin
 from neuronet_jax.store.reader import Store
-from neuronet_jax.store.schema import Record, Subject, sample_foreground
+from neuronet_jax.store.schema import PAINTED, Record, Subject, sample_foreground
 from neuronet_jax.store.writer import StoreWriter
 
 GRID = (36, 40, 33)
@@ -153,6 +153,35 @@ def test_calibrate_writes_the_fit_to_the_validation_subjects(model, store, tmp_p
     calibrated = quality._predict(line, expected)
     assert abs(calibrated[1] - true[1]) < abs(expected[1] - true[1])
     assert "person" not in (tmp_path / QUALITY).read_text()
+
+
+def test_painted_heads_set_the_threshold_too_but_not_the_volumes(model, store, tmp_path, monkeypatch):
+    """A run's further store is painted: its heads are drawn, and count for predicted Dice alone."""
+    slots = 3
+    writer = StoreWriter.create(
+        str(tmp_path / "painted"),
+        protocols=NAMES,
+        grid=GRID,
+        voxel_size_mm=2.0,
+        slots=slots,
+        shard_subjects=slots,
+        provenance={"image": PAINTED},
+    )
+    records = [_record(slot, "train" if slot == 2 else "validation", (True, True, True)) for slot in range(slots)]
+    records = [replace(r, image=np.where(r.image > 0, r.image, -1).astype(np.float32)) for r in records]
+    writer.write_shard(0, records)
+    writer.finalize([record.subject for record in records], [])
+    painted = Store.open(writer.dest)
+    given, volumes, segment_volume = [], [], scoring.segment_volume
+    monkeypatch.setattr(scoring, "segment_volume", lambda m, volume: given.append(volume) or segment_volume(m, volume))
+    monkeypatch.setattr(scoring.intervals, "fit", lambda measured: volumes.extend(measured) or {})
+    scans = [(store, subject) for subject in store.subjects[:1]]
+    calibration = scoring.calibrate_on(model, [*scans, *scoring.validation_of([store, painted])])
+    assert calibration.heads == 3 and calibration.threshold is not None
+    assert len(volumes) == 1  # the scan's
+    for volume, record in zip(given[1:], records, strict=False):
+        np.testing.assert_allclose(volume.data[10:20, 10:20, 10:20], record.image[10:20, 10:20, 10:20], rtol=1e-5)
+        assert volume.data.min() >= 0  # the first tissue in place of its number
 
 
 def test_refusals_say_what_to_change(model, store, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.tissues import AIR, NUMBER, TISSUES, in_brain, to_tissues
-from neuronet_jax.training.generate import WHITENING_MEAN, WHITENING_STD, Palette, draw, generate, paint
+from neuronet_jax.training.generate import WHITENING_MEAN, WHITENING_STD, Palette, draw, generate, paint, whole
 
 WHITE, GREY, CSF = NUMBER["cerebral white matter"], NUMBER["cerebral cortex"], NUMBER["CSF around the brain"]
 
@@ -36,6 +36,17 @@ def test_a_voxel_of_a_tissue_takes_its_brightness_and_a_scanned_one_keeps_its_ow
     volume = jnp.asarray([-1.0, -2.0, -count + 1.0, 0.0, 0.7]).reshape(5, 1, 1, 1)
     expected = (np.array([1, 2, count - 1, 0, 0.7]) - 0.5) / 2
     np.testing.assert_allclose(paint(volume, flat)[:, 0, 0, 0], expected, rtol=1e-6)
+
+
+def test_a_whole_head_is_t1_like_by_its_seed_and_not_whitened() -> None:
+    volume = np.full((12, 12, 12), -WHITE, np.float32)
+    volume[:4] = -CSF
+    volume[4] = 0.7  # scanned
+    first, again, other = (whole(volume, seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first[5:] != other[5:]).all() and first.dtype == np.float32 and first.min() >= 0
+    np.testing.assert_allclose(first[4], 0.7, rtol=1e-5)
+    assert first[5:].mean() > 2 * first[:4].mean()
 
 
 def test_t1_is_ordered_in_every_head_and_any_contrast_is_not() -> None:
