@@ -86,6 +86,11 @@ def build_sources(
     finished, again = None, set()
     if files.read("COMPLETE") is not None:
         finished = Store.open(store)
+        if finished.info.provenance.get("purged"):
+            raise NeuronetError(
+                f"E_EXISTS: {store} was purged since it was built, and its input still holds what was removed; use the "
+                "store as it is, or build in a different place with --exclude"
+            )
         if _differs(finished.info, provenance, shard_subjects):
             raise NeuronetError(
                 f"E_EXISTS: {store} holds a finished store of different input or settings; choose a different place"

@@ -263,7 +263,7 @@ def _record(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m data_prep.heads", description=__doc__)
-    parser.add_argument("--maps", type=Path, required=True, help="folder of whole-head label maps (.nii, .nii.gz)")
+    parser.add_argument("--maps", type=Path, required=True, help="folder of whole-head label maps (.nii, .nii.gz, .mgz)")
     parser.add_argument("--store", required=True, help="where the store is written: a folder, gs:// or s3://")
     parser.add_argument("--brains", help="a finished store of stripped brains, to put into the maps' heads")
     parser.add_argument("--heads-per-brain", type=number(int, 0), default=4, help="default: %(default)s")
@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _heads(options: argparse.Namespace) -> int:
     if not options.maps.is_dir():
         raise NeuronetError(f"--maps: there is no folder {options.maps}; give the one that holds the label maps")
-    maps = sorted(path for path in options.maps.glob("*.nii*") if path.name.endswith((".nii", ".nii.gz")))
+    maps = sorted(path for path in options.maps.iterdir() if path.name.endswith((".nii", ".nii.gz", ".mgz")))
     count = build_heads(
         maps,
         options.store,

@@ -70,6 +70,13 @@ def plant(store: Store, protocol: str, kind: str, rate: float, seed: int, dest: 
     rng = np.random.default_rng(seed)
     candidates = [subject.slot for subject in store.split("train") if subject.present[place]]
     chosen = set(rng.choice(candidates, round(rate * len(candidates)), replace=False).tolist())
+
+    def wrong(right: np.ndarray) -> np.ndarray:
+        return KINDS[kind](right, protocol, store.info.voxel_size_mm, rng)
+
+    right = (store.read_labels(slot, [protocol])[0] for slot in sorted(chosen))
+    if chosen and not any((wrong(classes) != classes).any() for classes in right):
+        raise NeuronetError(f"--kind={kind} changes nothing in {protocol}: choose a different one")
     writer = StoreWriter.create(
         dest,
         protocols=protocols,
@@ -88,14 +95,12 @@ def plant(store: Store, protocol: str, kind: str, rate: float, seed: int, dest: 
         foreground = store.read_foreground(subject.slot)
         if subject.slot in chosen:
             before = labels[place].copy()
-            labels[place] = KINDS[kind](before, protocol, store.info.voxel_size_mm, rng)
+            labels[place] = wrong(before)
             changed += bool((labels[place] != before).any())
             foreground = sample_foreground(labels, subject.present, seed=subject.slot)
         copied = replace(subject, content_hash=content_hash(image, labels, foreground))
         writer.write_shard(subject.slot, [Record(image, labels, foreground, copied)])
         subjects.append(copied)
-    if chosen and not changed:
-        raise NeuronetError(f"--kind={kind} changes nothing in {protocol}: choose a different one")
     writer.finalize(subjects, [])
     return changed
 

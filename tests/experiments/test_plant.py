@@ -56,3 +56,4 @@ def test_an_error_that_changes_nothing_is_refused(make_store, tmp_path) -> None:
     store = Store.open(make_store(("train", "train"))[0].dest)
     with pytest.raises(plant.NeuronetError, match="--kind=mirrored changes nothing in fsl_fast"):
         plant.plant(store, "fsl_fast", "mirrored", 1.0, 0, str(tmp_path / "bad"))
+    assert not (tmp_path / "bad").exists()  # nothing is written before something can be done
