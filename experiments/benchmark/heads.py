@@ -2,16 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-# Jobs of whole heads, and the voxel size in mm and shape of each: the network's own, and one whose scores are
-# interpolated. Both are 192 × 224 × 192 voxels of 1 mm to the network, which nobody has to pad: what lies beyond a
-# head's border changes labels near it.
+
+class Head(NamedTuple):
+    """A whole head to segment."""
+
+    voxel_size_mm: float  # at which the network works
+    spacing_mm: tuple[float, float, float]  # of the file
+    shape: tuple[int, int, int]  # of the file
+
+
+# Jobs of whole heads: on the network's own grid, and on grids onto which scores are interpolated. To the network they
+# have 192 × 224 × 192 or 96 × 128 × 96 voxels, which nobody has to pad: what lies beyond a head's border changes labels
+# near it.
 HEADS = {
-    "head": ((1.0, 1.0, 1.0), (192, 224, 192)),
-    "head-resampled": ((1.25, 0.9, 0.9), (154, 249, 214)),
+    "head": Head(1.0, (1.0, 1.0, 1.0), (192, 224, 192)),
+    "head-resampled": Head(1.0, (1.25, 0.9, 0.9), (154, 249, 214)),
+    "head-2mm": Head(2.0, (1.0, 1.0, 1.0), (192, 256, 192)),  # as the network that ships sees a scan
 }
 # Least share of all voxels of all protocols with the same label: sums in a different order may decide a tie
 # differently, and tiles that share too little see a border where the head has none.

@@ -115,7 +115,7 @@ class Jax(Contender):
 
         if job.weights:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, family="neuronet"))
-        model = Model(self.network(config), config, voxel_size_mm=1.0)
+        model = Model(self.network(config), config, heads.HEADS[job.what].voxel_size_mm)
         return lambda: segment(model, job.head, options=Options(clean_up=False))
 
     def label_maps(self, found: Any) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmark.contender import CHECK_SIDE, CHECK_STEPS, Contender, Job
+from experiments.benchmark.heads import HEADS
 from experiments.benchmark.work import CLASSES, FILTERS, random_batch, random_variables
 from neuronet_jax.labels import PROTOCOLS
 
@@ -86,7 +87,9 @@ class Torch(Contender):
 
         def segment() -> Any:
             with torch.inference_mode(), self.autocast():
-                return self.pipeline.segment(network, Path(job.head), 1.0, job.tile, self.image)
+                return self.pipeline.segment(
+                    network, Path(job.head), HEADS[job.what].voxel_size_mm, job.tile, self.image
+                )
 
         return segment
 
