@@ -263,7 +263,9 @@ def _record(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m data_prep.heads", description=__doc__)
-    parser.add_argument("--maps", type=Path, required=True, help="folder of whole-head label maps (.nii, .nii.gz, .mgz)")
+    parser.add_argument(
+        "--maps", type=Path, required=True, help="folder of whole-head label maps (.nii, .nii.gz, .mgz)"
+    )
     parser.add_argument("--store", required=True, help="where the store is written: a folder, gs:// or s3://")
     parser.add_argument("--brains", help="a finished store of stripped brains, to put into the maps' heads")
     parser.add_argument("--heads-per-brain", type=number(int, 0), default=4, help="default: %(default)s")

@@ -31,6 +31,7 @@ PROGRAMS = {
     "data_prep.build": ("--voxel_size_m", "--voxel-size-mm", "--manifest={here}/none.csv --store={here}/out"),
     "data_prep.verify": ("--thread", "--threads", "--store={here}/none"),
     "data_prep.references": ("--drop-outlier", "--drop-outliers", "--store={here}/none"),
+    "data_prep.report": ("--picture", "--pictures", "--store={here}/none --out={here}/report.html"),
     "data_prep.purge": ("--excluded", "--exclude", "--store={here}/none --exclude={here}/none.csv"),
     "data_prep.heads": ("--brian", "--brains", "--maps={here}/none --store={here}/out"),
     "data_prep.demo": ("--tran", "--train", "--out={here}/file/none"),

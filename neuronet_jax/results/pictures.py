@@ -54,7 +54,9 @@ def save_comparison(
     figure.savefig(path)
 
 
-def save_strip(path: Path, image: np.ndarray, maps: Mapping[str, np.ndarray], titles: Mapping[str, str]) -> None:
+def save_strip(
+    path: Path | IO[bytes], image: np.ndarray, maps: Mapping[str, np.ndarray], titles: Mapping[str, str]
+) -> None:
     """Saves one scan and its label maps side by side as PNG, axial above coronal.
 
     `image` [x y z] holds intensities, `maps` class indices per protocol, in RAS+ order. `titles` go below the tools'
