@@ -11,8 +11,9 @@ rejects.tsv with a code and a reason.
 
 import argparse
 import logging
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from data_prep.assemble import MAX_REJECT_FRACTION, build_sources
 from data_prep.outcome import BuildReport, TooManyRejects, explained, summary
 from data_prep.sources.bids import read_dataset
 from data_prep.sources.manifest import read_manifest
-from data_prep.sources.source import Source
+from data_prep.sources.source import Source, check
 from data_prep.sources.ukb import read_archive
 from data_prep.splits import assign_splits
+from data_prep.tools.complete import Settings as Tools
+from data_prep.tools.complete import complete
+from data_prep.tools.tools import TOOLS
 from neuronet_jax.errors import UsageError
-from neuronet_jax.images.nifti import Limits
+from neuronet_jax.images.nifti import DEFAULT_LIMITS, Limits
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.programs import DONE, PARTIAL, Parser, number, run
 from neuronet_jax.store.withdrawal import read_ids, unknown_lines
@@ -44,18 +48,42 @@ def build_cohort(
     *,
     exclude: Path | None = None,
     splits: Path | None = None,
+    tools: Tools | None = None,
     **options: Any,
 ) -> BuildReport:
     """Builds the store of all `sources` but those on the list `exclude`, in the splits of a file, of the sources or of
-    a hash. `where` names the sources in messages; `options` as for `build_sources`.
+    a hash. `where` names the sources in messages, `tools` make label maps that are absent; `options` as for
+    `build_sources`.
     """
     excluded = read_ids(Path(exclude)) if exclude else {}
     sources = assign_splits(sources, Path(splits) if splits else None)
+    if tools:
+        sources = _with_tools(sources, excluded, tools, options)
     if unknown := unknown_lines(excluded, {source.id for source in sources}, where):
         log.warning(unknown)
     if absent := [name for name in PROTOCOLS if not any(name in source.labels for source in sources)]:
         log.warning("%s has no map of %s: the store will lack these protocols", where, ", ".join(absent))
     return build_sources(sources, store, excluded=excluded, **options)
+
+
+def _with_tools(
+    sources: Sequence[Source], excluded: Collection[str], tools: Tools, options: dict[str, Any]
+) -> list[Source]:
+    """Returns the sources with the maps that tools made. Raises TooManyRejects if more fail than may be rejected.
+
+    No tool sees the scan of a participant who has withdrawn.
+    """
+    check(sources)
+    known = [source for source in sources if source.id not in excluded]
+    done = complete(known, tools, options.get("limits", DEFAULT_LIMITS), options.get("progress", False))
+    if done.failed > options.get("max_reject_fraction", MAX_REJECT_FRACTION) * done.tried:
+        raise TooManyRejects(
+            f"{done.failed} of {done.tried} runs of tools failed; see their logs in {tools.out}, repair what they name "
+            "or raise --max-reject-fraction, and run it again",
+            {"W_TOOL": done.failed},
+        )
+    made = {(source.id, source.visit): source for source in done.sources}
+    return [made.get((source.id, source.visit), source) for source in sources]
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------
@@ -81,6 +109,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ukb.add_argument("--malp-em-tissue", metavar="PATTERN", help=pattern)
     ukb.add_argument("--fast", choices=("seg", "pveseg"), help="which map of FAST to take (default: seg)")
     ukb.add_argument("--instances", metavar="2,3", help="imaging visits to take (default: all)")
+    tools = parser.add_argument_group("with --run-tools")
+    add(
+        "--run-tools",
+        type=_names,
+        metavar="NAMES",
+        help=f"tools to run for label maps that are absent, from {', '.join(TOOLS)}",
+    )
+    tools.add_argument("--tools-out", type=Path, metavar="DIR", help="where their maps and logs are kept")
+    tools.add_argument(
+        "--tool",
+        type=_words,
+        action="append",
+        metavar="NAME=WORDS",
+        help="what comes before a tool's arguments, such as fsl_fast='apptainer exec fsl.sif'; {folder}: its folder",
+    )
+    tools.add_argument("--tool-jobs", type=number(int, 1), default=1, help="scans at the same time (default: 1)")
+    tools.add_argument("--tool-hours", type=number(float, 0.001), help="time limit for each program (default: its own)")
+    tools.add_argument("--stripped", action="store_true", help="scans are skull-stripped: FSL need not do it")
     add("--exclude", type=Path, help="ids of withdrawn participants, one per line")
     add(
         "--splits",
@@ -116,8 +162,9 @@ def _build(args: argparse.Namespace) -> int:
     options = vars(args)
     limits = Limits(transform=options.pop("transform"), assume_ras=options.pop("assume_ras"))
     try:
+        tools = _tools(options)
         sources, where = _sources(options)
-        report = build_cohort(sources, where=where, limits=limits, progress=True, **options)
+        report = build_cohort(sources, where=where, tools=tools, limits=limits, progress=True, **options)
     except TooManyRejects as error:
         print("\n".join([f"python -m data_prep.build: error: {error}", *explained(error.codes)]), file=sys.stderr)
         return PARTIAL
@@ -141,6 +188,33 @@ def _sources(options: dict[str, Any]) -> tuple[list[Source], str]:
         return read_dataset(bids), "the dataset"
     visits = tuple(instances.split(",")) if instances else ()
     return read_archive(ukb, fast=fast or "seg", instances=visits, outputs=outputs), "the archive"
+
+
+def _tools(options: dict[str, Any]) -> Tools | None:
+    """Takes the options of --run-tools out of `options`."""
+    names, out, words = (options.pop(name) for name in ("run_tools", "tools_out", "tool"))
+    jobs, hours, stripped = (options.pop(name) for name in ("tool_jobs", "tool_hours", "stripped"))
+    if not names:
+        if out or words or hours or stripped or jobs > 1:
+            raise UsageError("--tools-out, --tool, --tool-jobs, --tool-hours and --stripped go with --run-tools")
+        return None
+    if not out:
+        raise UsageError("--run-tools needs --tools-out, a folder that keeps what the tools make")
+    return Tools(names, out, dict(words or ()), stripped, jobs, hours)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in TOOLS]:
+        raise argparse.ArgumentTypeError(f"the tools are {', '.join(TOOLS)}; got {unknown[0]!r}")
+    return names
+
+
+def _words(text: str) -> tuple[str, tuple[str, ...]]:
+    name, given, words = text.partition("=")
+    if name not in TOOLS or not given or not words.strip():
+        raise argparse.ArgumentTypeError(f"it takes NAME=WORDS with a name of {', '.join(TOOLS)}; got {text!r}")
+    return name, tuple(shlex.split(words))
 
 
 def _grid(text: str) -> tuple[int, int, int]:

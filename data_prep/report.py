@@ -174,12 +174,12 @@ def _histograms(store: Store, volumes_ml: Sequence[Mapping[str, float]]) -> list
 def _worst(store: Store, scores: Sequence[Score]) -> list[tuple[Subject, dict[str, str]]]:
     """Returns the subjects with a flagged map, worst first, and why, by protocol."""
     reasons: dict[int, dict[str, str]] = {}
-    highest: Counter[int] = Counter()
+    highest: dict[int, float] = {}
     for score in scores:
         if score.flagged:
             reasons.setdefault(score.slot, {})[score.protocol] = f"flagged: {score.flagged}"
             values = (score.volume, score.position, score.contrast, score.agreement)
-            highest[score.slot] = max(highest[score.slot], *(v for v in values if not math.isnan(v)))
+            highest[score.slot] = max(highest.get(score.slot, 0.0), *(v for v in values if not math.isnan(v)))
     by_slot = {subject.slot: subject for subject in store.subjects}
     order = sorted((slot for slot in reasons if slot in by_slot), key=lambda slot: -highest[slot])
     return [(by_slot[slot], reasons[slot]) for slot in order]

@@ -171,6 +171,10 @@ CODES = {
         "A zip archive lacks the T1-weighted image, or has it twice.",
         "Nothing needs to be done where UK Biobank judged the scan unusable; otherwise download the archive again.",
     ),
+    "W_TOOL": Code(
+        "A tool that `--run-tools` ran failed on a scan, which stays without its label map.",
+        "Read the tool's log in `--tools-out`, repair what it names, and give the same command again.",
+    ),
     "W_CROPPED_LABEL": Code(
         "Labelled voxels lie outside the stored grid and were cut off.", "Choose a larger `--grid` if they matter."
     ),

@@ -191,7 +191,8 @@ def _call(program: str, arguments: list[str], trained: bool) -> None:
     """Calls the main function of a program, as a shell would."""
     module = importlib.import_module(MODULES.get(program, program))
     named = f"neuronet {arguments[0]}" if program == "neuronet" else program
-    elsewhere = ("--scheduler=", "--store=gs:", "--ukb=", "--bids=")  # tests/data_prep/sources makes such archives
+    # tests/data_prep makes such archives, and stand-ins for the tools
+    elsewhere = ("--scheduler=", "--store=gs:", "--ukb=", "--bids=", "--run-tools=")
     remote = any(word.startswith(elsewhere) for word in arguments)
     with pytest.MonkeyPatch.context() as patch:
         if named in UNDERSTOOD or remote:

@@ -1,0 +1,79 @@
+"""Runs a program with a time limit. What it starts ends with it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+GRACE_S = 10.0  # between being asked to end and being killed: container engines stop their containers meanwhile
+
+_running: set[subprocess.Popen[bytes]] = set()  # of all threads
+
+
+class ToolError(Exception):
+    """A program is missing, failed, took too long, or left no usable output. The text names no participant."""
+
+
+def run(command: Sequence[str], folder: Path, log: Path, limit_s: float) -> None:
+    """Runs a command in `folder`, with its output appended to the file `log`.
+
+    Raises ToolError if the program cannot be started, ends with a status other than 0, or takes longer than `limit_s`.
+    The program has a process group of its own, which ends with it, whatever the reason.
+    """
+    with log.open("ab") as output:
+        output.write(f"$ {' '.join(command)}\n".encode())
+        output.flush()
+        try:
+            process = subprocess.Popen(
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        except OSError as error:
+            raise ToolError(f"{command[0]} cannot be started: {error.strerror}") from error
+        _running.add(process)
+        try:
+            status = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            raise ToolError(f"{command[0]} took longer than {limit_s / 3600:g} hours and was ended") from None
+        finally:
+            _end(process)
+            _running.discard(process)
+    if status:
+        raise ToolError(f"{command[0]} ended with {f'signal {-status}' if status < 0 else f'status {status}'}")
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """Ends all programs if the block is left by an error, Ctrl-C or SIGTERM: in their own groups, they hear of none."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, interrupt) if in_main else None
+    try:
+        yield
+    except BaseException:
+        for process in tuple(_running):
+            _signal(process, signal.SIGTERM)  # the thread that waits for it does the rest
+        raise
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process and all that it has started."""
+    if process.poll() is None:
+        _signal(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    _signal(process, signal.SIGKILL)  # children may be left even of a process that has ended
+    process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
