@@ -3,7 +3,8 @@
     python -m experiments.robustness --store=stores/brains --split=validation --out=robustness
     python -m experiments.robustness --store=stores/brains --split=validation --run=runs/a --peer --out=robustness
 
-Every scan of the split is disturbed on the grid of the store and segmented as `neuronet segment` does. `--peer` adds
+Every scan of the split is disturbed on the grid of the store and segmented as `neuronet segment` does, with the
+warnings that its page would have, so that one sees from which strength on a bad scan is flagged. `--peer` adds
 DIPY's tissue classifier (a hidden Markov random field, for stripped brains alone), against the maps of `fsl_fast`.
 Writes `robustness.tsv`, `robustness.png` and `robustness.json` (the network and the scans), which name no subject.
 The same command continues where it was interrupted.
@@ -13,12 +14,12 @@ import argparse
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
-import nibabel as nib
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -28,11 +29,15 @@ from rich.table import Table
 from experiments.evaluate import check
 from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.evaluation import agreement, plausibility
 from neuronet_jax.evaluation.metrics import dice_per_class, mean_dice
+from neuronet_jax.evaluation.quality import assess
 from neuronet_jax.files import Files
-from neuronet_jax.inference.segment import segment
+from neuronet_jax.images.space import Volume
+from neuronet_jax.inference.segment import segment_volume
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.programs import DONE, Parser, run
+from neuronet_jax.runs.calibration import UNKNOWN, Calibration, load_calibration
 from neuronet_jax.runs.directory import shipped
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.restore import restore
@@ -40,9 +45,10 @@ from neuronet_jax.store.reader import Store
 from neuronet_jax.training import artefacts
 from neuronet_jax.training.augment import warp
 
-Scan = tuple[np.ndarray, np.ndarray]  # image ≥ 0, float32 [x y z]; labels, uint8 [p x y z]
+Scan = tuple[np.ndarray, np.ndarray]  # image ≥ 0, float32 [x y z]; labels, uint8 [p x y z], UNSCORED where none hold
+UNSCORED = 255  # no class of any protocol
 TSV, PICTURE, MEASURED = "robustness.tsv", "robustness.png", "robustness.json"
-COLUMNS = ("disturbance", "strength", "scan", "method", "protocol", "dice")
+COLUMNS = ("disturbance", "strength", "scan", "method", "protocol", "dice", "warnings")
 NETWORK, PEER = "network", "DIPY"
 PEER_PROTOCOL = "fsl_fast"  # three tissues by intensity, as the peer has them
 
@@ -89,11 +95,21 @@ def resolution(image: np.ndarray, labels: np.ndarray, strength: float, voxel_siz
 
 
 def field_of_view(image: np.ndarray, labels: np.ndarray, strength: float, _: float) -> Scan:
-    """Cuts `strength` of the brain's height off at its lower end. Only what is left is scored."""
+    """Cuts `strength` of the brain's height off at its lower end."""
     heights = np.flatnonzero((image > 0).any(axis=(0, 1)))
-    first = heights[0] + round(strength * len(heights))
-    kept = np.arange(image.shape[2]) >= first
-    return image * kept, labels * kept
+    planes = np.arange(image.shape[2])
+    missing = (planes >= heights[0]) & (planes < heights[0] + round(strength * len(heights)))
+    return image * ~missing, np.where(missing, np.uint8(UNSCORED), labels)
+
+
+def hole(image: np.ndarray, labels: np.ndarray, strength: float, voxel_size_mm: float) -> Scan:
+    """Puts a ball of fluid of `strength` mm radius into one hemisphere, halfway between its middle and its surface."""
+    head = np.argwhere(image > 0)
+    centre = head.mean(axis=0) - [(head[:, 0].max() - head[:, 0].min()) / 4, 0, 0]
+    distance_mm = voxel_size_mm * np.linalg.norm(np.moveaxis(np.indices(image.shape), 0, -1) - centre, axis=-1)
+    inside = (distance_mm <= strength) & (image > 0)
+    fluid = np.float32(0.3 * np.median(image[image > 0]))  # as bright as CSF is in T1-weighted scans
+    return np.where(inside, fluid, image), np.where(inside, np.uint8(UNSCORED), labels)
 
 
 def motion(image: np.ndarray, labels: np.ndarray, strength: float, voxel_size_mm: float) -> Scan:
@@ -111,6 +127,7 @@ DISTURBANCES = {
     "resolution": Disturbance("mm slices", (4, 6, 10), resolution),
     "field of view": Disturbance("of the height missing", (0.15, 0.3, 0.45), field_of_view),
     "motion": Disturbance("mm", (2, 4, 8), motion),
+    "hole": Disturbance("mm radius", (5, 15, 25), hole),
 }
 NEUTRAL: tuple[str, float] = ("none", 0.0)
 CASES: tuple[tuple[str, float], ...] = (
@@ -119,7 +136,12 @@ CASES: tuple[tuple[str, float], ...] = (
 )
 
 
-def measure(model: Model, store: Store, split: str, out: Path, peer: bool) -> list[dict[str, str]]:
+Labelled = tuple[Mapping[str, np.ndarray], Sequence[str]]  # classes by protocol; warnings
+
+
+def measure(
+    model: Model, store: Store, split: str, out: Path, peer: bool, calibration: Calibration = UNKNOWN
+) -> list[dict[str, str]]:
     """Segments every scan under every disturbance, and returns the rows of robustness.tsv.
 
     Rows that the file has already are kept. Raises NeuronetError as `evaluate.check`, if they are of a different
@@ -136,8 +158,8 @@ def measure(model: Model, store: Store, split: str, out: Path, peer: bool) -> li
     for number, subject, name, strength in track(todo, "disturbing", console=console, disable=not console.is_terminal):
         present = dict(zip(store.info.protocols, subject.present, strict=True))
         names = [protocol for protocol in protocols if present[protocol]]
-        methods: dict[str, Callable[[np.ndarray], Mapping[str, np.ndarray]]] = {
-            NETWORK: lambda image, names=names: by_network(model, image, names, store.info.voxel_size_mm)
+        methods: dict[str, Callable[[np.ndarray], Labelled]] = {
+            NETWORK: lambda image: by_network(model, calibration, image, store.info.voxel_size_mm)
         }
         if peer and PEER_PROTOCOL in names:
             methods[PEER] = by_dipy
@@ -149,11 +171,14 @@ def measure(model: Model, store: Store, split: str, out: Path, peer: bool) -> li
         if name in DISTURBANCES:
             image, labels = DISTURBANCES[name].apply(image, labels, strength, store.info.voxel_size_mm)
         for method, labelled in missing.items():
-            for protocol, classes in labelled(image).items():
+            found, warnings = labelled(image)
+            for protocol in filter(found.__contains__, names):
                 reference = labels[names.index(protocol)]
-                inside = classes if name != "field of view" else np.where(image.any(axis=(0, 1)), classes, 0)
-                dice = mean_dice(dice_per_class(reference, inside, PROTOCOLS[protocol].num_classes))
-                told = (name, f"{strength:g}", str(number), method, protocol, f"{dice:.6f}")
+                scored = reference != UNSCORED
+                dice = mean_dice(
+                    dice_per_class(reference * scored, found[protocol] * scored, PROTOCOLS[protocol].num_classes)
+                )
+                told = (name, f"{strength:g}", str(number), method, protocol, f"{dice:.6f}", ",".join(warnings))
                 rows.append(dict(zip(COLUMNS, told, strict=True)))
         lines = ["\t".join(COLUMNS), *("\t".join(row[column] for column in COLUMNS) for row in rows)]
         files.write(TSV, ("\n".join(lines) + "\n").encode())
@@ -162,7 +187,8 @@ def measure(model: Model, store: Store, split: str, out: Path, peer: bool) -> li
 
 def _claim(files: Files, model: Model, store: Store, split: str) -> None:
     """Records what is measured. Raises NeuronetError if the folder holds the measurement of something else."""
-    own = {"network": model.provenance.to_json(), "split": split, "split_hash": store.info.split_hash}
+    scans = {"split": split, "split_hash": store.info.split_hash}
+    own = {"network": model.provenance.to_json(), **scans, "columns": COLUMNS}
     content = json.dumps(own, indent=2, sort_keys=True).encode()
     if (before := files.read(MEASURED)) is not None and before != content:
         raise NeuronetError(
@@ -172,17 +198,16 @@ def _claim(files: Files, model: Model, store: Store, split: str) -> None:
     files.write(MEASURED, content)
 
 
-def by_network(
-    model: Model, image: np.ndarray, protocols: Sequence[str], voxel_size_mm: float
-) -> dict[str, np.ndarray]:
-    """Returns the classes of every protocol, with the default options."""
-    scan = nib.Nifti1Image(image, np.diag([voxel_size_mm] * 3 + [1.0]))
-    scan.header.set_xyzt_units("mm")
-    found = segment(model, scan, protocols=tuple(protocols))
-    return {name: PROTOCOLS[name].to_classes(np.asarray(found[name].dataobj)) for name in protocols}
+def by_network(model: Model, calibration: Calibration, image: np.ndarray, voxel_size_mm: float) -> Labelled:
+    """Returns the classes of every protocol, with the default options, and the warnings of the scan's page."""
+    volume = Volume(image, np.diag([voxel_size_mm] * 3 + [1.0]))
+    result = segment_volume(model, volume)
+    compared = agreement.compare(result.maps, volume.affine)
+    told = {*plausibility.check(volume, result.maps, compared), *assess(result.confidence, calibration).warnings}
+    return {name: PROTOCOLS[name].to_classes(ids) for name, ids in result.maps.items()}, sorted(told)
 
 
-def by_dipy(image: np.ndarray) -> dict[str, np.ndarray]:
+def by_dipy(image: np.ndarray) -> Labelled:
     """Returns three tissues of a stripped brain, darkest first, as FAST numbers them.
 
     Raises NeuronetError without DIPY.
@@ -192,7 +217,7 @@ def by_dipy(image: np.ndarray) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise NeuronetError("--peer needs DIPY: pip install 'neuronet-jax[benchmark]'") from error
     _, classes, _ = TissueClassifierHMRF(verbose=False).classify(image.astype(np.float64), nclasses=3, beta=0.1)
-    return {PEER_PROTOCOL: np.where(image > 0, np.maximum(classes, 0), 0).astype(np.uint8)}  # −1: it has failed
+    return {PEER_PROTOCOL: np.where(image > 0, np.maximum(classes, 0), 0).astype(np.uint8)}, ()  # −1: it has failed
 
 
 def means(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, str], dict[tuple[str, float], float]]:
@@ -204,10 +229,25 @@ def means(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, str], dict[tuple
     return {who: {case: float(np.mean(values)) for case, values in cases.items()} for who, cases in found.items()}
 
 
+def flagged(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, float], str]:
+    """Returns how many scans the network's pages flag, and how often by what, by disturbance and strength."""
+    told: dict[tuple[str, float], dict[str, list[str]]] = {}
+    for row in rows:
+        if row["method"] == NETWORK:
+            case = told.setdefault((row["disturbance"], float(row["strength"])), {})
+            case[row["scan"]] = [code for code in row["warnings"].split(",") if code]
+    texts = {}
+    for case, scans in told.items():
+        codes = Counter(code for codes in scans.values() for code in codes)
+        by = f" ({', '.join(f'{code} {n}' for code, n in sorted(codes.items()))})" if codes else ""
+        texts[case] = f"{sum(map(bool, scans.values()))} of {len(scans)}{by}"
+    return texts
+
+
 def draw(averages: Mapping[tuple[str, str], Mapping[tuple[str, float], float]], path: Path) -> None:
     """Draws a panel per disturbance, a line per method and protocol, from the undisturbed scan on the left."""
-    figure = Figure(figsize=(10, 4.6), dpi=90, layout="constrained")
-    panels = figure.subplots(2, 4, sharey=True).ravel()
+    figure = Figure(figsize=(10, 7), dpi=90, layout="constrained")
+    panels = figure.subplots(3, 3, sharey=True).ravel()
     for axes, (name, disturbance) in zip(panels, DISTURBANCES.items(), strict=False):
         for (method, protocol), cases in averages.items():
             points = [cases.get(NEUTRAL), *(cases.get((name, float(s))) for s in disturbance.strengths)]
@@ -225,14 +265,17 @@ def draw(averages: Mapping[tuple[str, str], Mapping[tuple[str, float], float]], 
     figure.savefig(path)
 
 
-def table(averages: Mapping[tuple[str, str], Mapping[tuple[str, float], float]]) -> list[list[str]]:
-    """Returns mean Dice by disturbance and strength, a column per method and protocol; header first."""
-    rows = [["disturbance", "strength", *(f"{method}, {protocol}" for method, protocol in averages)]]
+def table(
+    averages: Mapping[tuple[str, str], Mapping[tuple[str, float], float]], flags: Mapping[tuple[str, float], str]
+) -> list[list[str]]:
+    """Returns mean Dice by disturbance and strength, a column per method and protocol, and the flags; header first."""
+    rows = [["disturbance", "strength", *(f"{method}, {protocol}" for method, protocol in averages), "flagged"]]
     for name, strength in CASES:
         values = [cases.get((name, strength)) for cases in averages.values()]
         if any(value is not None for value in values):
             unit = f" {DISTURBANCES[name].unit}" if name in DISTURBANCES else ""
-            rows.append([name, f"{strength:g}{unit}", *("" if v is None else f"{v:.3f}" for v in values)])
+            numbers = ("" if v is None else f"{v:.3f}" for v in values)
+            rows.append([name, f"{strength:g}{unit}", *numbers, flags.get((name, strength), "")])
     return rows
 
 
@@ -252,9 +295,12 @@ def _robustness(options: argparse.Namespace) -> int:
     runtime.plain()
     runtime.keep_compiled()
     runtime.one_per_core()
-    model = restore(options.run or shipped())
-    averages = means(measure(model, Store.open(options.store), options.split, options.out, options.peer))
-    header, *rows = table(averages)
+    run_ = options.run or shipped()
+    model, store = restore(run_), Store.open(options.store)
+    calibration = load_calibration(run_, model.origin.step)
+    measured = measure(model, store, options.split, options.out, options.peer, calibration)
+    averages = means(measured)
+    header, *rows = table(averages, flagged(measured))
     printed = Table(*header, title=f"mean Dice, {options.split} scans")
     for row in rows:
         printed.add_row(*row)

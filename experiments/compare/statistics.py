@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -59,7 +60,8 @@ def wilcoxon(arm: Float[np.ndarray, "n"], baseline: Float[np.ndarray, "n"]) -> f
         return 1.0
     with warnings.catch_warnings():  # of few subjects, which the docstring and the page tell
         warnings.simplefilter("ignore")
-        return float(stats.wilcoxon(np.sign(differences) * stats.rankdata(np.abs(differences))).pvalue)
+        tested: Any = stats.wilcoxon(np.sign(differences) * stats.rankdata(np.abs(differences)))
+        return float(tested.pvalue)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -16,9 +16,10 @@ whose necks the network had labelled, 295 and 140 ml of FAST's map hung on the b
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int, UInt8
 from scipy import ndimage
 
 # Protocols whose structures do not make up a whole brain.
@@ -56,7 +57,7 @@ def _away_from_brain(masks: Sequence[Bool[np.ndarray, "x y z"]], spacing_mm: Seq
     brain = np.pad(2 * np.sum(coarse, axis=0) >= len(coarse), 1 + math.ceil(SULCUS_MM / min(sampling)))
     closed = _distance(~brain, sampling) <= SULCUS_MM
     core = _distance(closed, sampling) > SULCUS_MM + BRIDGE_MM
-    pieces, count = ndimage.label(core)  # type: ignore[misc] (its stub types it as a number)
+    pieces, count = _components(core)
     if not count:
         return None
     sizes = np.bincount(pieces.ravel())
@@ -64,6 +65,12 @@ def _away_from_brain(masks: Sequence[Bool[np.ndarray, "x y z"]], spacing_mm: Seq
     away = _distance(pieces != sizes.argmax(), sampling) > BRIDGE_MM + MARGIN_MM
     border = (away.shape[0] - coarse[0].shape[0]) // 2
     return away[np.ix_(*(border + np.arange(side) // step for side, step in zip(masks[0].shape, steps, strict=True)))]
+
+
+def _components(mask: np.ndarray) -> tuple[Int[np.ndarray, "x y z"], int]:
+    """Numbers the connected components from 1 on, and counts them."""
+    labelled: Any = ndimage.label(mask)  # the types of this overload differ between releases of SciPy's stubs
+    return labelled
 
 
 def _distance(mask: np.ndarray, sampling: Sequence[float]) -> np.ndarray:
@@ -90,7 +97,7 @@ def _apart(mask: np.ndarray) -> np.ndarray:
     apart = np.zeros_like(mask)
     if box is None:
         return apart
-    labelled, count = ndimage.label(mask[box])  # type: ignore[misc] (its stub types it as a number)
+    labelled, count = _components(mask[box])
     if count > 1:
         sizes = np.bincount(labelled.ravel())
         sizes[0] = 0

@@ -16,6 +16,12 @@ from neuronet_jax.runs.provenance import Origin
 from neuronet_jax.store.reader import Store
 
 
+@pytest.fixture
+def model(threshold_network) -> Model:
+    config = replace(load("tissue:demo"), protocols=("fsl_fast", "fsl_first"))
+    return Model(threshold_network, config, 2.0, Origin("tissue:demo", 7, ""))
+
+
 def _scan() -> tuple[np.ndarray, np.ndarray]:
     image = np.zeros((20, 24, 20), np.float32)
     image[4:16, 6:18, 5:15] = np.random.default_rng(0).uniform(50, 150, (12, 12, 10))
@@ -32,6 +38,7 @@ def _scan() -> tuple[np.ndarray, np.ndarray]:
         ("resolution", 2),
         ("field of view", 0),
         ("motion", 0),
+        ("hole", -1),
     ],
 )
 def test_a_neutral_strength_changes_nothing(name: str, neutral: float) -> None:
@@ -55,8 +62,38 @@ def test_strengths_have_their_units() -> None:
     dark, _ = robustness.contrast(image, labels, 2.0, 2.0)
     assert (dark[inside] <= image[inside] * 1.02).all() and dark.max() == pytest.approx(image.max(), rel=0.05)
     cut, classes = robustness.field_of_view(image, labels, 0.3, 2.0)
-    assert not cut[..., :8].any() and not classes[..., :8].any()  # three of the ten planes from 5 on
+    assert not cut[..., :8].any() and (classes[..., 5:8] == robustness.UNSCORED).all()  # three of ten planes from 5 on
     np.testing.assert_array_equal(cut[..., 8:], image[..., 8:])
+    holed, classes = robustness.hole(image, labels, 4.0, 2.0)
+    changed = classes[0] == robustness.UNSCORED
+    assert 20 < changed.sum() < 33 + 1 and (holed != image).sum() == changed.sum()  # a ball of two voxels has 33
+    assert np.argwhere(changed).mean(axis=0)[0] < 8  # the middle of the head is at 9.5
+
+
+def test_flags_are_counted_by_scan_and_code() -> None:
+    def row(strength: str, scan: str, protocol: str, warnings: str, method: str = NETWORK) -> dict[str, str]:
+        told = ("noise", strength, scan, method, protocol, "0.5", warnings)
+        return dict(zip(robustness.COLUMNS, told, strict=True))
+
+    rows = [
+        row("0.1", "1", "fsl_fast", ""),
+        row("0.1", "2", "fsl_fast", ""),
+        row("0.4", "1", "fsl_fast", "W_CUT,W_QUALITY"),
+        row("0.4", "1", "fsl_first", "W_CUT,W_QUALITY"),  # the same scan
+        row("0.4", "2", "fsl_fast", "W_QUALITY"),
+        row("0.4", "3", "fsl_fast", ""),
+        row("0.4", "3", "fsl_fast", "", robustness.PEER),
+    ]
+    flags = robustness.flagged(rows)
+    assert flags == {("noise", 0.1): "0 of 2", ("noise", 0.4): "2 of 3 (W_CUT 1, W_QUALITY 2)"}
+    assert robustness.table(robustness.means(rows), flags)[-1][-1] == "2 of 3 (W_CUT 1, W_QUALITY 2)"
+
+
+def test_the_network_flags_what_its_page_would(model, tmp_path: Path) -> None:
+    """Nothing but noise is no head."""
+    image = np.random.default_rng(0).uniform(0, 100, (24, 24, 24)).astype(np.float32)
+    found, warnings = robustness.by_network(model, robustness.UNKNOWN, image, 2.0)
+    assert set(found) == {"fsl_fast", "fsl_first"} and "W_BRAIN_VOLUME" in warnings
 
 
 def test_an_interrupted_measurement_goes_on(make_store, threshold_network, monkeypatch, tmp_path: Path) -> None:
@@ -65,14 +102,15 @@ def test_an_interrupted_measurement_goes_on(make_store, threshold_network, monke
     model = Model(threshold_network, config, 2.0, Origin("tissue:demo", 7, store.info.split_hash))
     calls = []
 
-    def by_network(model, image, protocols, voxel_size_mm):
+    def by_network(model, calibration, image, voxel_size_mm):
         calls.append(image)
         if len(calls) == 30:
             raise KeyboardInterrupt
-        return {name: np.ones(image.shape, np.uint8) for name in protocols}
+        return {name: np.ones(image.shape, np.uint8) for name in config.protocols}, ["W_QUALITY"]
 
     monkeypatch.setattr(robustness, "by_network", by_network)
     monkeypatch.setattr(robustness, "restore", lambda run: model)
+    monkeypatch.setattr(robustness, "load_calibration", lambda run, step: robustness.UNKNOWN)
     command = [f"--store={store.dest}", "--split=validation", f"--out={tmp_path / 'out'}"]
     assert robustness.main(command) == 130
     assert robustness.main(command) == 0
@@ -99,6 +137,6 @@ def test_dipys_classes_are_those_of_fast() -> None:
     for tissue, level in enumerate((30, 80, 120)):  # CSF is dark, white matter bright
         image[2:22, 2:22, 2 + 7 * tissue : 9 + 7 * tissue] = level
     image = np.where(image > 0, np.maximum(image + rng.normal(0, 8, image.shape), 1), 0).astype(np.float32)
-    classes = robustness.by_dipy(image)["fsl_fast"]
+    classes = robustness.by_dipy(image)[0]["fsl_fast"]
     assert [names[classes[12, 12, z]] for z in (5, 12, 19)] == [names[1], names[2], names[3]]
     assert not classes[image == 0].any()

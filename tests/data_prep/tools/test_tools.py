@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,7 +187,7 @@ def test_A35_a_tool_that_hangs_is_ended_with_its_children(
     monkeypatch.setattr(process, "GRACE_S", 0.2)
     child = "sh -c 'trap \"\" TERM; echo $$ > $MAPS/child; while :; do sleep 0.1; done' & wait"
     script(maps.parent / "programs" / "run_first_all", child)
-    given = build._tools  # the least limit of the command line is too long for a test
+    given: Any = build._tools  # the least limit of the command line is too long for a test
     monkeypatch.setattr(build, "_tools", lambda options: dataclasses.replace(given(options), hours=0.5 / 3600))
     assert build.main(command("fsl_first", protocols=("malp_em",))) == 3
     assert "took longer than" in capsys.readouterr().err + caplog.text
