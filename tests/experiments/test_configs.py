@@ -47,7 +47,7 @@ def test_variants_differ_only_in_their_protocols():
 
 def test_the_recipe_of_the_network_that_ships(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NeuronetError, match="no folder 'stores/pretrained/brains-1.5mm'; give the --store of a finished"):
+    with pytest.raises(NeuronetError, match=r"no folder 'stores/pretrained/brains-1\.5mm'; give the --store"):
         load("pretrained")
     (tmp_path / "stores" / "pretrained" / "brains-1.5mm").mkdir(parents=True)
     assert load("pretrained").to_json() == _golden("pretrained").read_text().rstrip("\n")
