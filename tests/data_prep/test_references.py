@@ -1,6 +1,6 @@
 """Ten failed label maps of five kinds, planted among sound ones, are found; nothing else is."""
 
-from unittest.mock import Mock
+import shutil
 
 import numpy as np
 import pytest
@@ -106,18 +106,30 @@ def test_planted_failures_are_flagged_and_dropped(cohort, build, tmp_path, capsy
     assert "references.tsv" not in tree(tmp_path / "store")  # scores of a withdrawn participant
 
 
-def test_a_drop_that_is_killed_is_finished_by_the_build(make_cohort, build, monkeypatch):
+def test_a_drop_that_is_killed_anywhere_is_done_or_undone_by_the_build(make_cohort, build, killed_at, tmp_path, tree):
+    """Never in part: both maps are absent, or none is; every other file is that of a whole drop or of none."""
     manifest = make_cohort()
-    _, store = build(manifest)
-    failed = [references.Score(1, "malp_em", 9, 9, 9, 9, "volume")]
-    with monkeypatch.context() as patch:
-        patch.setattr(references.StoreWriter, "finalize", Mock(side_effect=KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            references.drop(store, failed)
-    with pytest.raises(StoreError, match="E_INCOMPLETE"):
-        Store.open(store.dest)
-    build(manifest)
-    assert [all(subject.present) for subject in Store.open(store.dest).subjects] == [True, False, True]
+    build(manifest, "whole", shard_subjects=1)
+    failed = [references.Score(slot, name, 9, 9, 9, 9, "volume") for slot, name in ((1, "malp_em"), (2, "fsl_fast"))]
+    undone, places = tree(tmp_path / "whole"), set()
+    done = Store.open(shutil.copytree(tmp_path / "whole", tmp_path / "done"))
+    assert references.drop(done, failed) == 2
+    for operation in range(40):
+        copy = shutil.copytree(tmp_path / "whole", tmp_path / f"killed{operation}")
+        with killed_at(operation) as reached:
+            references.drop(Store.open(copy), failed)
+        if not (copy / "COMPLETE").exists():
+            places.add("unfinished")
+            with pytest.raises(StoreError, match="E_INCOMPLETE"):
+                Store.open(copy)
+        build(manifest, copy.name, shard_subjects=1)
+        absent = [sum(not has for has in subject.present) for subject in Store.open(copy).subjects]
+        assert absent in ([0, 0, 0], [0, 1, 1])
+        places.add("done" if any(absent) else "undone")
+        assert tree(copy) == (tree(tmp_path / "done") if any(absent) else undone), operation
+        if not reached:
+            break
+    assert places == {"undone", "unfinished", "done"} and operation > 5
 
 
 def test_a_small_cohort_is_not_judged(make_cohort, build, caplog):
