@@ -16,12 +16,12 @@ class Head(NamedTuple):
 
 
 # Jobs of whole heads: on the network's own grid, and on grids onto which scores are interpolated. To the network they
-# have 192 × 224 × 192 or 96 × 128 × 96 voxels, which nobody has to pad: what lies beyond a head's border changes labels
+# have 192 × 224 × 192 or 128 × 160 × 128 voxels, which nobody has to pad: what lies beyond a head's border changes labels
 # near it.
 HEADS = {
     "head": Head(1.0, (1.0, 1.0, 1.0), (192, 224, 192)),
     "head-resampled": Head(1.0, (1.25, 0.9, 0.9), (154, 249, 214)),
-    "head-2mm": Head(2.0, (1.0, 1.0, 1.0), (192, 256, 192)),  # as the network that ships sees a scan
+    "head-finer": Head(1.5, (1.0, 1.0, 1.0), (192, 240, 192)),  # as the network that ships sees a scan of 1 mm
 }
 # Least share of all voxels of all protocols with the same label: sums in a different order may decide a tie
 # differently, and tiles that share too little see a border where the head has none.

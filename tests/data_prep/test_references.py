@@ -132,6 +132,49 @@ def test_a_drop_that_is_killed_anywhere_is_done_or_undone_by_the_build(make_coho
     assert places == {"undone", "unfinished", "done"} and operation > 5
 
 
+def sound(seed: int) -> references.Measures:
+    """Returns the measures of a head whose maps are as such maps are: all within a few percent of the others'."""
+    rng = np.random.default_rng(seed)
+    names = ("fsl_fast", "spm_tissue", "malp_em_tissue")
+    count = {name: PROTOCOLS[name].num_classes - 1 for name in names}
+    pairs = (("fsl_fast", "spm_tissue"), ("fsl_fast", "malp_em_tissue"), ("spm_tissue", "malp_em_tissue"))
+    return references.Measures(
+        volumes={n: (10_000 * rng.normal(1, 0.03, count[n])).astype(np.float32) for n in names},
+        centroids={n: (np.arange(3) + rng.normal(0, 0.03, (count[n], 3))).astype(np.float32) for n in names},
+        contrast={n: 0.8 + rng.normal(0, 0.01) for n in names},
+        dice={pair: 0.85 + rng.normal(0, 0.01) for pair in pairs},
+    )
+
+
+BAD = "spm_tissue"
+ALONE = {
+    "volume": lambda m: m.volumes[BAD].__imul__(3),  # of the whole map
+    "volume of a structure": lambda m: m.volumes[BAD].__setitem__(0, 500),  # the total hardly changes
+    "position": lambda m: m.centroids[BAD].__iadd__(1),
+    "contrast": lambda m: m.contrast.__setitem__(BAD, 0.5),
+    "agreement": lambda m: m.dice.update({pair: 0.5 for pair in m.dice if BAD in pair}),
+}
+
+
+@pytest.mark.parametrize("fault", ALONE)
+def test_each_measure_flags_what_only_it_sees(fault: str) -> None:
+    cohort = {slot: sound(slot) for slot in range(12)}
+    assert not any(row.flagged for row in references.score(cohort))
+    ALONE[fault](cohort[7])
+    flagged = [(row.slot, row.protocol, row.flagged) for row in references.score(cohort) if row.flagged]
+    assert flagged == [(7, BAD, fault.split()[0])]
+
+
+def test_the_worst_map_is_judged_first_and_not_held_against_the_others() -> None:
+    """It disagrees with both others. They have nobody else to agree with, and are not flagged for that."""
+    cohort = {slot: sound(slot) for slot in range(12)}
+    cohort[7].dice.update({pair: 0.5 for pair in cohort[7].dice if BAD in pair})
+    cohort[7].dice.pop(("fsl_fast", "malp_em_tissue"))
+    rows = {row.protocol: row for row in references.score(cohort) if row.slot == 7}
+    assert [name for name, row in rows.items() if row.flagged] == [BAD]
+    assert all(np.isnan(row.agreement) for name, row in rows.items() if name != BAD)
+
+
 def test_a_small_cohort_is_not_judged(make_cohort, build, caplog):
     _, store = build(make_cohort())
     scores = references.score_store(store)
