@@ -21,7 +21,8 @@ PRIOR_SPREAD = 0.1  # Σ(x − x̄)² in favour of a slope of 1: the weight of t
 PRIOR_SUBJECTS = 2  # weight, in subjects, of the offset that all structures of a protocol share
 LEAST_SPREAD = 0.01  # of scores: 0.01 Dice less is no alarm, however similar the validation subjects are
 
-Sample = Mapping[str, tuple[np.ndarray, np.ndarray]]  # of one subject, per protocol: expected and true Dice, each [k]
+# Of one subject, per protocol: expected and true Dice, each [k]; the latter is NaN without a reference.
+Sample = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,12 @@ def calibrate(samples: Sequence[Sample], step: int) -> Calibration:
     Each protocol has one slope for all structures, shrunk towards 1 (which holds if the probabilities are right), and
     one offset per structure, shrunk towards their common one: with few subjects, a structure has too few points for a
     line of its own. The threshold is the lower end of the one-sided prediction interval for one more subject's score
-    (Student's t), from scores that each leave their own subject out of the fit. Raises NeuronetError without subjects.
+    (Student's t), from scores that each leave their own subject out of the fit. Protocols without any reference are
+    left out. Raises NeuronetError without subjects.
     """
-    if not samples:
+    known = {name for sample in samples for name, (_, true) in sample.items() if not np.isnan(true[1:]).all()}
+    samples = [{name: values for name, values in sample.items() if name in known} for sample in samples]
+    if not any(samples):
         raise NeuronetError("nothing to calibrate on: the store has no validation subjects with references")
     lines = _fit(samples)
     if len(samples) == 1:

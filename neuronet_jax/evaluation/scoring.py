@@ -72,7 +72,10 @@ def calibrate_on(
 
 
 def _sample(model: Model, store: Store, subject: Subject) -> tuple[Sample, intervals.Measured]:
-    """Returns expected and true Dice of one subject, and its volumes, from the same code path as a user's image."""
+    """Returns expected and true Dice of one subject, and its volumes, from the same code path as a user's image.
+
+    True Dice is NaN for protocols without a reference; there are no volumes of these.
+    """
     outside = [-start for start in subject.origin]  # from the store's grid back to the conformed volume
 
     def conformed(stored: np.ndarray) -> np.ndarray:
@@ -84,12 +87,16 @@ def _sample(model: Model, store: Store, subject: Subject) -> tuple[Sample, inter
         image = generate.whole(image, seed=subject.slot)
     volume = Volume(conformed(image), affine)
     result = segment_volume(model, volume)
-    found, volumes = {}, {}
+    found = {
+        name: (expected := expected_dice(values), np.full_like(expected, np.nan))
+        for name, values in result.confidence.items()
+    }
+    volumes = {}
     per_voxel_mm3 = voxel_mm3(affine)
     for name, reference in _references(result.confidence, store, subject):
         classes = PROTOCOLS[name].to_classes(result.maps[name])
         true = dice_per_class(conformed(reference), classes, PROTOCOLS[name].num_classes)
-        found[name] = (expected_dice(result.confidence[name]), true.dice)
+        found[name] = (found[name][0], true.dice)
         volumes[name] = (true.predicted_voxels * per_voxel_mm3, true.reference_voxels * per_voxel_mm3)
     return found, volumes
 

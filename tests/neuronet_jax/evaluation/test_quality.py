@@ -90,6 +90,20 @@ def test_absent_structures_are_left_out():
     assert np.isfinite(calibration.lines["malp_em"].offsets).all()
 
 
+def test_a_head_without_a_reference_has_a_score_of_all_protocols_but_no_say_on_the_lines():
+    """Scores of some protocols and of all are not comparable: those of a protocol that is easy are higher."""
+    easy = (np.full(4, 0.95), np.full(4, 0.95))
+    both = [{**sample, "fsl_fast": easy} for sample in _samples(5, noise=0)]
+    unknown = (both[4]["malp_em"][0], np.full(MALP_EM, np.nan))
+    calibration = quality.calibrate([*both[:4], {"malp_em": unknown, "fsl_fast": easy}], 1)
+    alone = quality.calibrate(both[:4], 1)
+    assert calibration.lines["malp_em"].offsets == alone.lines["malp_em"].offsets
+    assert calibration.threshold is not None and alone.threshold is not None and calibration.heads == 5
+    assert calibration.threshold.score == pytest.approx(alone.threshold.score, abs=0.02)
+    never = quality.calibrate([{"malp_em": unknown, "fsl_fast": easy}] * 3, 1)
+    assert set(never.lines) == {"fsl_fast"}  # a protocol without any reference
+
+
 def test_one_good_head_in_twenty_is_flagged_as_promised():
     rng = np.random.default_rng(0)
     trials, flagged = 1500, 0
