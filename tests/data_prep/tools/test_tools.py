@@ -229,6 +229,13 @@ def test_a_build_that_is_interrupted_ends_its_tools_and_goes_on_when_repeated(
     assert len(Store.open(str(tmp_path / "store")).subjects) == 2
 
 
+def test_signals_are_what_they_were_when_tools_have_run() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with process.ending():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_changed_scan_or_command_is_run_again(maps: Path, command, tmp_path: Path, brain) -> None:
     arguments = command("malp_em")
     assert build.main(arguments) == 0 and len(called(maps)) == 2
