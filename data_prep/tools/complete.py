@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Which tools are run, and how."""
+    """The tools to run, and how."""
 
     tools: tuple[str, ...]  # of TOOLS
     out: Path
