@@ -16,8 +16,8 @@ class Head(NamedTuple):
 
 
 # Jobs of whole heads: on the network's own grid, and on grids onto which scores are interpolated. To the network they
-# have 192 × 224 × 192 or 128 × 160 × 128 voxels, which nobody has to pad: what lies beyond a head's border changes labels
-# near it.
+# have 192 × 224 × 192 or 128 × 160 × 128 voxels, which nobody has to pad: what lies beyond a head's border changes
+# labels near it.
 HEADS = {
     "head": Head(1.0, (1.0, 1.0, 1.0), (192, 224, 192)),
     "head-resampled": Head(1.0, (1.25, 0.9, 0.9), (154, 249, 214)),
