@@ -172,7 +172,7 @@ def measure(
             image, labels = DISTURBANCES[name].apply(image, labels, strength, store.info.voxel_size_mm)
         for method, labelled in missing.items():
             found, warnings = labelled(image)
-            for protocol in filter(found.__contains__, names):
+            for protocol in (name for name in names if name in found):
                 reference = labels[names.index(protocol)]
                 scored = reference != UNSCORED
                 dice = mean_dice(
@@ -203,8 +203,9 @@ def by_network(model: Model, calibration: Calibration, image: np.ndarray, voxel_
     volume = Volume(image, np.diag([voxel_size_mm] * 3 + [1.0]))
     result = segment_volume(model, volume)
     compared = agreement.compare(result.maps, volume.affine)
-    told = {*plausibility.check(volume, result.maps, compared), *assess(result.confidence, calibration).warnings}
-    return {name: PROTOCOLS[name].to_classes(ids) for name, ids in result.maps.items()}, sorted(told)
+    implausible = plausibility.check(volume, result.maps, compared, result.removed)
+    told = sorted({*implausible, *assess(result.confidence, calibration).warnings})
+    return {name: PROTOCOLS[name].to_classes(ids) for name, ids in result.maps.items()}, told
 
 
 def by_dipy(image: np.ndarray) -> Labelled:

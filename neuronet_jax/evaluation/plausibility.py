@@ -8,6 +8,7 @@ heads. They were compared with the same heads with inverted contrast or cut in h
 
 import itertools
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from scipy import ndimage
@@ -32,7 +33,12 @@ LEAST_AGREEMENT = 0.7  # mean Dice between the two MALP-EM outputs, which label 
 _CHECK_MM = 2.0  # resolution of the checks, which concern centimetres
 
 
-def check(volume: Volume, maps: Mapping[str, np.ndarray], agreement: Agreement) -> tuple[str, ...]:
+def check(
+    volume: Volume,
+    maps: Mapping[str, np.ndarray],
+    agreement: Agreement,
+    removed: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[str, ...]:
     """Returns sorted warnings about an answer that no whole T1-weighted head should give.
 
     W_CUT: the labelled brain ends at the border of the image, or of its non-zero part, and is not too large.
@@ -47,6 +53,8 @@ def check(volume: Volume, maps: Mapping[str, np.ndarray], agreement: Agreement) 
     reach the border are neck or face, so W_CUT would be wrong.
 
     W_AGREEMENT: the two MALP-EM outputs contradict each other.
+
+    W_PIECES: the clean-up removed much of a map; `removed` has the voxels by protocol.
     """
     per_voxel_mm3 = voxel_mm3(volume.affine)
     brains = [np.count_nonzero(ids) * per_voxel_mm3 for name, ids in maps.items() if name != "fsl_first"]
@@ -55,6 +63,8 @@ def check(volume: Volume, maps: Mapping[str, np.ndarray], agreement: Agreement) 
         found.add("W_AGREEMENT")
     if any(not BRAIN_MM3[0] <= brain <= BRAIN_MM3[1] for brain in brains):
         found.add("W_BRAIN_VOLUME")
+    if any(voxels * per_voxel_mm3 / 1000 > MOST_APART_ML for voxels in removed.values()):
+        found.add("W_PIECES")
     steps = [max(1, round(_CHECK_MM / side)) for side in spacing_mm(volume.affine)]
     coarse = tuple(slice(step // 2, None, step) for step in steps)
     image, sides_mm = volume.data[coarse], spacing_mm(volume.affine) * steps

@@ -48,8 +48,8 @@ def write_results(
     compared = agreement.compare(maps, volume.affine)
     expected = quality.assess(result.confidence, calibration)
     removed_ml = {name: voxels * voxel_mm3(volume.affine) / 1000 for name, voxels in result.removed.items()}
-    pieces = ["W_PIECES"] if any(ml > plausibility.MOST_APART_ML for ml in removed_ml.values()) else []
-    warnings = sorted({*volume.warnings, *plausibility.check(volume, maps, compared), *expected.warnings, *pieces})
+    implausible = plausibility.check(volume, maps, compared, result.removed)
+    warnings = sorted({*volume.warnings, *implausible, *expected.warnings})
     try:
         target.folder.mkdir(parents=True, exist_ok=True)
         for name, ids in maps.items():
