@@ -223,12 +223,14 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UsageError("the network that ships with the package has no store of its own: name one with --store")
     model = restore(args.run or shipped())
     store = Store.open(args.store or model.config.data.store or str(ensure_demo_store()))
+    stores = [store]
+    if args.calibrate and not args.store:
+        stores += map(Store.open, model.config.data.stores)
     if args.exclude:
-        refuse_withdrawn([store], args.exclude)
+        refuse_withdrawn(stores, args.exclude)
     if args.calibrate:
         check(model, store, "validation")
-        further = [] if args.store else model.config.data.stores
-        calibration = calibrate_on(model, validation_of([store, *map(Store.open, further)]))
+        calibration = calibrate_on(model, validation_of(stores))
         save_calibration(args.run, calibration)
         print(f"predicted Dice: {calibration.describe()}")
         return DONE

@@ -156,7 +156,7 @@ def train(
             with spent.on("save"):
                 checkpoints.wait()  # the last checkpoint is still being written, and may be the best
             with spent.on("evaluate"):
-                calibrate(workdir, config, watchdog)
+                calibrate(workdir, config, store, watchdog)
         elif finished and held_out and process == 0:
             log.info("for calibrated quality scores, run: python -m experiments.evaluate --run=%s --calibrate", workdir)
     if process == 0:
@@ -165,11 +165,11 @@ def train(
     return state
 
 
-def calibrate(workdir: str, config: Config, watchdog: Watchdog) -> None:
+def calibrate(workdir: str, config: Config, store: Store, watchdog: Watchdog) -> None:
     """Writes quality.json for the checkpoint that `restore` will choose. A failure leaves the run uncalibrated."""
-    stores = [open_store(config), *map(Store.open, config.data.stores)]
-    subjects = validation_of(stores, config.evaluate_subjects or None)
     try:
+        stores = [store, *map(Store.open, config.data.stores)]
+        subjects = validation_of(stores, config.evaluate_subjects or None)
         save_calibration(workdir, calibrate_on(restore(workdir), subjects, watchdog.progress))
     except NeuronetError as error:
         log.warning("no quality.json: %s", error)

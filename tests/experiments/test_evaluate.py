@@ -184,6 +184,20 @@ def test_painted_heads_set_the_threshold_too_but_not_the_volumes(model, store, t
         assert volume.data.min() >= 0  # the first tissue in place of its number
 
 
+def test_A31_a_run_is_not_calibrated_on_a_further_store_with_a_withdrawn_participant(
+    model, store, make_store, tmp_path, monkeypatch, capsys
+):
+    further, _ = make_store(("validation",), dest=str(tmp_path / "further"))
+    data = replace(model.config.data, store=store.dest, stores=(further.dest,), weights=(1.0, 1.0))
+    mixed = replace(model, config=replace(model.config, data=data))
+    monkeypatch.setattr(evaluate, "restore", lambda run: mixed)
+    (tmp_path / "withdrawn.csv").write_text("subject0\n")
+    command = [f"--run={tmp_path}", "--calibrate", f"--exclude={tmp_path / 'withdrawn.csv'}"]
+    assert evaluate.main(command) == 1
+    assert f"E_WITHDRAWN: {further.dest} holds 1 of the participants" in capsys.readouterr().err
+    assert not (tmp_path / QUALITY).exists()
+
+
 def test_refusals_say_what_to_change(model, store, tmp_path):
     with pytest.raises(NeuronetError, match="no subject in its validation split"):
         evaluate.evaluate(model, store, "validation", tmp_path)
