@@ -67,7 +67,7 @@ def build_heads(
 ) -> int:
     """Writes the store of painted volumes at `dest` and returns their number.
 
-    The last `validation` maps go to that split, and lend their heads to the brains of that split, one head each. Raises
+    The last `validation` maps go to that split, and lend their heads to the brains of that split alone. Raises
     NeuronetError for a map with unknown ids or without a brain, too few maps, and brains with voxels of another size.
     """
     training = len(maps) - validation
