@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -265,13 +266,31 @@ def test_the_loss_falls_on_one_batch() -> None:
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     settings = OptimizerConfig(1e-2, "cosine", 5, 1e-5, 0.1, 1.0, 0.0, 0.0, 0)
     optimizer = make_optimizer(settings, steps=20, batch=1)
-    params: Any = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    state, sizes, updates = optimizer.init(params), [], {}
+    params = jnp.ones(2)
+    state, sizes = optimizer.init(params), []
     for _ in range(21):
-        moved: Any
-        moved, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
-        updates = {name: float(jnp.abs(leaf).max()) for name, leaf in moved.items()}
-        sizes.append(updates["bias"])
+        moved, state = optimizer.update(jnp.ones(2), state, params)
+        sizes.append(float(jnp.abs(jnp.asarray(moved)).max()))
     assert sizes[0] == 0.0 and np.argmax(sizes) == 5 and sizes[20] < 1e-6
-    # decay acts on kernels only: their update at the peak is larger by decay × rate × weight
-    assert updates["kernel"] >= updates["bias"]
+
+
+def test_weight_decay_shrinks_kernels_alone() -> None:
+    optimizer = make_optimizer(OptimizerConfig(1e-2, "constant", 0, 1e-5, 0.1, 1.0, 0.0, 0.0, 0), steps=20, batch=1)
+    params: Any = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.ones(2)}
+    moved: Any
+    moved, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(moved["kernel"], -1e-2 * 0.1 * 3.0, rtol=1e-6)  # rate × decay × weight
+    assert not moved["bias"].any()
+
+
+def test_D02_a_gradient_above_the_norm_counts_as_one_of_that_norm() -> None:
+    """Over all arrays together: a huge one must not fill Adam's moments, from which it fades only after 1,000 steps."""
+    optimizer = make_optimizer(OptimizerConfig(1e-2, "constant", 0, 1e-5, 0.0, 1.0, 0.0, 0.0, 0), steps=20, batch=1)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    huge = {"kernel": jnp.full((2, 2), 4e6), "bias": jnp.full(2, -3e6)}
+    unit = jax.tree.map(lambda leaf: leaf / jnp.sqrt(4 * 4e6**2 + 2 * 3e6**2), huge)
+    states = [optimizer.update(gradient, optimizer.init(params), params)[1] for gradient in (huge, unit)]
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-6), *states)
+    small = jax.tree.map(lambda leaf: leaf / 2, unit)  # stays as it is
+    moments = optimizer.update(small, optimizer.init(params), params)[1]
+    np.testing.assert_allclose(optax.tree.get(moments, "mu")["bias"], 0.1 * small["bias"], rtol=1e-6)
