@@ -68,7 +68,8 @@ def test_default_grids_hold_a_head_in_multiples_of_16():
     assert default_grid(1.5) == (128, 160, 128)
 
 
-def test_A01_A02_A03_damaged_files_are_rejected_and_leave_no_voxels(make_cohort, build, tmp_path):
+def test_A01_A02_A03_damaged_files_are_rejected_and_leave_no_voxels(make_cohort, build, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard, "_RETRY_AFTER_S", (1000,))  # they are not waited for
     manifest = make_cohort(("1001", "1002", "1003", "1004"))
     truncated, flipped, html = (manifest.parent / str(slot) / "T1.nii.gz" for slot in (0, 1, 2))
     truncated.write_bytes(truncated.read_bytes()[: truncated.stat().st_size // 2])
