@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.assemble import BUILD_LEASE
-from data_prep.references import REFERENCES
+from data_prep.references import forget
 from data_prep.shard import INPUTS, inputs_from_tsv, inputs_to_tsv
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
@@ -62,7 +62,7 @@ def _purge(files: Files, excluded: Collection[str]) -> int:
     files.write("subjects.tsv", subjects_to_tsv(kept))
     files.write("rejects.tsv", rejects_to_tsv(rejects))
     if slots:
-        files.delete(REFERENCES)  # scores of theirs; the maps that were dropped by them stay absent
+        forget(files, slots)  # maps that were dropped stay absent
     if inputs := inputs_from_tsv(files.read(INPUTS) or b""):
         there = {subject.slot for subject in kept}
         files.write(INPUTS, inputs_to_tsv({slot: of for slot, of in inputs.items() if slot in there}))

@@ -6,7 +6,7 @@
 Every map is held against the same protocol of the cohort (volumes and positions of its structures), against the image
 under it, and against the other tools on the same head (tissues, and FIRST's structures in MALP-EM). The scores go to
 references.tsv of the store, by slot. With --drop-outliers a flagged map counts as absent: its voxels stay, and training
-does not read them.
+does not read them. dropped.tsv keeps which maps these are, with the scores and the limit by which they were dropped.
 """
 
 import argparse
@@ -19,11 +19,13 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar, get_type_hints
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+import neuronet_jax
 from data_prep.assemble import BUILD_LEASE, reopen, tidy
 from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS, TISSUES, is_comparable, tissue_classes
@@ -33,6 +35,7 @@ from neuronet_jax.store.reader import Store, read_rejects
 from neuronet_jax.store.writer import StoreWriter
 
 REFERENCES = "references.tsv"
+DROPPED = "dropped.tsv"
 LIMIT = 4.5  # robust standard deviations; the docs state what it finds and what it flags wrongly
 LEAST_MAPS = 8  # of a protocol; the deviations of fewer are no yardstick
 _MAD_TO_SD = 1.4826  # of a normal distribution
@@ -68,6 +71,14 @@ class Score:
     contrast: float
     agreement: float  # with the other tool that agrees best
     flagged: str = ""  # volume, position, contrast, agreement, joined by commas
+
+
+@dataclass(frozen=True)
+class Dropped(Score):
+    """One row of dropped.tsv: a map that counts as absent, with its score at that time."""
+
+    limit: float = LIMIT  # which the flagged measures exceeded
+    software: str = f"neuronet-jax {neuronet_jax.__version__}"
 
 
 def measure(image: np.ndarray, maps: Mapping[str, np.ndarray]) -> Measures:
@@ -218,7 +229,8 @@ def _common(first: str, second: str) -> tuple[tuple[np.ndarray, np.ndarray], int
 
 def score_store(store: Store, threads: int = 4, progress: bool = False) -> list[Score]:
     """Scores the maps of a store, those that an earlier call has dropped too."""
-    dropped = {(row.slot, row.protocol) for row in read_scores(Files(store.dest)) if row.flagged}
+    earlier = [*read_dropped(store), *read_scores(Files(store.dest))]
+    dropped = {(row.slot, row.protocol) for row in earlier if row.flagged}
 
     def measured(subject) -> Measures:
         labels = store.read_labels(subject.slot, store.info.protocols)
@@ -238,37 +250,68 @@ def score_store(store: Store, threads: int = 4, progress: bool = False) -> list[
 
 
 def drop(store: Store, scores: Collection[Score]) -> int:
-    """Marks flagged maps as absent and returns their number. If it is killed, data_prep.build finishes the store."""
-    flagged = {(row.slot, row.protocol) for row in scores if row.flagged}
-    subjects, count = [], 0
+    """Marks flagged maps as absent, and returns their number. If it is killed, data_prep.build finishes the store."""
+    flagged = {(row.slot, row.protocol): row for row in scores if row.flagged}
+    subjects, dropped = [], []
     for subject in store.subjects:
         named = list(zip(store.info.protocols, subject.present, strict=True))
+        now = [flagged[subject.slot, name] for name, has in named if has and (subject.slot, name) in flagged]
+        dropped += [Dropped(*dataclasses.astuple(row)) for row in now]
         present = tuple(has and (subject.slot, name) not in flagged for name, has in named)
-        count += sum(subject.present) - sum(present)
         subjects.append(dataclasses.replace(subject, present=present))
-    if count:
+    if dropped:
         files = Files(store.dest)
         with lease(files, BUILD_LEASE):
             rejects = read_rejects(files)
+            rows = sorted([*read_dropped(store), *dropped], key=lambda row: (row.slot, row.protocol))
+            _write(files, DROPPED, Dropped, rows)  # first: without the drop, its new rows mean nothing
             reopen(Store(store.dest, store.info, tuple(subjects), None), ())
             StoreWriter.open(store.dest).finalize(subjects, rejects)
             tidy(files)
-    return count
+    return len(dropped)
 
 
 def write_scores(files: Files, scores: Sequence[Score]) -> None:
     """Writes references.tsv, a row for each map."""
-    names = [field.name for field in dataclasses.fields(Score)]
-    rows = [[v if isinstance(v, str) else f"{v:.4g}" for v in dataclasses.astuple(row)[1:]] for row in scores]
-    lines = ["\t".join([str(score.slot), *row]) for score, row in zip(scores, rows, strict=True)]
-    files.write(REFERENCES, ("\n".join(["\t".join(names), *lines]) + "\n").encode())
+    _write(files, REFERENCES, Score, scores)
 
 
 def read_scores(files: Files) -> list[Score]:
     """Reads references.tsv; an empty list without one."""
-    lines = (files.read(REFERENCES) or b"").decode().splitlines()[1:]
-    cells = [line.split("\t") for line in lines]
-    return [Score(int(slot), name, *map(float, values), flagged=why) for slot, name, *values, why in cells]
+    return _read(files, REFERENCES, Score)
+
+
+def read_dropped(store: Store) -> list[Dropped]:
+    """Returns the maps that were dropped and are absent still: a build with --repair brings some back."""
+    present = {
+        (subject.slot, name)
+        for subject in store.subjects
+        for name, has in zip(store.info.protocols, subject.present, strict=True)
+        if has
+    }
+    return [row for row in _read(Files(store.dest), DROPPED, Dropped) if (row.slot, row.protocol) not in present]
+
+
+def forget(files: Files, slots: Collection[int]) -> None:
+    """Removes what both tables say about `slots`. The scores go as a whole: they are relative to the cohort."""
+    files.delete(REFERENCES)
+    if files.read(DROPPED) is not None:
+        _write(files, DROPPED, Dropped, [row for row in _read(files, DROPPED, Dropped) if row.slot not in slots])
+
+
+_Row = TypeVar("_Row", bound=Score)
+
+
+def _write(files: Files, name: str, kind: type[_Row], rows: Sequence[_Row]) -> None:
+    table = [[str(v) if isinstance(v, str | int) else f"{v:.4g}" for v in dataclasses.astuple(row)] for row in rows]
+    header = [field.name for field in dataclasses.fields(kind)]
+    files.write(name, "".join("\t".join(cells) + "\n" for cells in [header, *table]).encode())
+
+
+def _read(files: Files, name: str, kind: type[_Row]) -> list[_Row]:
+    lines = (files.read(name) or b"").decode().splitlines()[1:]
+    types = list(get_type_hints(kind).values())
+    return [kind(*(type_(cell) for type_, cell in zip(types, line.split("\t"), strict=True))) for line in lines]
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from data_prep.references import Score, read_scores
+from data_prep.references import Dropped, Score, read_dropped, read_scores
 from neuronet_jax.codes import explain
 from neuronet_jax.files import Files
 from neuronet_jax.images.space import voxel_mm3
@@ -63,13 +63,19 @@ _TEMPLATE = environment().from_string("""\
 <h2>Label maps</h2>
 <div class="scroll"><table>
   <tr><th>protocol<th>tool<th class="number">maps{% for name in splits %}<th class="number">{{ name }}{% endfor %}
-  <th class="number">absent{% if scored %}<th class="number">flagged{% endif %}</tr>
+  <th class="number">absent{% if scored %}<th class="number">flagged{% endif %}
+  {% if dropped %}<th class="number">dropped{% endif %}</tr>
   {% for row in maps %}
   <tr><td>{{ row.name }}<td>{{ row.tool }}<td class="number">{{ row.count }}
   {% for name in splits %}<td class="number">{{ row.splits[name] }}{% endfor %}
-  <td class="number">{{ subjects - row.count }}{% if scored %}<td class="number">{{ row.flagged }}{% endif %}</tr>
+  <td class="number">{{ subjects - row.count }}{% if scored %}<td class="number">{{ row.flagged }}{% endif %}
+  {%- if dropped %}<td class="number">{{ row.dropped }}{% endif %}</tr>
   {% endfor %}
 </table></div>
+{% if dropped %}<p>{{ dropped | length }} of the absent maps were dropped because of
+  {% for reason, count in reasons.items() %}{{ reason }} ({{ count }}){{ ", " if not loop.last }}{% endfor %}, more than
+  {{ dropped | map(attribute="limit") | unique | join(" or ") }} robust standard deviations from the cohort's.</p>
+{% endif %}
 {% if not scored %}<p>No map has been scored: <code>python -m data_prep.references</code> finds maps that failed.</p>
 {% endif %}
 {% for title, codes in (("Rejected", rejects), ("Warnings", warnings)) %}
@@ -126,13 +132,16 @@ def report(store: Store, pictures: int = 6, seed: int = 0, threads: int = 4, pro
                       console=Console(stderr=True), transient=True, disable=not progress)  # fmt: skip
         volumes_ml = list(found)
     flagged = Counter(score.protocol for score in scores if score.flagged)
+    dropped = read_dropped(store)
     return _TEMPLATE.render(
         info=store.info,
         subjects=len(store.subjects),
         participants=len({subject.id for subject in store.subjects}),
         splits=Counter(subject.split for subject in store.subjects),
-        maps=[_maps(store, name, flagged[name]) for name in store.info.protocols],
+        maps=[_maps(store, name, flagged[name], dropped) for name in store.info.protocols],
         scored=bool(scores),
+        dropped=dropped,
+        reasons=Counter(sorted(reason for row in dropped for reason in row.flagged.split(","))),
         rejects=Counter(reject.code for reject in sorted(read_rejects(Files(store.dest)), key=lambda r: r.code)),
         warnings=Counter(sorted(code for subject in store.subjects for code in subject.warnings)),
         explain=explain,
@@ -145,10 +154,17 @@ def report(store: Store, pictures: int = 6, seed: int = 0, threads: int = 4, pro
     )
 
 
-def _maps(store: Store, name: str, flagged: int) -> dict:
+def _maps(store: Store, name: str, flagged: int, dropped: Sequence[Dropped]) -> dict[str, Any]:
     place = store.info.protocols.index(name)
     splits = Counter(subject.split for subject in store.subjects if subject.present[place])
-    return {"name": name, "tool": PROTOCOLS[name].tool, "count": splits.total(), "splits": splits, "flagged": flagged}
+    return {
+        "name": name,
+        "tool": PROTOCOLS[name].tool,
+        "count": splits.total(),
+        "splits": splits,
+        "flagged": flagged,
+        "dropped": sum(row.protocol == name for row in dropped),
+    }
 
 
 def _volumes_ml(store: Store, subject: Subject) -> dict[str, float]:

@@ -93,10 +93,10 @@ def prepare(source: Source, slot: int, settings: Settings) -> Record:
 
 def content_hash(image: np.ndarray, labels: np.ndarray, foreground: np.ndarray) -> str:
     """Returns two concatenated sha256: of the stored image, which identifies duplicates, and of everything else."""
-    return (
-        hashlib.sha256(image.tobytes()).hexdigest()
-        + hashlib.sha256(labels.tobytes() + foreground.tobytes()).hexdigest()
-    )
+    image_hash, rest = hashlib.sha256(np.ascontiguousarray(image).data), hashlib.sha256()
+    for array in (labels, foreground):
+        rest.update(np.ascontiguousarray(array).data)  # of the memory itself: a copy takes as long as its hash
+    return image_hash.hexdigest() + rest.hexdigest()
 
 
 def _read_classes(

@@ -7,6 +7,7 @@ owner rewrites its lease every few seconds, so a lease that stays unchanged has 
 
 import contextlib
 import datetime
+import hashlib
 import json
 import logging
 import os
@@ -143,6 +144,23 @@ def lease(files: Files, name: str) -> Iterator[Lease]:
         mine._release()
     finally:
         _held.discard(token)
+
+
+def this_process() -> str:
+    """Names this process in letters, digits and `-`: its machine, its id there, and when it started."""
+    machine = hashlib.sha256(_machine().encode()).hexdigest()[:16]
+    return f"{machine}-{os.getpid()}-{_started(os.getpid())}"
+
+
+def has_ended(process: str) -> bool | None:
+    """Tells whether the process of a name by `this_process` has ended. None where that cannot be seen from here: for a
+    process of a different machine, or of this one before it was started anew.
+    """
+    machine, _, rest = process.partition("-")
+    pid, _, started = rest.partition("-")
+    if not _machine() or machine != this_process().partition("-")[0] or not pid.isdigit():
+        return None
+    return _started(int(pid)) != started
 
 
 def _parsed(found: bytes) -> dict[str, Any]:

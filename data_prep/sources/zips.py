@@ -79,8 +79,10 @@ def _check(info: zipfile.ZipInfo) -> None:
 
 @contextlib.contextmanager
 def _explained(faults: tuple[type[Exception], ...] = _FAULTS) -> Iterator[None]:
-    """Turns the many exceptions of a damaged archive into E_ZIP."""
+    """Turns the many exceptions of a damaged archive into E_ZIP. Raises OSError for a disk that failed."""
     try:
         yield
     except faults as error:
+        if isinstance(error.__context__, OSError):  # which zipfile takes for a file that is no archive
+            raise error.__context__ from None
         raise RejectError("E_ZIP", f"the archive is damaged ({type(error).__name__}); download it again") from error

@@ -4,15 +4,18 @@ The maps of a visit lie in OUT/TOOL/ID or OUT/TOOL/ID_VISIT, with the tool's log
 scan and by which commands they were made. A folder has that name only when its maps are complete and checked. The same
 call goes on where it was interrupted, and runs a tool again for a scan or for commands that have changed. A visit whose
 tool fails stays without that map, and its log stays as OUT/TOOL/ID.log.
+
+Until then, a tool works in a hidden folder of OUT/TOOL, whose name tells the process, but no participant. Those of
+processes that have ended are removed by the next call.
 """
 
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,9 +36,11 @@ from neuronet_jax.images import nifti
 from neuronet_jax.images.nifti import DEFAULT_LIMITS, Limits
 from neuronet_jax.images.space import Volume
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.lease import has_ended, this_process
 
 MADE = "made.json"
 _GRID_MM = 1e-3  # by which the affine of a map may differ from the scan's
+_ABANDONED_HOURS = 7 * 24  # of a working folder of a different machine: several times what the slowest tool may take
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +79,8 @@ def complete(
     """
     for name in settings.tools:
         _require(name, settings)
+    for name in settings.tools:
+        _sweep(settings.out / name)
     located = [_located(source) for source in sources]
     tasks = [
         _Task(name, index)
@@ -94,6 +101,11 @@ def complete(
             row, folder = source.row or task.index + 1, settings.out / task.tool
             log.warning("W_TOOL: %s, row %d: %s; its log is in %s", task.tool, row, error, folder)
             return None
+        except OSError as error:  # of what is written: a scan that cannot be read is a RejectError
+            folder = settings.out / task.tool
+            raise NeuronetError(
+                f"E_IO: cannot write in {folder}: {error.strerror}; run it again to continue"
+            ) from error
 
     completed, failed = list(sources), 0
     with ThreadPoolExecutor(settings.jobs) as pool, process.ending():
@@ -141,9 +153,8 @@ def _maps_of(source: Source, name: str, settings: Settings, limits: Limits) -> d
     if _is_made(final, source, commands):
         return {protocol: final / f"{protocol}.nii.gz" for protocol in tool.protocols}
     # Nobody else's: a second command with the same OUT works in a folder of its own, and the last to finish counts.
-    work = settings.out / name / f".{key}.{os.getpid()}"
+    work = settings.out / name / f".{this_process()}.{uuid.uuid4().hex}"
     note = settings.out / name / f"{key}.log"
-    shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     note.unlink(missing_ok=True)
     try:
@@ -168,6 +179,22 @@ def _maps_of(source: Source, name: str, settings: Settings, limits: Limits) -> d
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return {protocol: final / f"{protocol}.nii.gz" for protocol in tool.protocols}
+
+
+def _sweep(folder: Path) -> None:
+    """Removes the working folders of processes that were killed. On a cluster, others may be at work in `folder`."""
+    for work in folder.glob(".*.*"):
+        ended = has_ended(work.name[1:].partition(".")[0])
+        if ended or (ended is None and _idle_hours(work) > _ABANDONED_HOURS):
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _idle_hours(folder: Path) -> float:
+    """Returns the time since anything in a folder was last written; 0 if it goes away meanwhile."""
+    try:
+        return (time.time() - max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))) / 3600
+    except OSError:
+        return 0.0
 
 
 def _is_made(final: Path, source: Source, commands: Sequence[Sequence[str]]) -> bool:

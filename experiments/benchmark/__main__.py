@@ -6,6 +6,7 @@
     python -m experiments.benchmark --what=head-finer --against=torch-eager --run=neuronet_jax/pretrained    what ships
     python -m experiments.benchmark --against=tensorflow@tf-2.15/bin/python    in an environment of its own
     python -m experiments.benchmark --input                 the input pipeline, alone and under a training step
+    python -m experiments.benchmark --preparation --manifest=cohort.csv    from files to a store, by 1 and 2 workers
     python -m experiments.benchmark --topology=v5e:2x4      a TPU slice, compiled for ahead of time (extra `tpu`)
     python -m experiments.benchmark --topology=cpu --size=64    the same prediction for this CPU, beside its measurement
 
@@ -32,7 +33,7 @@ from experiments.benchmark.heads import HEADS, save_weights, template_head
 from experiments.benchmark.race import Failed, Measurement, agreement, race, table
 from experiments.benchmark.serve import CONTENDERS
 from neuronet_jax.errors import NeuronetError, UsageError
-from neuronet_jax.programs import DONE, Parser, run
+from neuronet_jax.programs import DONE, Parser, number, run
 
 WHATS = ("train", "inference", *HEADS)
 
@@ -140,6 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/benchmark")
     parser.add_argument("--input", action="store_true", help="measure the input pipeline")
     parser.add_argument("--store", default="", help="store for --input (default: the demo cohort enlarged to 1 mm)")
+    parser.add_argument("--preparation", action="store_true", help="measure the preparation of data")
+    parser.add_argument("--manifest", default="", help="cohort for --preparation, whose scans are repeated")
+    parser.add_argument("--subjects", type=number(int, 1), default=60, help="for --preparation (default: 60)")
+    parser.add_argument(
+        "--voxel-size-mm", type=number(float, 0.2, 10), default=1.0, help="with --preparation (default: 1)"
+    )
     parser.add_argument("--topology", help="predict the step of a TPU slice, such as v5e:2x4, or of this cpu")
     return run(parser, _benchmark, arguments)
 
@@ -156,6 +163,11 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         from experiments.benchmark import topology
 
         topology.measure(arguments.topology, arguments.size, Path(arguments.out))
+    elif arguments.preparation:
+        from experiments.benchmark import preparation
+
+        out, workers = Path(arguments.out), (1, 2)
+        preparation.measure(arguments.manifest, arguments.subjects, arguments.voxel_size_mm, workers, out)
     elif arguments.input:
         from experiments.benchmark import input as pipeline
 

@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from neuronet_jax.files import Files
 from neuronet_jax.labels import MALP_EM_CENTROIDS_MM, MALP_EM_TO_TISSUE, PROTOCOLS
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.writer import StoreWriter
+from tests import disks
 
 SHAPE = (40, 48, 40)
 AFFINE = np.array([[4.0, 0, 0, -78], [0, 4, 0, -112], [0, 0, 4, -66], [0, 0, 0, 1]])
@@ -165,3 +166,17 @@ def _killed_at(monkeypatch, operation: int):
 def killed_at(monkeypatch):
     """Returns the context manager `_killed_at`."""
     return functools.partial(_killed_at, monkeypatch)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[disks.SmallDisk]:
+    """Mounts a disk of 4 MB, which a test fills."""
+    with disks.small_disk(tmp_path / "small", 2**22) as disk:
+        yield disk
+
+
+@pytest.fixture
+def failing_disk(tmp_path: Path) -> Iterator[disks.FailingDisk]:
+    """Mounts a disk of 8 MB, whose end a test tears off."""
+    with disks.failing_disk(tmp_path / "failing", tmp_path / "failing.img") as disk:
+        yield disk

