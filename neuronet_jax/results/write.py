@@ -89,7 +89,7 @@ def write_results(
                 provenance,
                 removed_ml,
                 shown(target.source.name),
-                shown(f"neuronet segment {target.source.name} {command}".rstrip()) if command else "",
+                shown(f"neuronet segment {target.source.name} {command}".rstrip()),
                 f"{up}report.html",
                 ranges_mm3,
                 intervals.describe(calibration.volumes, list(ranges_mm3)),

@@ -227,6 +227,19 @@ def test_contours_are_thin_and_drawn_once_between_two_structures():
     filled, contours = (_pixels(picture)[..., 3] > 0 for picture in next(iter(mosaic.layers(labels, colors))))
     assert filled.sum() == 20 * 40 and contours.shape == (2 * filled.shape[0], 2 * filled.shape[1])
     assert contours.sum() == 2 * (40 + 80) - 4 + (80 - 2)  # the outline, and one line between the two
+    whole = np.ones_like(labels)  # it goes on beyond the picture, whose edge is no outline
+    assert not _pixels(next(iter(mosaic.layers(whole, colors)))[1])[..., 3].any()
+
+
+@pytest.mark.parametrize(
+    ("z_mm", "place"), [(-60.0, "z 0 mm"), (-60.4, "z 0 mm"), (-59.6, "z 0 mm"), (-61.0, "z -1 mm")]
+)
+def test_the_place_of_a_slice_is_a_whole_number(z_mm, place):
+    affine = AFFINE.copy()
+    affine[2, 3] = z_mm
+    labels = np.zeros((50, 60, 48), bool)
+    labels[20:30, 20:40, 24] = True
+    assert Mosaic(_volume(affine), labels).rows[0].slices[0].place == place
 
 
 def _pixels(picture: bytes) -> np.ndarray:
