@@ -1,35 +1,58 @@
 """`neuronet completion`."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from neuronet_jax.programs import DONE, Parser
 
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh", "fish", "tcsh")
+_FOLDERS = ("DIR", "RUN", "OUT", "SAVED_MODEL_DIR")  # metavars of arguments that take a folder
 
 
 def add(commands: Any, parser: Callable[[], Parser]) -> None:
     """Declares the command. `parser` makes the parser whose options are completed."""
     command = commands.add_parser(
         "completion",
-        help="print what completes commands and options in a shell",
-        description="Prints a script that completes the commands and options of neuronet in a shell.",
+        help="print what completes commands, options and files in a shell",
+        description="Prints a script that completes the commands, options and files of neuronet in a shell.",
         epilog="""\
 examples:
   bash: what ~/.bashrc may hold
     eval "$(neuronet completion bash)"
 
-  zsh: what a file _neuronet in a folder of $fpath should hold
-    neuronet completion zsh
+  zsh: what ~/.zshrc may hold, after compinit
+    eval "$(neuronet completion zsh)"
+
+  fish: once, and again after an update
+    neuronet completion fish > ~/.config/fish/completions/neuronet.fish
+
+  tcsh: what ~/.tcshrc may hold
+    neuronet completion tcsh > ~/.neuronet.tcsh; source ~/.neuronet.tcsh
 """,
     )
-    command.add_argument("shell", choices=SHELLS)
+    command.add_argument("shell", choices=SHELLS, help="the shell to print a script for")
     command.set_defaults(command=_completion, parser=parser)
 
 
 def _completion(args: argparse.Namespace) -> int:
     import shtab
 
-    print(shtab.complete(args.parser(), args.shell))
+    parser = args.parser()
+    for action in _actions(parser):  # without this, a shell that has the script completes no file names any more
+        if action.metavar in _FOLDERS:
+            action.complete = shtab.DIRECTORY
+        elif action.type is Path or action.metavar == "INPUT":
+            action.complete = shtab.FILE
+    print(shtab.complete(parser, args.shell))
     return DONE
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[Any]:
+    """Yields the arguments of a parser and of its commands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _actions(command)

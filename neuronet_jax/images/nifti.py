@@ -206,7 +206,11 @@ def _read(path: str | Path | Readable, limits: Limits, part: Callable[..., _Part
         with open_regular(path) if isinstance(path, Path) else path.open() as file:
             return _parse(file, path.name, limits, part)
     except OSError as error:
-        raise RejectError("E_IO", f"the file cannot be read: {error.strerror}") from error
+        lost = isinstance(path, Path) and path.is_symlink() and not path.exists()
+        hint = (
+            "; it is a link to a file that is not here (`datalad get` fetches one of a DataLad dataset)" if lost else ""
+        )
+        raise RejectError("E_IO", f"the file cannot be read: {error.strerror}{hint}") from error
 
 
 @contextlib.contextmanager

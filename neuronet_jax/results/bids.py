@@ -182,7 +182,7 @@ def _stem(name: str) -> str:
 
 def _bids(name: str) -> str:
     """Returns the entities of a BIDS file name that identify subject and scan, or an empty string for other names."""
-    *entities, suffix = bare(name).split("_")
+    *entities, suffix = bare(name).replace("+", "").split("_")  # BIDS allows + in labels, but not in every program
     if not entities or not entities[0].startswith("sub-") or not suffix.isalnum():
         return ""
     keys = [match[1] for entity in entities if (match := _ENTITY.fullmatch(entity))]

@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from neuronet_jax.labels import REGIONS, is_comparable
+from neuronet_jax.labels import PROTOCOLS, REGIONS, is_comparable
 from neuronet_jax.results.bids import Target
-from neuronet_jax.results.reports import environment, explained, facts
-from neuronet_jax.results.tables import Row, Volumes
+from neuronet_jax.results.reports import css, environment, explained, facts
+from neuronet_jax.results.tables import Row, Volumes, of_cell
 from neuronet_jax.runs.calibration import Calibration
 from neuronet_jax.runs.provenance import Provenance
 
 FAR = 3.5  # robust deviations of an outlier (Iglewicz and Hoaglin, "How to detect and handle outliers", 1993)
 LEAST_FOR_OUTLIERS = 10  # scans: with fewer, the median absolute deviation is hardly known
 MOST_OUTLIERS, MOST_THUMBNAILS = 40, 200  # as many as a person looks through; 200 pictures are 3 MB
-_NAMED = 3  # scans that a dot names where several share its place
+_NAMED = 3  # scans that a dot names where several share its place, and structures that are absent
+_FEW = 5  # colours that a legend of one line explains
 _WIDTH = 220  # of a drawn axis, in pixels
 
 
@@ -37,7 +38,7 @@ def in_order(rows: Sequence[Row], volumes: Volumes) -> list[Row]:
         return (
             row.status == "done",
             -warnings,
-            -absent.get(row.output, 0),
+            -len(absent.get(row.output, ())),
             -abs(unusual.get(row.output, 0.0)),
             dice,
             row.key,
@@ -62,7 +63,9 @@ def render_cohort(
     absent = _absent(volumes)
     shown = [
         {**vars(row), "remarks": row.warnings.replace("n/a", "").replace(",", ", "),
-         "absent": absent.get(row.output, 0),
+         "absent": _absence(absent.get(row.output, ())),
+         "dice": of_cell(row.predicted_dice), "agree": of_cell(row.agreement),
+         "brain_mm3": 1000 * of_cell(row.brain_ml), "intracranial_mm3": 1000 * of_cell(row.intracranial_ml),
          "link": _link(row.output) if row.output in thumbnails else ""}
         for row in rows
     ]  # fmt: skip
@@ -82,6 +85,7 @@ def render_cohort(
         calibration=calibration.describe() if any(row.predicted_dice != "n/a" for row in rows) else "",
         thumbnails=pictures,
         hidden=len(thumbnails) - len(pictures),
+        outlines=_outlines(volumes),
         scans=len(volumes.scans),
         agreement=_agreement(agreements),
         distribution=_distributions(volumes) if len(volumes.scans) > 1 else [],
@@ -91,12 +95,33 @@ def render_cohort(
     )  # fmt: skip
 
 
-def _absent(volumes: Volumes) -> dict[str, int]:
-    """Returns, by scan, how many structures are absent that more than half of the scans have."""
+def _absent(volumes: Volumes) -> dict[str, list[str]]:
+    """Returns, by scan, the structures that are absent and that more than half of the scans have."""
     present = np.nan_to_num(volumes.values, nan=0.0) > 0
     usual = present.sum(axis=0) * 2 > np.isfinite(volumes.values).sum(axis=0)
-    counts = (usual & (volumes.values == 0)).sum(axis=1)
-    return {scan: int(count) for scan, count in zip(volumes.scans, counts, strict=True) if count}
+    found = zip(volumes.scans, usual & (volumes.values == 0), strict=True)
+    return {scan: [volumes.columns[i] for i in np.flatnonzero(missing)] for scan, missing in found if missing.any()}
+
+
+def _absence(columns: Sequence[str]) -> str:
+    """Names the absent structures for people."""
+    if not columns:
+        return ""
+    named = [f"{name} ({protocol})" for protocol, _, name in (column.partition(".") for column in columns[:_NAMED])]
+    more = [f"and {len(columns) - _NAMED} more"] if len(columns) > _NAMED else []
+    return f"absent: {', '.join([*named, *more])}"
+
+
+def _outlines(volumes: Volumes) -> dict[str, Any]:
+    """Returns the protocol whose outlines the thumbnails have, and its colours if there are few.
+
+    It is the first one that was asked for, in the tables as in the pictures.
+    """
+    if not volumes.columns:
+        return {}
+    protocol = PROTOCOLS[volumes.columns[0].partition(".")[0]]
+    colors = [(s.name, css(s.color)) for s in protocol.structures[1:]]
+    return {"title": f"{protocol.tool} ({protocol.name})", "colors": colors if len(colors) <= _FEW else []}
 
 
 def _agreement(agreements: Mapping[str, Sequence[Mapping[str, str]]]) -> list[dict[str, Any]]:

@@ -43,7 +43,8 @@ class Slice:
     @property
     def place(self) -> str:
         """The position for people, such as "z 12 mm"."""
-        return f"{'xyz'[self.axis]} {self.millimetres:+.0f} mm"
+        rounded = round(self.millimetres)
+        return f"{'xyz'[self.axis]} {f'{rounded:+}' if rounded else 0} mm"
 
 
 class Row(NamedTuple):
@@ -189,8 +190,11 @@ def _along(mask: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _contours(labels: np.ndarray) -> np.ndarray:
-    """Returns `labels` [h w] where they border on a smaller label, 0 elsewhere: lines of one pixel, drawn once."""
-    padded = np.pad(labels, 1)
+    """Returns `labels` [h w] where they border on a smaller label, 0 elsewhere: lines of one pixel, drawn once.
+
+    The edge of the picture is no border: what it cuts goes on beyond it.
+    """
+    padded = np.pad(labels, 1, mode="edge")
     lowest = np.minimum.reduce([padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]])
     return np.where(lowest < labels, labels, 0)
 

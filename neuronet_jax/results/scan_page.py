@@ -18,6 +18,7 @@ from neuronet_jax.labels import PROTOCOLS, REGIONS, Protocol, Structure
 from neuronet_jax.results.mosaic import Mosaic, axis_codes
 from neuronet_jax.results.pictures import colors_of, votes_colors
 from neuronet_jax.results.reports import css, embed, environment, facts, ml
+from neuronet_jax.results.tables import cell, of_cell
 from neuronet_jax.runs.provenance import Provenance
 
 _LEGEND = 24  # entries of the largest structures: as many as the eye tells apart
@@ -68,12 +69,12 @@ def render_scan(page: ScanPage) -> tuple[str, bytes]:
         scan=page.name,
         note=page.provenance.note,
         warnings=[(code, _measured(code, mm3) + explain(code)) for code in page.warnings],
-        score=page.quality.score,
+        score=of_cell(cell(page.quality.score)),
         calibration=page.quality.calibration,
         unanimous=page.agreement.unanimous,
-        consistency=page.agreement.consistency,
-        brain_mm3=volumetry.brain_mm3(mm3),
-        intracranial_mm3=volumetry.intracranial_mm3(mm3),
+        consistency=of_cell(cell(page.agreement.consistency)),
+        brain_mm3=1000 * of_cell(cell(volumetry.brain_mm3(mm3) / 1000, 1)),
+        intracranial_mm3=1000 * of_cell(cell(volumetry.intracranial_mm3(mm3) / 1000, 1)),
         removed_ml=max(page.removed_ml.values(), default=math.nan),
         layers=layers,
         rows=_tiles(mosaic, layers),

@@ -153,6 +153,16 @@ def file_cell(name: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
+def cell(value: float, digits: int = 4) -> str:
+    """Returns a figure of summary.tsv, n/a for NaN."""
+    return "n/a" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def of_cell(text: str) -> float:
+    """Reads what `cell` wrote. Pages round these figures, so that every page and the table say the same."""
+    return math.nan if text == "n/a" else float(text)
+
+
 def read_tsv(path: Path) -> list[dict[str, str]]:
     """Reads a table as one dict per row."""
     with path.open(encoding="utf-8", newline="") as file:

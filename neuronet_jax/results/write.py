@@ -20,7 +20,7 @@ from neuronet_jax.programs import shown
 from neuronet_jax.results.bids import GENERATOR, Target
 from neuronet_jax.results.extras import write_extras
 from neuronet_jax.results.scan_page import ScanPage, render_scan
-from neuronet_jax.results.tables import Row, file_cell, tsv, volume_table, write_text
+from neuronet_jax.results.tables import Row, cell, file_cell, tsv, volume_table, write_text
 from neuronet_jax.runs.calibration import UNKNOWN, Calibration
 from neuronet_jax.runs.provenance import Provenance
 
@@ -89,7 +89,7 @@ def write_results(
                 provenance,
                 removed_ml,
                 shown(target.source.name),
-                shown(f"neuronet segment {target.source.name} {command}".rstrip()) if command else "",
+                shown(f"neuronet segment {target.source.name} {command}".rstrip()),
                 f"{up}report.html",
                 ranges_mm3,
                 intervals.describe(calibration.volumes, list(ranges_mm3)),
@@ -106,17 +106,13 @@ def write_results(
         target.stem,
         "done",
         warnings=",".join(warnings) or "n/a",
-        agreement=_number(compared.consistency),
-        predicted_dice=_number(expected.score),
+        agreement=cell(compared.consistency),
+        predicted_dice=cell(expected.score),
         calibrated="n/a" if np.isnan(expected.score) else "yes" if calibration.heads else "no",
         removed_ml=f"{max(removed_ml.values()):.1f}" if removed_ml else "n/a",
-        brain_ml=_number(volumetry.brain_mm3(mm3) / 1000, 1),
-        intracranial_ml=_number(volumetry.intracranial_mm3(mm3) / 1000, 1),
+        brain_ml=cell(volumetry.brain_mm3(mm3) / 1000, 1),
+        intracranial_ml=cell(volumetry.intracranial_mm3(mm3) / 1000, 1),
     )
-
-
-def _number(value: float, digits: int = 4) -> str:
-    return "n/a" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def _write_sidecar(

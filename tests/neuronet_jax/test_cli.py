@@ -20,6 +20,7 @@ from neuronet_jax.codes import explain
 from neuronet_jax.errors import RejectError
 from neuronet_jax.inference.segmentation import Options
 from neuronet_jax.results import cohort
+from neuronet_jax.runs import directory
 from neuronet_jax.runs import restore as restoring
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +100,7 @@ def test_F09_results_of_a_different_input_are_replaced_only_on_request(run, head
     assert _state(out) != before and main(command) == 0
 
 
-def test_pages_and_the_table_of_the_cohort(run, heads, tmp_path):
+def test_pages_and_the_table_of_the_cohort(run, heads, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copy(heads / "a.nii.gz", heads / "e.nii.gz")
     assert main(["segment", *(str(heads / f"{n}.nii.gz") for n in "abe"), run, f"--out={out}"]) == 3
@@ -116,6 +117,10 @@ def test_pages_and_the_table_of_the_cohort(run, heads, tmp_path):
     assert str(tmp_path) not in head + page
     (done, _, _) = _summary(out)
     assert float(done["predicted_dice"]) <= 1 and done["calibrated"] == "no"
+    bare = tmp_path / "bare"
+    monkeypatch.setattr(directory, "shipped", lambda: tmp_path)  # the network of the tests, without its calibration
+    assert main(["segment", str(heads / "a.nii.gz"), f"--out={bare}"]) == 0
+    assert "<code>neuronet segment a.nii.gz</code>" in (bare / "sub-a" / "anat" / "sub-a_report.html").read_text()
     plain = tmp_path / "plain"
     assert main(["segment", str(heads / "a.nii.gz"), run, f"--out={plain}", "--no_report"]) == 0
     assert not list(plain.rglob("*.html")) and (plain / "volumes.tsv").exists()

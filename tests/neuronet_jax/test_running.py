@@ -1,6 +1,5 @@
 """Running the programs: devices, threads, logs, BIDS Apps, completion, containers."""
 
-import json
 import logging
 import os
 import re
@@ -14,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from neuronet_jax import runtime
-from neuronet_jax.cli import main
+from neuronet_jax.cli import completion, main
 from neuronet_jax.config import meanings
 from neuronet_jax.results import cohort
 
@@ -81,48 +80,64 @@ def test_the_share_of_a_head_rises_to_one(tiny_run, noisy_heads, tmp_path, monke
     assert len(shares) > 2 and shares == sorted(shares) and shares[-1] == 1.0
 
 
-@pytest.fixture
-def bids(heads, tmp_path) -> Path:
-    folder = tmp_path / "bids"
-    for name in ("sub-01/ses-1/anat/sub-01_ses-1", "sub-01/ses-2/anat/sub-01_ses-2", "sub-02/ses-1/anat/sub-02_ses-1"):
-        path = folder / f"{name}_T1w.nii.gz"
-        path.parent.mkdir(parents=True)
-        shutil.copy(heads / "a.nii.gz", path)
-    (folder / "dataset_description.json").write_text(json.dumps({"Name": "test", "BIDSVersion": "1.10.0"}))
-    return folder
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory) -> dict[str, Path]:
+    """Returns what `neuronet completion` prints for each shell that is here, as a file in a folder with a scan."""
+    folder, found = tmp_path_factory.mktemp("completion"), {}
+    (folder / "scan of mine.nii.gz").touch()
+    (folder / "labels").mkdir()
+    for shell in filter(shutil.which, completion.SHELLS):
+        command = [sys.executable, "-m", "neuronet_jax", "completion", shell]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+        found[shell] = folder / f"neuronet.{shell}"
+        found[shell].write_text(result.stdout)
+    return found
 
 
-def test_a_bids_app_segments_whom_it_is_told_to(run, bids, tmp_path, capsys):
-    out = tmp_path / "out"
-    command = ["bids", str(bids), str(out), "participant", run, "--no-report", "--protocols=fsl_fast"]
-    assert main([*command, "--participant-label", "sub-01", "--session-label", "2"]) == 0
-    assert [path.name for path in out.rglob("*fslfast_dseg.nii.gz")] == ["sub-01_ses-2_seg-fslfast_dseg.nii.gz"]
-    assert main([*command, "--participant-label", "03"]) == 1
-    assert "has no T1w image of sub-03" in capsys.readouterr().err
-    (bids / "dataset_description.json").unlink()
-    assert main([*command, "--participant-label", "02"]) == 1
-    assert "or add --skip-bids-validation" in capsys.readouterr().err
-    assert main([*command, "--participant-label", "02", "--skip-bids-validation"]) == 0
-    assert len(list(out.rglob("*fslfast_dseg.nii.gz"))) == 2
-    with pytest.raises(SystemExit, match="2"):
-        main(["bids", str(bids), str(out), "group", run])
+def _in_bash(script: Path, typed: str) -> list[str]:
+    """Returns what bash offers after `typed`, whose last word is not finished."""
+    *words, start = typed.split(" ")
+    function = re.search(r"complete .*-F (\S+) neuronet", script.read_text())
+    assert function
+    ask = f'COMP_WORDS=({" ".join(words)} "{start}"); COMP_CWORD={len(words)}; {function[1]}'
+    command = f"source {script.name}; {ask}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=script.parent)
+    return found.stdout.splitlines()
 
 
-def test_a_shell_completes_commands_and_options():
-    script = subprocess.run(
-        [sys.executable, "-m", "neuronet_jax", "completion", "bash"], capture_output=True, text=True, cwd=ROOT
-    )
-    ask = 'COMP_WORDS=({words} "{start}"); COMP_CWORD={at}; {function}; echo "${{COMPREPLY[@]}}"'
-    function = re.search(r"complete .*-F (\S+) neuronet", script.stdout)
-    assert script.returncode == 0 and function
+def _in_fish(script: Path, typed: str) -> list[str]:
+    command = f"source {script.name}; complete -C '{typed}'"
+    environment = {**os.environ, "HOME": str(script.parent)}
+    found = subprocess.run(["fish", "-c", command], capture_output=True, text=True, cwd=script.parent, env=environment)
+    assert found.returncode == 0, found.stderr
+    return [line.partition("\t")[0].rstrip("/") for line in found.stdout.splitlines()]
 
-    def complete(words: str, start: str) -> list[str]:
-        typed = ask.format(words=words, start=start, at=len(words.split()), function=function[1] if function else "")
-        found = subprocess.run(["bash", "-c", f"{script.stdout}\n{typed}"], capture_output=True, text=True)
-        return found.stdout.split()
 
-    assert complete("neuronet", "seg") == ["segment"]
-    assert {"--posteriors", "--participant-label"} <= set(complete("neuronet bids", "--p"))
+@pytest.mark.parametrize(("shell", "complete"), [("bash", _in_bash), ("fish", _in_fish)])
+def test_a_shell_completes_commands_options_values_and_files(scripts, shell, complete):
+    if shell not in scripts:
+        pytest.skip(f"needs the shell {shell}, which is not on this machine")
+    script = scripts[shell]
+    assert complete(script, "neuronet seg") == ["segment"]
+    assert {"--posteriors", "--participant-label"} <= set(complete(script, "neuronet bids --p"))
+    assert "--participant-label" not in complete(script, "neuronet segment --p")
+    assert sorted(complete(script, "neuronet segment --device ")) == ["cpu", "gpu", "tpu"]
+    assert set(completion.SHELLS) <= set(complete(script, "neuronet completion "))
+    # a shell that has the script completes no files by itself
+    assert complete(script, "neuronet segment sc") == ["scan of mine.nii.gz"]
+    assert complete(script, "neuronet segment a.nii.gz --out ") == ["labels"]  # folders only
+    assert complete(script, "neuronet view lab") == ["labels"]
+    assert complete(script, "neuronet view labels sc") == ["scan of mine.nii.gz"]
+    assert complete(script, "neuronet bids lab") == ["labels"]
+
+
+def test_zsh_takes_the_script_and_completes_with_it(scripts):
+    if "zsh" not in scripts:
+        pytest.skip("needs the shell zsh, which is not on this machine")
+    code = 'autoload -U compinit; compinit -u -D; eval "$(cat neuronet.zsh)"; print $_comps[neuronet]'
+    found = subprocess.run(["zsh", "-fc", code], capture_output=True, text=True, cwd=scripts["zsh"].parent)
+    assert found.stdout == "_shtab_neuronet\n" and found.stderr == ""
 
 
 def test_help_of_training_lists_every_setting_with_its_meaning():

@@ -73,7 +73,7 @@
     if (scan.maps.some((map) => map.title === before)) part("map").value = before;
     part("page").hidden = !scan.page;
     if (scan.page) part("page").href = scan.page;
-    const dice = scan.predicted_dice === "n/a" ? "" : `predicted Dice ${scan.predicted_dice}`;
+    const dice = scan.predicted_dice === "n/a" ? "" : `predicted Dice ${Number(scan.predicted_dice).toFixed(3)}`;
     part("facts").textContent = [`${number + 1} of ${scans.length}`, dice, scan.warnings.replaceAll(",", ", ")].filter(Boolean).join(", ");
     showNote();
     redraw();

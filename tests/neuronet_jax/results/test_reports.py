@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -19,6 +20,7 @@ from neuronet_jax.results import bids, cohort_page, scan_page, tables
 from neuronet_jax.results.dataset import update_summary, write_cohort
 from neuronet_jax.results.mosaic import AXIAL, CORONAL, SAGITTAL, Mosaic, axis_codes
 from neuronet_jax.results.pictures import colors_of, votes_colors
+from neuronet_jax.results.reports import ml
 from neuronet_jax.results.write import write_results
 from neuronet_jax.runs.provenance import Origin, Provenance
 
@@ -155,6 +157,34 @@ def test_what_to_look_at_first_is_at_the_top():
     assert [row.input for row in ordered] == ["e", "d", "f", "c", "b", "a"]
 
 
+def test_absent_structures_are_named():
+    columns = tuple(f"malp_em.{name}" for name in ("BrainStem", "Cortex", "OpticChiasm", "Rightvessel"))
+    values = np.ones((5, 4))
+    values[0] = [1, 1, 0, 1]
+    values[1] = 0
+    found = cohort_page._absent(tables.Volumes(tuple(f"sub-{n}" for n in "abcde"), columns, values))
+    assert cohort_page._absence(found["sub-a"]) == "absent: OpticChiasm (malp_em)"
+    assert cohort_page._absence(found["sub-b"]).endswith("OpticChiasm (malp_em), and 1 more") and "sub-c" not in found
+
+
+def test_pages_and_table_round_alike(tmp_path, monkeypatch):
+    """A Dice of 0.80552 is 0.8055 in the table: no page may make 0.806 of the one and 0.805 of the other."""
+    assess = quality.assess
+    monkeypatch.setattr(quality, "assess", lambda *given: replace(assess(*given), score=0.80552))
+    row = _write(tmp_path, "sub-01", Provenance())
+    update_summary(tmp_path, [row])
+    write_cohort(tmp_path, Provenance())
+    assert row.predicted_dice == "0.8055"
+    shown = [
+        f"{float(row.predicted_dice):.3f}",
+        *(ml(1000 * float(text)) for text in (row.brain_ml, row.intracranial_ml)),
+    ]
+    for page in (tmp_path / "report.html", tmp_path / "sub-01" / "anat" / "sub-01_report.html"):
+        assert all(re.search(f">{re.escape(text)}( ml)?<", page.read_text()) for text in shown), page
+    legend = (tmp_path / "report.html").read_text().partition("Outlines: ")[2].partition("</p>")[0]
+    assert legend.startswith("FSL FAST (fsl_fast)") and all(f"</span>{name}<" in legend for name in ("CSF", "GM", "WM"))
+
+
 def test_csf_of_different_definitions_is_compared_nowhere_on_a_page():
     rows = [{"kind": "tissue", "region": "CSF", "first": "fsl_fast", "second": second, "dice": "0.5"}
             for second in ("spm_tissue", "malp_em")]  # fmt: skip
@@ -227,6 +257,19 @@ def test_contours_are_thin_and_drawn_once_between_two_structures():
     filled, contours = (_pixels(picture)[..., 3] > 0 for picture in next(iter(mosaic.layers(labels, colors))))
     assert filled.sum() == 20 * 40 and contours.shape == (2 * filled.shape[0], 2 * filled.shape[1])
     assert contours.sum() == 2 * (40 + 80) - 4 + (80 - 2)  # the outline, and one line between the two
+    whole = np.ones_like(labels)  # it goes on beyond the picture, whose edge is no outline
+    assert not _pixels(next(iter(mosaic.layers(whole, colors)))[1])[..., 3].any()
+
+
+@pytest.mark.parametrize(
+    ("z_mm", "place"), [(-60.0, "z 0 mm"), (-60.4, "z 0 mm"), (-59.6, "z 0 mm"), (-61.0, "z -1 mm")]
+)
+def test_the_place_of_a_slice_is_a_whole_number(z_mm, place):
+    affine = AFFINE.copy()
+    affine[2, 3] = z_mm
+    labels = np.zeros((50, 60, 48), bool)
+    labels[20:30, 20:40, 24] = True
+    assert Mosaic(_volume(affine), labels).rows[0].slices[0].place == place
 
 
 def _pixels(picture: bytes) -> np.ndarray:

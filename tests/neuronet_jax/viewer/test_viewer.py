@@ -134,6 +134,7 @@ def test_a_person_looks_at_two_heads_and_notes_which_is_good(results, heads, tmp
             tab.until("document.body.dataset.state === 'sub-a fsl_fast'")
             assert tab.run("document.querySelector('[aria-pressed=true]').value") == "good"
             assert tab.run("document.documentElement.scrollWidth") <= 400
+            assert tab.run("document.getElementById('back').offsetTop === document.getElementById('next').offsetTop")
     finally:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
