@@ -1,20 +1,16 @@
-"""The network that ships with the package: five protocols, whole heads and stripped brains, at 1.5 mm.
+"""The network that ships with the package: five protocols, whole heads and stripped brains, at 1 mm.
 
-It begins at 2 mm (`pretrained:2mm`), where a crop holds more of a head for the same cost, and goes on at 1.5 mm:
+It begins at 2 mm, where a crop holds more of a head for the same cost, goes on at 1.5 mm, and ends at 1 mm, where the
+references were made. `experiments.pretrain` does all of it, from the cohort and the label maps to the release:
 
-    for mm in 2 1.5; do
-        python -m data_prep.build --manifest=cohort.csv --store=stores/pretrained/brains-${mm}mm --voxel-size-mm=$mm
-        python -m data_prep.heads --maps=label_maps --brains=stores/pretrained/brains-${mm}mm --heads-per-brain=6 \
-            --store=stores/pretrained/heads-${mm}mm --voxel-size-mm=$mm
-    done
-    python -m experiments.train --config=pretrained:2mm --workdir=runs/pretrained-2mm
-    python -m experiments.train --config=pretrained --init=runs/pretrained-2mm --workdir=runs/pretrained
-    python -m experiments.evaluate --run=runs/pretrained --calibrate
-    neuronet export --run=runs/pretrained --out=release --weights-only
+    python -m experiments.pretrain --manifest=cohort.csv --maps=label_maps --out=runs/pretrained
 
-The data, their licences and the scores are in `docs/pretrained.md`. Seed 0. Measured cost: 3 to 5 s a step on two free
-CPU cores, 9 s with other work. Painting the heads takes half a minute.
+`pretrained:2mm` and `pretrained:1.5mm` are its first stages, `pretrained` is the last one; each begins with the weights
+of the stage before (`--init`). The data, their licences and the scores are in `docs/pretrained.md`. Seed 0. Measured
+cost: 3 to 5 s a step on two free CPU cores, 6 to 9 s with other work.
 """
+
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -22,10 +18,25 @@ from experiments.configs.common import config
 from neuronet_jax.labels import TASKS
 
 
+class Stage(NamedTuple):
+    steps: int
+    learning_rate: float
+    resolution: float  # strength of the blur, whose range is in voxels
+
+
+STAGES = {  # by grid, in their order
+    "2mm": Stage(1_350, 5e-3, 0.5),
+    "1.5mm": Stage(1_000, 4e-3, 0.5),
+    "1mm": Stage(750, 3e-3, 0.3),
+}
+
+
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "2mm"):
-        raise ValueError(f"the variants are '' and '2mm', got {variant!r}")
-    grid = variant or "1.5mm"
+    *earlier, last = STAGES
+    if variant not in ("", *earlier):
+        raise ValueError(f"the variants are '', {' and '.join(map(repr, earlier))}, got {variant!r}")
+    grid = variant or last
+    stage = STAGES[grid]
     settings = config(TASKS["all_targets"])
     settings.update(
         {
@@ -39,14 +50,20 @@ def get_config(variant: str = "") -> ConfigDict:
                 "read_threads": 4,
                 "prefetch": 2,
             },
-            "augment": {"intensity": 0.6, "spatial": 0.5, "elastic": 0.5, "resolution": 0.5, "any_contrast": 0.1},
-            "optimizer": {"learning_rate": 5e-3 if variant else 4e-3, "warmup_steps": 50, "ema_decay": 0.99},
+            "augment": {
+                "intensity": 0.6,
+                "spatial": 0.5,
+                "elastic": 0.5,
+                "resolution": stage.resolution,
+                "any_contrast": 0.1,
+            },
+            "optimizer": {"learning_rate": stage.learning_rate, "warmup_steps": 50, "ema_decay": 0.99},
             "batch": 2,
-            "steps": 1_250,
+            "steps": stage.steps,
             "log_every": 10,
-            "evaluate_every": 300,
+            "evaluate_every": 250,
             "evaluate_subjects": 3,
-            "checkpoint_every": 100,
+            "checkpoint_every": 50,
         }
     )
     return settings

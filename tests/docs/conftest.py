@@ -47,6 +47,7 @@ UNDERSTOOD = {
     "experiments.benchmark": "minutes, other frameworks, a TPU compiler",
     "experiments.compare": "training of many networks, which tests/experiments/compare does with two",
     "experiments.robustness": "many segmentations; tests/experiments/test_robustness.py has the parts",
+    "experiments.pretrain": "hours of training; tests/experiments/test_pretrain.py does it for two steps",
     "experiments.augmentations": "the demo cohort, which tests/data_prep/demo draws",
     "data_prep.demo": "drawing phantoms, which tests/data_prep/demo does",
     "data_prep.heads": "whole-head label maps, which tests/data_prep/test_heads.py draws",

@@ -47,11 +47,11 @@ def test_variants_differ_only_in_their_protocols():
 
 def test_the_recipe_of_the_network_that_ships(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(NeuronetError, match=r"no folder 'stores/pretrained/brains-1\.5mm'; give the --store"):
+    with pytest.raises(NeuronetError, match=r"no folder 'stores/pretrained/brains-1mm'; give the --store"):
         load("pretrained")
-    (tmp_path / "stores" / "pretrained" / "brains-1.5mm").mkdir(parents=True)
+    (tmp_path / "stores" / "pretrained" / "brains-1mm").mkdir(parents=True)
     assert load("pretrained").to_json() == _golden("pretrained").read_text().rstrip("\n")
-    with pytest.raises(UsageError, match="the variants are '' and '2mm'"):
+    with pytest.raises(UsageError, match="the variants are '', '2mm' and '1.5mm'"):
         load("pretrained:demo")
 
 

@@ -65,7 +65,7 @@ def test_one_command_segments_a_scan_with_it_and_says_so(
     assert (
         cli.main(["segment", str(subject / "T1.nii.gz"), f"--out={out}", "--protocols=fsl_first", "--no-report"]) == 0
     )
-    assert "no --run: using the network that ships with neuronet-jax (1.5 mm; " in capsys.readouterr().err
+    assert "no --run: using the network that ships with neuronet-jax (1 mm; " in capsys.readouterr().err
     (written,) = out.rglob("*_dseg.nii.gz")
     ours, theirs = (nifti.read_labels(path).data for path in (written, subject / "T1_first_all_fast_firstseg.nii.gz"))
     ids = [structure.id for structure in PROTOCOLS["fsl_first"].structures if structure.id]
