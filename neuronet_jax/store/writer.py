@@ -141,7 +141,9 @@ class StoreWriter:
                 with ts.Transaction() as transaction:  # one write per shard file
                     for slot, record in enumerate(records, first_slot):
                         if record is not None:
-                            array.with_transaction(transaction)[slot].write(getattr(record, name)).result()
+                            place, value = array.with_transaction(transaction)[slot], getattr(record, name)
+                            # no copy: it would hold the shard twice until the transaction ends
+                            place.write(value, can_reference_source_data_indefinitely=True).result()
             except Exception as error:
                 raise StoreError(
                     "E_IO", f"cannot write {name} of the shard at slot {first_slot} in {self.dest}: {error}"

@@ -1,6 +1,9 @@
 """From files to a finished store, with every fault injected into files that the real build reads."""
 
 import gzip
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -14,6 +17,7 @@ from data_prep.build import main
 from data_prep.outcome import summary
 from neuronet_jax.codes import explain
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.images.nifti import Limits
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import StoreError
@@ -89,6 +93,75 @@ def test_A01_A02_A03_damaged_files_are_rejected_and_leave_no_voxels(make_cohort,
         ["1002", "E_CRC"],
         ["1003", "E_FORMAT"],
     ]
+
+
+def edit(path: Path, content: bytes = b"", **fields: Any) -> None:
+    """Overwrites fields of a scan's header behind nibabel's back, and appends `content`."""
+    data = gzip.decompress(path.read_bytes())
+    header: Any = nib.Nifti1Header(data[:348], check=False)
+    for name, value in fields.items():
+        header[name] = value
+    path.write_bytes(gzip.compress(header.binaryblock + data[348:], 1) + content)
+
+
+def bomb() -> bytes:
+    """Returns 256 MiB of zeros in 1 MB or less, as members of a gzip file."""
+    return gzip.compress(bytes(2**24), 9) * 16
+
+
+ROWS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "A04": ("E_HEADER_SIZE", lambda path: edit(path, dim=[3, 32767, 32767, 32767, 1, 1, 1, 1], datatype=64, bitpix=64)),
+    "A05": ("E_TRAILING", lambda path: edit(path, bomb())),
+    "A06": ("E_HEADER", lambda path: edit(path, bitpix=7)),
+    "A07 frames": ("E_NDIM", lambda path: edit(path, dim=[4, 40, 48, 20, 2, 1, 1, 1])),
+    "A07 plane": ("E_NDIM", lambda path: edit(path, dim=[2, 40, 1920, 1, 1, 1, 1, 1])),
+    "A07 colours": ("E_DTYPE", lambda path: edit(path, datatype=128, bitpix=24)),
+    "A09": ("E_NO_XFORM", lambda path: edit(path, sform_code=0, qform_code=0)),
+    "A10": ("E_AFFINE", lambda path: edit(path, srow_x=[np.nan, 0, 0, 80])),
+    "A11": ("E_ZOOM", lambda path: edit(path, pixdim=[1, 4.01, 4, 4, 0, 0, 0, 0], qform_code=0)),
+    "A12": ("E_UNITS", lambda path: edit(path, xyzt_units=3)),
+    "A16": ("E_SCALE", lambda path: edit(path, scl_slope=1, scl_inter=np.inf)),
+    "A34 folder": ("E_FORMAT", lambda path: (path.unlink(), path.mkdir())),
+    "A34 pair": ("E_FORMAT", lambda path: edit(path, magic=b"ni1")),
+}
+
+
+def test_A04_to_A16_and_A34_a_scan_that_cannot_be_trusted_is_rejected_alone(make_cohort, build, tmp_path):
+    """Each fault in one scan of one cohort: every other scan is stored, and nobody waits or runs out of memory."""
+    names = tuple(str(1001 + number) for number in range(len(ROWS) + 2))
+    manifest = make_cohort(names, protocols=("fsl_fast",))
+    for number, (_, damage) in enumerate(ROWS.values(), start=1):
+        damage(manifest.parent / str(number) / "T1.nii.gz")
+    tracemalloc.start()
+    report, store = build(manifest, shard_subjects=4)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [reject.code for reject in report.rejects] == [code for code, _ in ROWS.values()]
+    assert [row.id for row in store.subjects] == [names[0], names[-1]]
+    assert most < 2**26  # four records and their compressed shard take 40 MB; the bomb and the huge header would more
+    assert list(verify.verify(str(tmp_path / "store"))) == []
+
+
+def test_A08_A09_A14_A16_A17_doubtful_files_are_taken_as_the_options_say(make_cohort, build, brain):
+    manifest = make_cohort(tuple(str(1001 + number) for number in range(5)), protocols=("fsl_fast",))
+    scans = [manifest.parent / str(number) / "T1.nii.gz" for number in range(5)]
+    edit(scans[0], qoffset_x=-73, qform_code=1)
+    edit(scans[1], sform_code=0, qform_code=0)
+    edit(scans[2], scl_slope=2, scl_inter=5)
+    edit(manifest.parent / "3" / "fsl_fast.nii.gz", scl_slope=1.0001, scl_inter=0)  # of 3, 0.0003 too much
+    edit(manifest.parent / "4" / "fsl_fast.nii.gz", scl_slope=0.9, scl_inter=0)
+    report, store = build(manifest)
+    assert [(reject.id, reject.code) for reject in report.rejects] == [
+        ("1002", "E_NO_XFORM"),
+        ("1005", "E_LABEL_FLOAT"),
+    ]
+    by_id = {row.id: row for row in store.subjects}
+    assert by_id["1001"].warnings == ("W_XFORM",) and by_id["1003"].warnings == by_id["1004"].warnings == ()
+    np.testing.assert_array_equal(store.read_image(2)[4:44, 4:52, 4:44], brain.head(2) * np.float32(2) + 5)
+    limits = Limits(transform="reject", assume_ras=True)
+    report, store = build(manifest, "strict", limits=limits, resample_labels=True)
+    assert [(reject.id, reject.code) for reject in report.rejects] == [("1001", "E_XFORM"), ("1005", "E_LABEL_FLOAT")]
+    assert "W_LR_UNSAFE" in {row.id: row for row in store.subjects}["1002"].warnings
 
 
 @pytest.mark.parametrize("codes", ["LAS", "LPS", "PSR"])
@@ -355,6 +428,15 @@ def test_A41_no_id_and_no_path_outside_the_tables(make_cohort, tmp_path, capfd, 
         assert "777100" not in text
         assert str(tmp_path) not in text
         assert "T1.nii" not in text
+
+
+def test_a_split_that_leaves_everybody_out_is_an_error(make_cohort, build, tmp_path):
+    manifest = make_cohort(("1001", "1002"), protocols=("fsl_fast",))
+    manifest.write_text(manifest.read_text().replace(",train", ","))
+    (tmp_path / "splits.csv").write_text("id,split\n1001,none\n1002,none\n")
+    with pytest.raises(NeuronetError, match="the cohort has no subject"):
+        build(manifest, splits=tmp_path / "splits.csv")
+    assert not (tmp_path / "store").exists()
 
 
 def test_exit_statuses(make_cohort, tmp_path, capsys):

@@ -56,8 +56,10 @@ def test_the_command_writes_a_table_that_a_build_takes(participants, tmp_path, c
     visits = [Source("1000007", Path("a"), {}, visit=visit) for visit in "23"]
     assert len({source.split for source in assign_splits(visits, out)}) == 1
     assert splits.main(command) == 1 and "a store may depend on it" in capsys.readouterr().err
-    for wrong in ("--fractions=90,5", "--fractions=a,b,c", "--published"):
-        assert splits.main([*command[:1], f"--out={tmp_path / 'new'}", "--stratify=site", wrong]) == 2
+    for wrong in ("90,5", "a,b,c", "90,5,6", "110,-5,-5"):
+        assert splits.main([command[0], f"--out={tmp_path / 'new'}", f"--fractions={wrong}"]) == 2
+    for other in ("--stratify=site", "--seed=0", "--fractions=90,5,5"):
+        assert splits.main([command[0], f"--out={tmp_path / 'new'}", "--published", other]) == 2
     assert splits.main([command[0], f"--out={tmp_path / 'new'}", "--stratify=centre"]) == 1
     assert "no column 'centre'" in capsys.readouterr().err
 
@@ -82,6 +84,32 @@ def test_visits_that_contradict_each_other_are_named(tmp_path):
         read_strata(read_table(tmp_path / "table.csv"), ("site",))
 
 
+def test_cells_are_strata_and_only_many_numbers_are_binned(tmp_path):
+    """Codes of ten sites stay as they are, ages become fifths, and who has no age is a stratum of its own."""
+    path = tmp_path / "table.csv"
+    path.write_text("eid,site,age\n" + "".join(f"{n},{n % 10},{n + 40 if n else ''}\n" for n in range(21)))
+    strata = read_strata(read_table(path), ("site", "age"))
+    assert {site for site, _ in strata.values()} == {str(n) for n in range(10)}
+    assert strata["0"][1] == "" and Counter(age for _, age in strata.values() if age) == dict.fromkeys("01234", 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("eid,site\n1,A\n2/3,B\n", "E_ID: the id in row 3"), ("name,site\n1,A\n", "needs one of the columns id, eid")],
+)
+def test_a_table_without_usable_ids_is_refused(tmp_path, text, message):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(NeuronetError, match=message):
+        read_strata(read_table(tmp_path / "table.csv"), ("site",))
+
+
+def test_a_splits_file_takes_ids_as_bids_writes_them(tmp_path):
+    (tmp_path / "splits.csv").write_text("id,split\nsub-01,test\n")
+    assert [source.split for source in assign_splits([Source("01", Path("a"), {})], tmp_path / "splits.csv")] == [
+        "test"
+    ]
+
+
 def edited(store: Store, slot: int, **changes) -> None:
     """Changes a row of a finished store, with all its hashes."""
     subjects = [dataclasses.replace(row, **changes) if row.slot == slot else row for row in store.subjects]
@@ -102,14 +130,17 @@ def test_A29_one_image_in_two_splits_of_a_store_is_refused(make_store):
         Store.open(store.dest)
 
 
-def test_A29_a_test_image_in_the_training_of_another_store_is_refused(make_store, tmp_path, caplog):
-    first, _ = make_store(("train", "train", "test"), str(tmp_path / "a"))
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_A29_a_held_out_image_in_the_training_of_another_store_is_refused(make_store, tmp_path, caplog, split):
+    first, _ = make_store(("train", "train", split), str(tmp_path / "a"))
     second, _ = make_store(("train", "train", "train"), str(tmp_path / "b"))
     data = dataclasses.replace(
         load("tissue:demo").data, store=first.dest, stores=(second.dest,), crop=(8, 8, 8), workers=0
     )
     config = dataclasses.replace(load("tissue:demo"), data=data, protocols=("fsl_fast",), batch=1)
-    with pytest.raises(StoreError, match=r"E_LEAK: the image of slot 2 of .*b is in training, and in test as slot 2"):
+    with pytest.raises(
+        StoreError, match=rf"E_LEAK: the image of slot 2 of .*b is in training, and in {split} as slot 2"
+    ):
         training_iterator(first, config)
     edited(second, 2, content_hash="f" * 64)
     training_iterator(first, config).close()

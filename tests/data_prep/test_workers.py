@@ -204,3 +204,16 @@ def test_B11_a_server_that_goes_away_in_the_middle_of_a_build_is_named(
     gcs_server.start()
     assert build_module.main(command) == 0
     assert prepared == [0, 1, 1, 2]
+
+
+@pytest.mark.soak
+def test_a_worker_needs_less_than_1_gib_at_1_mm(make_cohort, tmp_path):
+    """Three shards of eight subjects, by one worker. The peak is that of the largest process of the command."""
+    manifest = make_cohort(tuple(str(1001 + number) for number in range(24)))
+    options = [f"--store={tmp_path / 'store'}", "--shard-subjects=8", "--workers=1"]
+    command = [sys.executable, "-m", "data_prep.build", f"--manifest={manifest}", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss < 2**20  # KiB

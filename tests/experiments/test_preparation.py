@@ -35,7 +35,7 @@ def test_the_stages_are_the_profile_s_functions_and_the_rest() -> None:
     assert sum(found.values()) == (len(keys) + 3) / 2
     assert shares({"a": 0.03, "b": 0.01})[2:] == ["| a | 30 | 75 % |", "| b | 10 | 25 % |"]
     del stats["/x/nifti.py", 1, "_read"]
-    with pytest.raises(NeuronetError, match="lacks .*_read"):  # a renamed function must not vanish into the rest
+    with pytest.raises(NeuronetError, match=r"lacks .*_read"):  # a renamed function must not vanish into the rest
         stage_times(stats, 2)
 
 

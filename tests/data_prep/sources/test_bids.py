@@ -85,17 +85,15 @@ def test_doubtful_files_are_left_out_or_refuse_their_session(dataset, tmp_path, 
 
 
 def test_files_beside_the_scans_and_maps_are_neither(dataset, tmp_path):
-    """Sidecars, scans that a pipeline derived, and probabilities of a protocol's classes."""
-    fsl, nifti, sidecar = (
-        dataset / "derivatives" / "fsl",
-        tmp_path / "raw" / "0" / "T1.nii.gz",
-        tmp_path / "sidecar.json",
-    )
-    sidecar.write_text("{}")
+    """Notes, tables of labels, scans that a pipeline derived, and probabilities of a protocol's classes."""
+    fsl, nifti = dataset / "derivatives" / "fsl", tmp_path / "raw" / "0" / "T1.nii.gz"
+    note, names = tmp_path / "note.txt", tmp_path / "names.tsv"
+    note.touch()
+    names.write_text("index\tname\n")
     beside = [
-        place(dataset, "B2", "", "T1w", sidecar),
+        place(dataset, "B2", "", "T1w", note),
         place(fsl, "B2", "", "desc-preproc_T1w", nifti),
-        place(fsl, "B2", "", "seg-fslfast_dseg", sidecar),
+        place(fsl, "B2", "", "seg-fslfast_dseg", names),
         place(fsl, "B2", "", "seg-fslfast_probseg", nifti),
         place(fsl, "B2", "", "seg-aparc_dseg", nifti),
     ]
@@ -110,6 +108,12 @@ def test_a_map_in_the_space_of_the_scan_is_taken(dataset, space):
     found.rename(found.with_name(found.name.replace("sub-B2_", f"sub-B2_space-{space}_")))
     (source,) = (source for source in read_dataset(dataset) if source.id == "B2")
     assert set(source.labels) == {"fsl_fast", "malp_em"}
+
+
+def test_participants_that_differ_in_case_alone_are_refused(dataset, tmp_path):
+    place(dataset, "b2", "", "T1w", tmp_path / "raw" / "0" / "T1.nii.gz")
+    with pytest.raises(NeuronetError, match="E_ID: the ids in rows 3 and 5 differ only in upper and lower case"):
+        read_dataset(dataset)
 
 
 def test_a_dataset_that_does_not_say_what_it_is_counts_as_raw(dataset):

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -90,9 +91,13 @@ def test_visits_of_one_participant(tmp_path):
     header = "id,visit,t1\n"
     two, three = read_manifest(manifest(tmp_path, "1,ses-2,a", "1,3,b", header=header))
     assert (two.visit, three.visit) == ("2", "3")
-    assert len({source.split for source in assign_splits([two, three])}) == 1
+    visits = [dataclasses.replace(visit, id=str(number)) for number in range(200) for visit in (two, three)]
+    splits = [source.split for source in assign_splits(visits)]
+    assert splits[::2] == splits[1::2] and len(set(splits)) == 3
     with pytest.raises(NeuronetError, match="E_DUPLICATE: rows 2 and 3"):
         read_manifest(manifest(tmp_path, "1,2,a", "1,2,b", header=header))
+    with pytest.raises(NeuronetError, match="E_ID: the visit in row 3"):
+        read_manifest(manifest(tmp_path, "1,2,a", "1,../3,b", header=header))
 
 
 @pytest.mark.parametrize("bad", ["a/b", "..", "日本", "-rf", "", "a b", "é1", " 1"])
