@@ -58,6 +58,12 @@ def segment(
     of its shape. A file or a nibabel image gives NIfTI images on its grid, with its qform, sform and codes. Raises
     RejectError with a code if the image is unusable, and NeuronetError for protocols that the model lacks.
     """
+    if not isinstance(model, Model):
+        raise NeuronetError("the model comes first, as in segment(neuronet_jax.restore(), image)")
+    if image is None or (
+        isinstance(image, (list, tuple)) and any(isinstance(one, (str, os.PathLike)) for one in image)
+    ):
+        raise NeuronetError("segment takes one image at a time: a path, a nibabel image, or an array [x y z]")
     if isinstance(image, (str, os.PathLike, SpatialImage)):
         volume = nifti.check_image(image) if isinstance(image, SpatialImage) else nifti.read_image(Path(image))
         maps = _segment(model, volume, protocols, options, confidence=False).maps
