@@ -49,7 +49,7 @@ def prepare(source: Source, slot: int, settings: Settings) -> Record:
     warnings += notes
     statistics = intensity.statistics(image)  # before padding, as in inference
     if intensity.is_label_map(volume.data):
-        raise RejectError("E_LABEL_IMAGE", "the t1 image is a label map: few whole numbers, in patches of one value")
+        raise RejectError("E_LABEL_IMAGE", "the image is a label map: few whole numbers, in patches of one value")
 
     maps = {}
     for name in settings.protocols:

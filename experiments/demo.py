@@ -7,6 +7,7 @@ Each step is a separate command, printed before it runs. The numbers say nothing
 
 import argparse
 import csv
+import os
 import shlex
 import sys
 import time
@@ -19,6 +20,7 @@ from neuronet_jax.programs import DONE, NOT_FINITE, OUT_OF_MEMORY, PARTIAL, STAL
 STATUSES: dict[int, str] = dict.fromkeys(
     (PARTIAL, NOT_FINITE, OUT_OF_MEMORY, STALLED), "the status of the step that failed; see its --help"
 )
+_PYTHON = shlex.quote(os.path.relpath(sys.executable))  # that of `make`, which is in no PATH
 
 
 def held_out_head(store: Path) -> Path:
@@ -40,6 +42,7 @@ def _demo(options: argparse.Namespace) -> int:
     from experiments import evaluate, flags, report, train
     from neuronet_jax import cli
 
+    start = time.monotonic()
     flags.load(options.config, options.overrides)  # refuses wrong settings before the cohort is made
     workdir, scores, heads, page = (f"{options.out}/{name}" for name in ("run", "evaluation", "heads", "report.html"))
     store = ensure_demo_store()
@@ -55,6 +58,16 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"\n$ python -m {module} {shlex.join(given)}", flush=True)
         if status := command(given):
             return status
+    (scan,) = Path(heads).glob("sub-*/anat/*_report.html")
+    print(f"""
+The demo took {(time.monotonic() - start) / 60:.0f} minutes. Open in a browser:
+  {scan}
+    the held-out head, with the five label maps that the network gives it
+  {page}
+    scores and pictures of all test heads
+To move through the head, or to segment one of your own with the network that ships:
+  {_PYTHON} -m neuronet_jax view {shlex.join([heads, str(head)])}
+  {_PYTHON} -m neuronet_jax segment T1.nii.gz --out=labels""")
     return DONE
 
 

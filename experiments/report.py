@@ -21,7 +21,7 @@ from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.programs import DONE, Parser, run
 from neuronet_jax.results.pictures import save_curves
-from neuronet_jax.results.reports import embed, environment
+from neuronet_jax.results.reports import css, embed, environment
 from neuronet_jax.runs.directory import RunDirectory
 
 LOWEST = 10  # structures listed, for a first look
@@ -30,15 +30,15 @@ _TEMPLATE = environment().from_string("""\
 {% extends "base.html" %}
 {% block title %}NeuroNet-JAX: {{ summary.run.config }}{% endblock %}
 {% block body %}
-<h1>{{ summary.run.config }}, {{ summary.split }} split</h1>
+<h1>{{ summary.run.config }} on {{ subjects }} {{ summary.split }} subject{{ "s" if subjects != 1 }}</h1>
 {% if summary.note %}<p class="note">{{ summary.note }}</p>{% endif %}
 <p>Step {{ summary.run.step }}. Dice similarity coefficient over whole scans: for each subject the mean over the
 structures present in the reference or the prediction, then mean ± standard deviation and minimum over subjects.</p>
 <div class="scroll"><table>
-  <tr><th>protocol<th>tool<th>mean ± sd<th>min<th>subjects</tr>
+  <tr><th>protocol<th>tool<th class="number">Dice, mean ± sd<th class="number">min<th class="number">subjects</tr>
   {% for name, row in summary.protocols.items() %}
-  <tr><td>{{ name }}<td>{{ tools[name] }}<td class="number">{{ row.mean | number(4) }} ± {{ row.sd | number(4) }}
-  <td class="number">{{ row.minimum | number(4) }}<td class="number">{{ row.subjects }}</tr>
+  <tr><td>{{ name }}<td>{{ tools[name] }}<td class="number">{{ row.mean | number }} ± {{ row.sd | number }}
+  <td class="number">{{ row.minimum | number }}<td class="number">{{ row.subjects }}</tr>
   {% endfor %}
 </table></div>
 {% if summary.surfaces is defined and summary.surfaces %}
@@ -46,17 +46,21 @@ structures present in the reference or the prediction, then mean ± standard dev
   <tr><th>protocol<th>HD95, median, mm<th>surface Dice at {{ summary.nsd_tolerance_mm }} mm<th>missed structures</tr>
   {% for name, row in summary.surfaces.items() %}
   <tr><td>{{ name }}<td class="number">{{ "∞" if row.hd95_mm is none else "%.2f" | format(row.hd95_mm) }}
-  <td class="number">{{ row.nsd | number(4) }}<td class="number">{{ row.missed }}</tr>
+  <td class="number">{{ row.nsd | number }}<td class="number">{{ row.missed }}</tr>
   {% endfor %}
 </table></div>
 <p>Missed: present in one map only. The distance is then infinite, and the median includes it.</p>
 {% endif %}
+{% if strips %}<p class="legend">{% for color, names in legend.items() %}
+  <span class="name"><span class="key" style="background: {{ color }}"></span>{{ names | join(", ") }}</span>
+{% endfor %}<span class="faint">in the maps of tissues; FIRST’s and MALP-EM’s structures have their own colours. L and R
+are the subject’s left and right, P and A posterior and anterior.</span></p>{% endif %}
 {% for picture in strips %}<p><img alt="a held-out scan and its predicted label maps" src="{{ picture }}">{% endfor %}
 <h2>Hardest structures</h2>
 <div class="scroll"><table>
-  <tr><th>protocol<th>structure<th>mean Dice<th>subjects</tr>
+  <tr><th>protocol<th>structure<th class="number">mean Dice<th class="number">subjects</tr>
   {% for row in lowest %}
-  <tr><td>{{ row.protocol }}<td>{{ row.name }}<td class="number">{{ row.dice | number(4) }}
+  <tr><td>{{ row.protocol }}<td>{{ row.name }}<td class="number">{{ row.dice | number }}
   <td class="number">{{ row.subjects }}</tr>
   {% endfor %}
 </table></div>
@@ -81,6 +85,8 @@ def report(run: str, evaluation: Path, out: Path) -> None:
         pictures = sorted((evaluation / "pictures").glob("head*.png"))
         text = _TEMPLATE.render(
             summary=summary,
+            subjects=max(row["subjects"] for row in summary["protocols"].values()),
+            legend=_legend(),
             tools={name: PROTOCOLS[name].tool for name in summary["protocols"]},
             lowest=lowest_structures(rows),
             strips=[embed(path.read_bytes()) for path in pictures if "_" not in path.name],
@@ -103,6 +109,16 @@ def lowest_structures(rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
         for (protocol, name), values in found.items()
     ]
     return sorted(means, key=lambda row: row["dice"])[:LOWEST]
+
+
+def _legend() -> dict[str, list[str]]:
+    """Returns the tissues that each colour of the tissue maps stands for; the tools share colours."""
+    found: dict[str, list[str]] = {}
+    for protocol in ("fsl_fast", "malp_em_tissue"):
+        for structure in PROTOCOLS[protocol].structures[1:]:
+            names = found.setdefault(css(structure.color), [])
+            names += [structure.name] if structure.name not in names else []
+    return found
 
 
 def _curves(metrics: Sequence[dict[str, Any]]) -> str:

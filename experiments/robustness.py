@@ -204,7 +204,7 @@ def by_network(model: Model, calibration: Calibration, image: np.ndarray, voxel_
     result = segment_volume(model, volume)
     compared = agreement.compare(result.maps, volume.affine)
     implausible = plausibility.check(volume, result.maps, compared, result.removed)
-    told = sorted({*implausible, *assess(result.confidence, calibration).warnings})
+    told = sorted({*result.warnings, *implausible, *assess(result.confidence, calibration).warnings})
     return {name: PROTOCOLS[name].to_classes(ids) for name, ids in result.maps.items()}, told
 
 

@@ -145,7 +145,8 @@ CODES = {
     "E_LABEL_EMPTY": Code("A label map is all background.", "Run the segmentation tool again."),
     "E_LABEL_FLOAT": Code("A label map holds values that are not integers.", "Export it without interpolation."),
     "E_LABEL_IMAGE": Code(
-        "The file in the column `t1` is a label map.", "Check whether the columns of the manifest were exchanged."
+        "The file given as a scan is a label map.",
+        "Give the scan itself; in a manifest, check the order of the columns.",
     ),
     "E_LABEL_SET": Code(
         "A label map holds ids that its tool does not use.",

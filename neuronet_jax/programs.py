@@ -4,6 +4,7 @@ import argparse
 import difflib
 import io
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -73,6 +74,8 @@ class Parser(argparse.ArgumentParser):
         commands = [c for action in self._subparsers._group_actions for c in action.choices or ()]  # type: ignore
         if name not in commands:
             near = difflib.get_close_matches(name, commands, 1)
+            if os.path.exists(name):
+                self.error(f"a command comes first, such as `{self.prog} {commands[0]} {name}`")
             hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
             self.error(f"there is no command {name}; {hint}")
 
@@ -106,6 +109,20 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def some(kind: type) -> Callable[[str], Any]:
+    """Returns a type for `add_argument` that takes any text but an empty one, such as that of an unset shell variable.
+
+    As a path, an empty text would be the current folder.
+    """
+
+    def parse(text: str) -> Any:
+        if not text.strip():
+            raise argparse.ArgumentTypeError("it is empty; is a variable of the shell not set?")
+        return kind(text)
+
+    return parse
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:

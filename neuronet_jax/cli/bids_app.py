@@ -6,7 +6,7 @@ from typing import Any
 
 from neuronet_jax.cli import segment
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.programs import FAILED, PARTIAL
+from neuronet_jax.programs import FAILED, PARTIAL, some
 
 
 def add(commands: Any) -> None:
@@ -24,8 +24,8 @@ examples:
     neuronet bids bids labels participant --run=runs/all_targets --participant-label 01 02 --session-label 1
 """,
     )
-    command.add_argument("bids_dir", type=Path, help="a raw BIDS dataset")
-    command.add_argument("output_dir", type=Path, help="the derivative dataset to write")
+    command.add_argument("bids_dir", type=some(Path), metavar="BIDS_DIR", help="a raw BIDS dataset")
+    command.add_argument("output_dir", type=some(Path), metavar="OUTPUT_DIR", help="the derivative dataset to write")
     command.add_argument("analysis_level", choices=("participant",), help="scans are segmented one by one")
     for name in ("participant", "session"):
         command.add_argument(

@@ -2,13 +2,13 @@
 
 import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from neuronet_jax.programs import DONE, Parser
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
-_FOLDERS = ("DIR", "RUN", "OUT", "SAVED_MODEL_DIR")  # metavars of arguments that take a folder
+_FOLDERS = ("DIR", "RUN", "OUT", "SAVED_MODEL_DIR", "BIDS_DIR", "OUTPUT_DIR")  # metavars of what takes a folder
+_FILES = ("FILE", "INPUT")
 
 
 def add(commands: Any, parser: Callable[[], Parser]) -> None:
@@ -43,7 +43,7 @@ def _completion(args: argparse.Namespace) -> int:
     for action in _actions(parser):  # without this, a shell that has the script completes no file names any more
         if action.metavar in _FOLDERS:
             action.complete = shtab.DIRECTORY
-        elif action.type is Path or action.metavar == "INPUT":
+        elif action.metavar in _FILES:
             action.complete = shtab.FILE
     print(shtab.complete(parser, args.shell))
     return DONE

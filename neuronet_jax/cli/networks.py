@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from neuronet_jax.errors import UsageError
-from neuronet_jax.programs import DONE
+from neuronet_jax.programs import DONE, some
 
 
 def add_import_dltk(commands: Any) -> None:
@@ -25,9 +25,9 @@ examples:
 """,
     )
     command.add_argument(
-        "saved_model", type=Path, metavar="SAVED_MODEL_DIR", help="the folder of saved_model.pb and variables/"
+        "saved_model", type=some(Path), metavar="SAVED_MODEL_DIR", help="the folder of saved_model.pb and variables/"
     )
-    command.add_argument("--out", required=True, metavar="RUN", help="the run to write")
+    command.add_argument("--out", required=True, type=some(str), metavar="RUN", help="the run to write")
     command.add_argument(
         "--config", metavar="NAME", help="the network's name, if its classes fit several (fsl_fast, spm_tissue)"
     )
@@ -80,8 +80,8 @@ results:
   release/manifest.sha256       for sha256sum -c
 """,
     )
-    command.add_argument("--run", required=True, metavar="DIR", help="folder of a run or release")
-    command.add_argument("--out", required=True, metavar="DIR", help="output folder")
+    command.add_argument("--run", required=True, type=some(str), metavar="DIR", help="folder of a run or release")
+    command.add_argument("--out", required=True, type=some(str), metavar="DIR", help="output folder")
     command.add_argument(
         "--shape",
         action="append",

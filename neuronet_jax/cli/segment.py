@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neuronet_jax.errors import NeuronetError, UsageError
-from neuronet_jax.programs import DONE, FAILED, PARTIAL, Parser, number, shown
+from neuronet_jax.programs import DONE, FAILED, PARTIAL, Parser, number, shown, some
 
 
 def add(commands: Any) -> None:
@@ -66,11 +66,12 @@ These three tell of all scans in the folder, also of those of earlier commands.
     command.add_argument(
         "inputs",
         nargs="+",
+        type=some(str),
         metavar="INPUT",
         help="a .nii, .nii.gz or .mgz file, a folder (its *_T1w images at any depth and the images directly in it), "
         "a raw BIDS dataset, or @FILE with a path per line or, as .csv or .tsv, the column t1 and optionally id",
     )
-    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
+    command.add_argument("--out", required=True, type=some(Path), metavar="DIR", help="output folder")
     add_options(command)
     command.set_defaults(command=segment)
 
@@ -80,11 +81,15 @@ def add_options(command: Parser) -> None:
     command.add_argument(
         "--run",
         action="append",
+        type=some(str),
         metavar="DIR",
         help="folder of a run or release; repeat it for an ensemble (default: the network that ships with the package)",
     )
     command.add_argument(
-        "--protocols", type=_names, metavar="NAME,…", help="a selection of the run's protocols (default: all)"
+        "--protocols",
+        type=_names,
+        metavar="NAME,…",
+        help="a selection of fsl_fast, fsl_first, spm_tissue, malp_em, malp_em_tissue (default: all of the run)",
     )
     command.add_argument(
         "--shard",
@@ -104,7 +109,8 @@ def add_options(command: Parser) -> None:
         type=_names,
         default=(),
         metavar="NAME,…",
-        help="probability maps of structures, named PROTOCOL:STRUCTURE as in the label tables",
+        help="probability maps of structures, named PROTOCOL:STRUCTURE as in the label tables, such as "
+        "fsl_first:LeftHippocampus",
     )
     command.add_argument(
         "--also",
@@ -136,7 +142,10 @@ def add_options(command: Parser) -> None:
     command.add_argument("--threads", type=number(int, 1), metavar="N", help="use at most N CPU cores")
     command.add_argument("--quiet", action="store_true", help="print errors and rejected inputs only")
     command.add_argument(
-        "--log-file", type=Path, metavar="FILE", help="append what happens, with the time, to FILE; it names the scans"
+        "--log-file",
+        type=some(Path),
+        metavar="FILE",
+        help="append what happens, with the time, to FILE; it names the scans",
     )
 
 
@@ -229,7 +238,7 @@ def segment(args: argparse.Namespace) -> int:
     _conclude(shown(f"{done} of {of} scans segmented{where}" + (f", {there} of them earlier" if there else "")), args)
     for code, meaning, count in reports.explained(ordered):
         _conclude(f"{code} ({count} {'scan' if count == 1 else 'scans'}): {meaning}", args)
-    if todo:
+    if todo and work.network_s:
         _conclude(work.timing(len(todo)), args)
     return DONE if done == of else PARTIAL if done else FAILED
 

@@ -5,7 +5,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
-from neuronet_jax.programs import DONE, number
+from neuronet_jax.programs import DONE, number, some
 
 
 def add(commands: Any) -> None:
@@ -29,10 +29,11 @@ examples:
 keys: n next head, p previous head, g good, b bad, u unsure
 """,
     )
-    command.add_argument("out", type=Path, metavar="OUT", help="the --out of `neuronet segment`")
+    command.add_argument("out", type=some(Path), metavar="OUT", help="the --out of `neuronet segment`")
     command.add_argument(
         "inputs",
         nargs="*",
+        type=some(str),
         metavar="INPUT",
         help="the scans, as `neuronet segment` got them; results keep no copy of them",
     )

@@ -79,4 +79,4 @@ def is_label_map(image: np.ndarray) -> bool:
     if not both.any() or np.mean(first[both] == second[both]) <= LEAST_EQUAL:
         return False
     values = np.unique(sample)
-    return len(values) <= MOST_LABELS and bool(np.all(values == np.rint(values)))
+    return 1 < len(values) <= MOST_LABELS and bool(np.all(values == np.rint(values)))

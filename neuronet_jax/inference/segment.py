@@ -58,6 +58,12 @@ def segment(
     of its shape. A file or a nibabel image gives NIfTI images on its grid, with its qform, sform and codes. Raises
     RejectError with a code if the image is unusable, and NeuronetError for protocols that the model lacks.
     """
+    if not isinstance(model, Model):
+        raise NeuronetError("the model comes first, as in segment(neuronet_jax.restore(), image)")
+    if image is None or (
+        isinstance(image, (list, tuple)) and any(isinstance(one, (str, os.PathLike)) for one in image)
+    ):
+        raise NeuronetError("segment takes one image at a time: a path, a nibabel image, or an array [x y z]")
     if isinstance(image, (str, os.PathLike, SpatialImage)):
         volume = nifti.check_image(image) if isinstance(image, SpatialImage) else nifti.read_image(Path(image))
         maps = _segment(model, volume, protocols, options, confidence=False).maps
@@ -90,7 +96,7 @@ def _segment(
     conformed = space.conform(volume, model.voxel_size_mm, is_label=False)
     order, positions = space.walked(conformed.affine, volume.grid) or ((0, 1, 2), [])
     whole = all(np.abs(p - np.rint(p)).max() < WHOLE_VOXELS for p in positions)  # nothing to interpolate
-    whitened, background = _whiten(conformed.data)
+    whitened, background, warnings = _whiten(conformed.data)
     if options.fast:
         box = _head_box(conformed.data, model.voxel_size_mm)
         classes = np.zeros((len(plan.read), *whitened.shape), np.uint8)
@@ -120,6 +126,7 @@ def _segment(
         _confidence(plan, result.sums) if confidence else {},
         {name: home(found) for name, found in zip(options.posteriors, result.posteriors, strict=True)},
         {name: removed[name] for name in plan.protocols} if options.clean_up else {},
+        warnings,
     )
 
 
@@ -205,10 +212,13 @@ def _head_box(image: np.ndarray, voxel_size_mm: float) -> tuple[slice, ...]:
     return tuple(box)
 
 
-def _whiten(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """Returns the image prepared as for a store, and the value of its background (raw 0), which padding continues."""
+def _whiten(image: np.ndarray) -> tuple[np.ndarray, float, tuple[str, ...]]:
+    """Returns the image prepared as for a store, the value of its background (raw 0), which padding continues, and
+    W_INTENSITY where that holds.
+    """
     with np.errstate(over="ignore"):  # beyond float32 becomes Inf, which the statistics refuse
         image = image.astype(np.float32, copy=False)
-    clipped, _ = intensity.clip_spikes(image)
+    clipped, warnings = intensity.clip_spikes(image)
     statistics = intensity.statistics(clipped)
-    return intensity.whiten(clipped, statistics.mean, statistics.std), -statistics.mean / statistics.std
+    whitened = intensity.whiten(clipped, statistics.mean, statistics.std)
+    return whitened, -statistics.mean / statistics.std, warnings

@@ -78,3 +78,4 @@ class Segmentation:
     confidence: dict[str, Confidence]  # per protocol; empty with Options.fast
     posteriors: dict[str, np.ndarray]  # per requested "PROTOCOL:STRUCTURE" float32 [x y z], 0 to 1
     removed: dict[str, int] = field(default_factory=dict)  # per protocol voxels that the clean-up turned to background
+    warnings: tuple[str, ...] = ()  # W_… of the intensities

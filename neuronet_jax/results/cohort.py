@@ -17,7 +17,7 @@ from rich.text import Text
 
 from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError, RejectError
-from neuronet_jax.images import nifti
+from neuronet_jax.images import intensity, nifti
 from neuronet_jax.inference import cost
 from neuronet_jax.inference.segment import segment_volume
 from neuronet_jax.inference.segmentation import Options
@@ -68,6 +68,8 @@ class Cohort:
     def segment(self, target: Target) -> Row:
         """Reads one scan, segments it and writes its results. Raises RejectError for a file that cannot be used."""
         volume = nifti.read_image(target.source, self.limits)
+        if intensity.is_label_map(volume.data):
+            raise RejectError("E_LABEL_IMAGE", "the image is a label map: few whole numbers, in patches of one value")
         source = identify(target.source)
         result = segment_volume(self.model, volume, self.dataset.protocols, self.options)
         self.dataset.begin()

@@ -9,12 +9,14 @@ from typing import IO
 
 import numpy as np
 from jaxtyping import Num, UInt8
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS, Protocol
 
 _DPI = 100
+_LETTERS = ("L", "R"), ("L", "R"), ("P", "A")  # at the edges of axial, coronal and sagittal slices in RAS+ order
 _PANEL_INCHES = 2.2  # shows a 1 mm scan at about its own resolution
 
 
@@ -50,6 +52,10 @@ def save_comparison(
     axes = figure.add_axes((0, 0, 1, 1 - 0.3 / figure.get_figheight()))
     axes.imshow(picture, interpolation="nearest")
     axes.set_axis_off()
+    x, y, z = image.shape
+    for letters, top, width in zip(_LETTERS, (0, y, y + z), (x, x, y), strict=True):
+        for panel in range(3):
+            _write_letters(axes, letters, panel * width + 1, (panel + 1) * width - 1, top + 1)
     figure.suptitle(f"{protocol.tool} ({protocol.name}): image, reference, prediction", fontsize=9, y=0.995)
     figure.savefig(path)
 
@@ -78,9 +84,16 @@ def save_strip(
                 pixels = np.where((classes > 0)[..., None], 0.3 * pixels + 0.7 * colors[classes], pixels)
             grid[row, column].imshow(pixels, origin="lower", interpolation="nearest")
             grid[row, column].set_axis_off()
+            _write_letters(grid[row, column], _LETTERS[row], 0, view.shape[1] - 1, view.shape[0] - 1)
         title = "T1" if name is None else f"{PROTOCOLS[name].tool} ({name})\n{titles.get(name, '')}"
         grid[0, column].set_title(title, color="white", fontsize=8)
     figure.savefig(path)
+
+
+def _write_letters(axes: Axes, letters: tuple[str, str], left: float, right: float, top: float) -> None:
+    """Writes the sides of the body into the upper corners of a slice."""
+    for letter, x, side in zip(letters, (left, right), ("left", "right"), strict=True):
+        axes.text(x, top, letter, color="#ffe08a", fontsize=7, weight="bold", ha=side, va="top")
 
 
 def save_curves(path: Path | IO[bytes], metrics: Mapping[str, list[tuple[int, float]]]) -> None:

@@ -38,6 +38,10 @@ def check_description(folder: Path, advice: str) -> None:
     path = folder / "dataset_description.json"
     if not path.exists() and (root := _root_of(folder)):
         raise NeuronetError(f"{folder} is a part of the BIDS dataset {root}: give that folder, or {advice}")
+    if not path.exists():
+        raise NeuronetError(
+            f"{folder} has no dataset_description.json, as every BIDS dataset: give a dataset's own folder, or {advice}"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -49,7 +49,7 @@ def write_results(
     expected = quality.assess(result.confidence, calibration)
     removed_ml = {name: voxels * voxel_mm3(volume.affine) / 1000 for name, voxels in result.removed.items()}
     implausible = plausibility.check(volume, maps, compared, result.removed)
-    warnings = sorted({*volume.warnings, *implausible, *expected.warnings})
+    warnings = sorted({*volume.warnings, *result.warnings, *implausible, *expected.warnings})
     try:
         target.folder.mkdir(parents=True, exist_ok=True)
         for name, ids in maps.items():

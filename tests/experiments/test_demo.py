@@ -1,5 +1,8 @@
 """The sequence of the demo; its steps have their own tests."""
 
+import re
+import shlex
+
 import pytest
 
 from experiments import demo, evaluate, report, train
@@ -17,13 +20,17 @@ def cohort(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def steps(monkeypatch):
+def steps(monkeypatch, tmp_path):
     """Records the steps instead of running them; `steps["failing"]` names one that fails."""
     seen = {"ran": [], "failing": None}
 
     def stand_in(name):
         def command(arguments):
             seen["ran"].append((name, list(arguments)))
+            if name == "segment":
+                page = tmp_path / "here" / "heads" / "sub-T1" / "anat" / "sub-T1_report.html"
+                page.parent.mkdir(parents=True)
+                page.touch()
             return 3 if name == seen["failing"] else 0
 
         return command
@@ -37,7 +44,8 @@ def test_held_out_head_is_the_first_test_subject(cohort):
     assert demo.held_out_head(cohort / "store") == cohort / "cohort" / "b" / "T1.nii.gz"
 
 
-def test_every_step_takes_the_results_of_the_one_before(cohort, steps):
+def test_every_step_takes_the_results_of_the_one_before(cohort, steps, monkeypatch):
+    monkeypatch.chdir(cohort)
     assert demo.main(["--out=here", "--config.steps=3"]) == 0
     ran = dict(steps["ran"])
     assert list(ran) == ["train", "segment", "evaluate", "report"]
@@ -49,7 +57,20 @@ def test_every_step_takes_the_results_of_the_one_before(cohort, steps):
     assert "--eval=here/evaluation" in ran["report"]
 
 
-def test_a_step_that_fails_ends_the_demo_with_its_status(cohort, steps):
+def test_it_ends_with_pages_that_exist_and_commands_that_can_be_typed(cohort, steps, monkeypatch, capsys):
+    monkeypatch.chdir(cohort)
+    assert demo.main(["--out=here"]) == 0
+    text = capsys.readouterr().out
+    assert (cohort / "here/heads/sub-T1/anat/sub-T1_report.html").is_file()  # as `neuronet segment` names it
+    assert "\n  here/heads/sub-T1/anat/sub-T1_report.html\n" in text and "\n  here/report.html\n" in text
+    for name in ("view", "segment"):
+        (line,) = re.findall(rf"^  \S+ -m neuronet_jax ({name} .*)", text, re.MULTILINE)
+        cli._parser().parse_args(shlex.split(line))
+    assert str(cohort / "cohort" / "b" / "T1.nii.gz") in text
+
+
+def test_a_step_that_fails_ends_the_demo_with_its_status(cohort, steps, monkeypatch):
+    monkeypatch.chdir(cohort)
     steps["failing"] = "segment"
     assert demo.main(["--out=here"]) == 3
     assert [name for name, _ in steps["ran"]] == ["train", "segment"]

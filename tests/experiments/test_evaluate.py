@@ -227,7 +227,8 @@ def test_the_report_is_self_contained(model, store, tmp_path):
     assert report.main([f"--run={tmp_path}", f"--eval={tmp_path / 'out'}", f"--out={tmp_path / 'report.html'}"]) == 0
     html = (tmp_path / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 5 and "http" not in html
-    assert "1.0000 ± 0.0000" in html and "a test" in html
+    assert "1.000 ± 0.000" in html and "a test" in html
+    assert 'background: #4076bf"></span>CSF, Ventricles<' in html  # one legend for all tissue maps
     assert PROTOCOLS["fsl_first"].structures[2].name in html  # the hardest one
     assert report.main([f"--run={tmp_path}", f"--eval={tmp_path / 'no'}", f"--out={tmp_path / 'r.html'}"]) == 1
 

@@ -120,10 +120,13 @@ def test_other_levels_and_a_missing_dataset_are_refused(segmented, bids, tmp_pat
         ({"BIDSVersion": 1.1}, "must have BIDSVersion, as text"),
         ({"DatasetType": "derivative"}, "is a BIDS dataset of type 'derivative': give the raw dataset"),
         (None, "dataset_description.json cannot be read"),
+        ("missing", "has no dataset_description.json, as every BIDS dataset"),
     ],
 )
 def test_the_description_is_checked_unless_skipped(segmented, bids, capsys, changed, message):
-    if changed is None:
+    if changed == "missing":
+        (bids / "dataset_description.json").unlink()
+    elif changed is None:
         (bids / "dataset_description.json").write_text("{")
     else:
         _describe(bids, **changed)

@@ -71,6 +71,16 @@ def test_F03_a_cohort_continues_past_bad_files(run, heads, tmp_path, capsys):
     assert list(out.rglob("*tmp*")) == []
 
 
+def test_F04_a_label_map_is_no_scan(run, heads, tmp_path, capsys):
+    data = np.asarray(nib.Nifti1Image.from_filename(heads / "a.nii.gz").dataobj)
+    labels = (np.kron(np.arange(8).reshape(2, 2, 2), np.ones((30, 35, 32))) * (data > 0)).astype(np.uint8)
+    nib.save(nib.Nifti1Image(labels, np.diag([-2.0, 2, 2, 1])), heads / "labels.nii.gz")
+    assert main(["segment", str(heads / "labels.nii.gz"), run, f"--out={tmp_path / 'out'}"]) == 1
+    said = capsys.readouterr()
+    assert "rejected, E_LABEL_IMAGE: the image is a label map" in said.err and "Give the scan itself" in said.out
+    assert "the network was busy" not in said.out  # it had nothing to do
+
+
 def _state(out: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("sub-*/**/*.*")}
 
@@ -223,7 +233,7 @@ def test_examples_of_the_help_are_commands(name, capsys):
     lines = re.findall(r"^ +(?:.*')?(neuronet [^'\n]*)", text, re.MULTILINE)
     assert len(lines) >= (4 if name == "segment" else 1)
     for line in lines:
-        line = line.replace("$SLURM_ARRAY_TASK_ID", "8").partition("   ")[0]
+        line = line.replace("$SLURM_ARRAY_TASK_ID", "8").partition("   ")[0].partition(" > ")[0]
         if "COMMAND" in line:
             continue
         args = _parser().parse_args(shlex.split(line)[1:])  # exits with 2 if one is wrong

@@ -325,6 +325,9 @@ def test_misplaced_arguments_are_answered_by_what_to_write(model):
     for call, message in (
         (lambda: segment(model, np.ones((8, 8, 8)), misplaced), r"give the options by name, options=Options\(…\)"),
         (lambda: segment(model, np.ones((8, 8, 8)), "fsl_fast"), r"such as \['fsl_fast'\], got one string"),
+        (lambda: segment("T1.nii.gz", model), r"the model comes first, as in segment\(neuronet_jax.restore\(\), image"),  # type: ignore
+        (lambda: segment(model, ["T1.nii.gz"]), "one image at a time"),  # type: ignore
+        (lambda: segment(model, None), "one image at a time"),  # type: ignore
         (lambda: Options(posteriors="malp_em:X"), r"such as \('malp_em:X',\), got one string"),  # type: ignore
     ):
         with pytest.raises(NeuronetError, match=message):

@@ -96,6 +96,24 @@ def test_a_mistyped_command_or_option_is_answered_with_the_nearest(capsys):
         assert raised.value.code == 2 and nearest in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("empty", ["input", "--out=", "--run=", "--log-file="])
+def test_F09_an_unset_variable_of_the_shell_is_not_the_current_folder(run, heads, tmp_path, monkeypatch, capsys, empty):
+    monkeypatch.chdir(heads)
+    before = sorted(heads.iterdir())
+    command = ["segment", "a.nii.gz", run, f"--out={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit) as raised:
+        main(["segment", "", *command[2:]] if empty == "input" else [*command, empty])
+    assert raised.value.code == 2 and "it is empty; is a variable of the shell not set?" in capsys.readouterr().err
+    assert sorted(heads.iterdir()) == before
+
+
+def test_a_file_in_the_place_of_the_command_is_answered_with_the_command(heads, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main([str(heads / "a.nii.gz"), "--out=labels"])
+    assert raised.value.code == 2
+    assert f"a command comes first, such as `neuronet segment {heads / 'a.nii.gz'}`" in capsys.readouterr().err
+
+
 # ---- the shared files tell of the whole folder ----------------------------------------------------------------------
 
 

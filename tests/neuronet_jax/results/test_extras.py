@@ -1,6 +1,7 @@
 """The brain mask, its volumes, and what is written on request, through the real command."""
 
 import csv
+import math
 import re
 
 import nibabel as nib
@@ -10,6 +11,7 @@ from nibabel.freesurfer.mghformat import MGHImage
 
 from neuronet_jax.cli import main
 from neuronet_jax.evaluation import volumetry
+from neuronet_jax.runs.calibration import Calibration, Spread, save_calibration
 
 
 def test_mask_and_volumes_by_hand():
@@ -32,6 +34,23 @@ def test_mask_and_volumes_by_hand():
     assert volumetry.brain_mask({"fsl_first": first}) is None and np.isnan(
         volumetry.brain_mm3({"fsl_first": mm3["fsl_first"]})
     )
+
+
+def test_volumes_have_the_intervals_of_the_runs_calibration(run, heads, tmp_path):
+    """Twice what the network finds, times or by 1.5; FIRST is not calibrated."""
+    spread = Spread((0.0, math.log(2), 0.0, 0.0), (), (math.log(1.5),), 0.91)
+    save_calibration(str(tmp_path), Calibration(0, 3, {}, None, volumes={"fsl_fast": spread}))
+    out = tmp_path / "out"
+    assert main(["segment", str(heads / "a.nii.gz"), run, f"--out={out}"]) == 0
+    with (out / "sub-a" / "anat" / "sub-a_volumes.tsv").open(newline="") as file:
+        rows = {(row["protocol"], row["name"]): row for row in csv.DictReader(file, delimiter="\t")}
+    found = rows["fsl_fast", "CSF"]
+    volume, low, high = (float(found[name]) for name in ("volume_mm3", "low_mm3", "high_mm3"))
+    assert volume > 0 and low == pytest.approx(2 * volume / 1.5, abs=0.1) and high == pytest.approx(3 * volume, abs=0.1)
+    others = [row for name, row in rows.items() if name != ("fsl_fast", "CSF")]
+    assert {row["low_mm3"] for row in others} == {row["high_mm3"] for row in others} == {"n/a"}
+    page = (out / "sub-a" / "anat" / "sub-a_report.html").read_text()
+    assert "fsl_fast 91%" in page and f"{low / 1000:.0f}" in page
 
 
 def test_what_is_asked_for_is_written_later_too(run, heads, tmp_path, capsys):

@@ -23,6 +23,7 @@ from neuronet_jax.results.pictures import colors_of, votes_colors
 from neuronet_jax.results.reports import ml
 from neuronet_jax.results.write import write_results
 from neuronet_jax.runs.provenance import Origin, Provenance
+from tests.browser import browser
 
 ATTACK = "<script>alert(1)</script>"
 AFFINE = np.diag([2.0, 2.0, 2.5, 1.0])
@@ -109,6 +110,32 @@ def test_pages_are_self_contained(tmp_path):
         "BrainStem</span>",  # the legend
     ):
         assert text in head
+
+
+def test_a_person_switches_layers_and_reads_on_a_phone(tmp_path):
+    rows = [_write(tmp_path, f"sub-0{number}", Provenance((Origin(note="demonstration"),))) for number in (1, 2)]
+    update_summary(tmp_path, rows)
+    write_cohort(tmp_path, Provenance())
+    visible = (
+        "[...document.querySelectorAll('.tile:first-of-type .layer')].filter(i => i.offsetWidth).map(i => i.className)"
+    )
+    with browser(tmp_path) as tab:
+        for path in (tmp_path / "report.html", tmp_path / "sub-01" / "anat" / "sub-01_report.html"):
+            for width in (1280, 400):
+                tab.open(path.as_uri(), width=width)
+                assert tab.run("document.documentElement.scrollWidth") <= width
+        tab.run("document.images[0].decode()")
+        assert set(tab.run(visible)) == {"layer fsl_fast contour"}
+        wide = tab.run("document.querySelector('.tile').offsetWidth")
+        for key in ("show-fsl_first", "filled", "large"):
+            tab.run(f"document.querySelector('label[for={key}]').click()")
+        assert set(tab.run(visible)) == {"layer fsl_first fill"}
+        assert tab.run("document.querySelector('.tile').offsetWidth") > wide
+        shown = "[...document.querySelectorAll('p.legend')].filter(p => p.offsetWidth).map(p => p.innerText)"
+        (legend,) = tab.run(shown)
+        assert "BrainStem" in legend and "LeftHippocampus" in legend
+        tab.run("document.querySelector('label[for=show-none]').click()")
+        assert tab.run(visible) == tab.run(shown) == []
 
 
 def test_the_page_of_all_scans_is_made_without_reading_their_pages(tmp_path, monkeypatch):

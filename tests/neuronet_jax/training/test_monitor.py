@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.results.pictures import label_picture
+from neuronet_jax.results.pictures import label_picture, save_comparison, save_strip
 from neuronet_jax.runs import directory
 from neuronet_jax.runs.directory import RunDirectory
 from neuronet_jax.training import monitor
@@ -222,6 +222,19 @@ def test_label_picture_shows_the_right_voxels():
     assert lit == [(0, 1, 0), (5, 2, 3)]  # anterior is up, left is left; labels in panel 1, reference in panel 2
     expected = np.array(protocol.structures[1].color) / 2
     assert np.abs(axial[0, 1, 0] - expected).max() <= 0.5
+
+
+def test_saved_pictures_name_the_sides(tmp_path):
+    cube, protocol = np.zeros((40, 40, 40)), PROTOCOLS["fsl_fast"]
+    classes = cube.astype(np.uint8)
+    save_strip(tmp_path / "strip.png", cube, {"fsl_fast": classes}, {})
+    save_comparison(tmp_path / "comparison.png", cube, classes, classes, protocol)
+    for name, columns, rows in (("strip", 2, 2), ("comparison", 3, 3)):
+        pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
+        letters = np.argwhere(np.abs(pixels - (255, 224, 138)).max(axis=-1) < 60)
+        high, wide = pixels.shape[:2]
+        places = {(y * rows // high, x * 2 * columns // wide) for y, x in letters.tolist()}
+        assert places == {(row, half) for row in range(rows) for half in range(2 * columns)}
 
 
 def test_label_picture_refuses_unequal_shapes():

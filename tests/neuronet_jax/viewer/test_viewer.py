@@ -133,6 +133,7 @@ def test_a_person_looks_at_two_heads_and_notes_which_is_good(results, heads, tmp
             tab.open(address[0], width=400)  # a narrow window; the notes are still there
             tab.until("document.body.dataset.state === 'sub-a fsl_fast'")
             assert tab.run("document.querySelector('[aria-pressed=true]').value") == "good"
+            tab.run("document.getElementById('scan').options[0].text = 'sub-' + 'longname'.repeat(9)")
             assert tab.run("document.documentElement.scrollWidth") <= 400
             assert tab.run("document.getElementById('back').offsetTop === document.getElementById('next').offsetTop")
     finally:
