@@ -51,7 +51,7 @@ def test_the_recipe_of_the_network_that_ships(tmp_path, monkeypatch):
         load("pretrained")
     (tmp_path / "stores" / "pretrained" / "brains-1mm").mkdir(parents=True)
     assert load("pretrained").to_json() == _golden("pretrained").read_text().rstrip("\n")
-    with pytest.raises(UsageError, match="the variants are '', '2mm' and '1.5mm'"):
+    with pytest.raises(UsageError, match=r"the variants are '', '2mm' and '1\.5mm'"):
         load("pretrained:demo")
 
 
