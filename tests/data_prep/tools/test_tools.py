@@ -177,7 +177,7 @@ def test_failures_that_may_be_rejected_cost_their_maps_only(maps: Path, command,
 def test_A36_a_full_disk_ends_the_build_and_the_next_one_makes_the_rest(
     maps: Path, command, tmp_path: Path, small_disk, capsys
 ) -> None:
-    """No half of a map is ever taken for a whole one, be there no room for a scan, for a map, or for the log."""
+    """A scan, a map or a log has no room: no half of a map is ever taken for a whole one."""
     (tmp_path / "out").symlink_to(small_disk.folder)
     said = []
     for left in range(0, 2**19, 3 * 2**14):
