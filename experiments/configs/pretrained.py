@@ -27,7 +27,7 @@ class Stage(NamedTuple):
 STAGES = {  # by grid, in their order
     "2mm": Stage(1_350, 5e-3, 0.5),
     "1.5mm": Stage(1_000, 4e-3, 0.5),
-    "1mm": Stage(750, 3e-3, 0.3),
+    "1mm": Stage(1_000, 3e-3, 0.3),
 }
 
 
