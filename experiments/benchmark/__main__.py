@@ -3,7 +3,7 @@
     python -m experiments.benchmark                         a training step and inference, against PyTorch
     python -m experiments.benchmark --size=128 --dtype=bfloat16 --against=torch-compile,torch-eager:float32    on a GPU
     python -m experiments.benchmark --what=head,head-resampled --against=torch-eager,dipy --run=RUN    whole heads
-    python -m experiments.benchmark --what=head-finer --against=torch-eager --run=neuronet_jax/pretrained    what ships
+    python -m experiments.benchmark --what=head --against=torch-eager --run=neuronet_jax/pretrained    what ships
     python -m experiments.benchmark --against=tensorflow@tf-2.15/bin/python    in an environment of its own
     python -m experiments.benchmark --input                 the input pipeline, alone and under a training step
     python -m experiments.benchmark --preparation --manifest=cohort.csv    from files to a store, by 1 and 2 workers

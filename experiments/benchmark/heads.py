@@ -21,7 +21,7 @@ class Head(NamedTuple):
 HEADS = {
     "head": Head(1.0, (1.0, 1.0, 1.0), (192, 224, 192)),
     "head-resampled": Head(1.0, (1.25, 0.9, 0.9), (154, 249, 214)),
-    "head-finer": Head(1.5, (1.0, 1.0, 1.0), (192, 240, 192)),  # as the network that ships sees a scan of 1 mm
+    "head-finer": Head(1.5, (1.0, 1.0, 1.0), (192, 240, 192)),  # as a network of 1.5 mm sees a scan of 1 mm
 }
 # Least share of all voxels of all protocols with the same label: sums in a different order may decide a tie
 # differently, and tiles that share too little see a border where the head has none.
