@@ -48,8 +48,7 @@ def prepare(source: Source, slot: int, settings: Settings) -> Record:
     image, notes = intensity.clip_spikes(conformed.data)
     warnings += notes
     statistics = intensity.statistics(image)  # before padding, as in inference
-    if intensity.is_label_map(volume.data):
-        raise RejectError("E_LABEL_IMAGE", "the image is a label map: few whole numbers, in patches of one value")
+    intensity.refuse_label_map(volume.data)
 
     maps = {}
     for name in settings.protocols:

@@ -15,11 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_prep.demo.cohort import demo_manifest, ensure_demo_store
-from neuronet_jax.programs import DONE, NOT_FINITE, OUT_OF_MEMORY, PARTIAL, STALLED, Parser, run
+from experiments.steps import STATUSES, run_step
+from neuronet_jax.programs import DONE, Parser, run
 
-STATUSES: dict[int, str] = dict.fromkeys(
-    (PARTIAL, NOT_FINITE, OUT_OF_MEMORY, STALLED), "the status of the step that failed; see its --help"
-)
 _PYTHON = shlex.quote(os.path.relpath(sys.executable))  # that of `make`, which is in no PATH
 
 
@@ -54,9 +52,8 @@ def _demo(options: argparse.Namespace) -> int:
         ("experiments.evaluate", evaluate.main, [f"--run={workdir}", "--split=test", f"--out={scores}"]),
         ("experiments.report", report.main, [f"--run={workdir}", f"--eval={scores}", f"--out={page}"]),
     ]
-    for module, command, given in steps:
-        print(f"\n$ python -m {module} {shlex.join(given)}", flush=True)
-        if status := command(given):
+    for step in steps:
+        if status := run_step(*step):
             return status
     (scan,) = Path(heads).glob("sub-*/anat/*_report.html")
     print(f"""

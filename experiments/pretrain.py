@@ -2,13 +2,12 @@
 
     python -m experiments.pretrain --manifest=cohort.csv --maps=label_maps --out=runs/pretrained [--config.FIELD=…]
 
-For every grid, from coarse to fine: builds the store of brains, paints heads, and trains from
-the weights of the grid before. Settings hold for every grid. Each step is a separate command, printed before it runs;
-Ctrl-C while one trains saves. The same command continues with the first step that is not done.
+For every grid, from coarse to fine: builds the store of brains, paints heads, and trains from the weights of the grid
+before. Settings hold for every grid. Each step is a separate command, printed before it runs; Ctrl-C while one trains
+saves. The same command continues with the first step that is not done.
 """
 
 import argparse
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from experiments.steps import STATUSES, run_step
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.programs import DONE, NOT_FINITE, OUT_OF_MEMORY, PARTIAL, STALLED, Parser, number, run
+from neuronet_jax.programs import DONE, Parser, number, run
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.directory import QUALITY, RELEASE
 from neuronet_jax.store.reader import Store
 
-STATUSES: dict[int, str] = dict.fromkeys(
-    (PARTIAL, NOT_FINITE, OUT_OF_MEMORY, STALLED), "the status of the step that failed; see its --help"
-)
 HEADS_PER_BRAIN = 6
 NOTE = "weights for non-commercial use, CC BY-NC 4.0"  # of the labels that the shipped network learned from
 
@@ -69,8 +66,7 @@ def _pretrain(options: argparse.Namespace) -> int:
     for step in _steps(options):
         if step.is_done():
             continue
-        print(f"\n$ python -m {step.module} {shlex.join(step.arguments)}", flush=True)
-        if status := step.command(step.arguments):
+        if status := run_step(step.module, step.command, step.arguments):
             return status
         if not step.is_done():
             print("stopped as asked; the same command continues", flush=True)

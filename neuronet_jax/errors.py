@@ -3,6 +3,8 @@
 Messages give the rule, the offending value and the fix.
 """
 
+from collections.abc import Sequence
+
 
 class NeuronetError(Exception):
     """A request that the library cannot fulfil. The message says what to change."""
@@ -38,3 +40,8 @@ class CodedWarning(UserWarning):
 
     def __reduce__(self):
         return type(self), (self.code, self.reason)
+
+
+def shortened(items: Sequence[str], most: int) -> list[str]:
+    """Returns the first `most` items, and how many more there are: as much of a list as a message can hold."""
+    return [*items[:most], *([f"and {len(items) - most} more"] if len(items) > most else [])]

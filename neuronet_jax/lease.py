@@ -148,8 +148,7 @@ def lease(files: Files, name: str) -> Iterator[Lease]:
 
 def this_process() -> str:
     """Names this process in letters, digits and `-`: its machine, its id there, and when it started."""
-    machine = hashlib.sha256(_machine().encode()).hexdigest()[:16]
-    return f"{machine}-{os.getpid()}-{_started(os.getpid())}"
+    return f"{_short_machine()}-{os.getpid()}-{_started(os.getpid())}"
 
 
 def has_ended(process: str) -> bool | None:
@@ -158,7 +157,7 @@ def has_ended(process: str) -> bool | None:
     """
     machine, _, rest = process.partition("-")
     pid, _, started = rest.partition("-")
-    if not _machine() or machine != this_process().partition("-")[0] or not pid.isdigit():
+    if not _machine() or machine != _short_machine() or not pid.isdigit():
         return None
     return _started(int(pid)) != started
 
@@ -180,6 +179,10 @@ def _machine() -> str:
         return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return ""
+
+
+def _short_machine() -> str:
+    return hashlib.sha256(_machine().encode()).hexdigest()[:16]
 
 
 def _started(pid: int) -> str:

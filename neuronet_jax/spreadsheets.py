@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.errors import NeuronetError, shortened
 
 MOST_FAULTS = 20  # rows that one message names: as many as a person repairs before trying again
 Row = tuple[int, dict[str, str]]  # number of the line, from 1; cells by column, stripped but for `id`
@@ -31,9 +31,8 @@ class Faults:
     def raise_any(self) -> None:
         """Raises NeuronetError with the first MOST_FAULTS faults, a line each."""
         if len(self._found) > 1:
-            shown = self._found[:MOST_FAULTS]
-            more = [f"and {len(self._found) - MOST_FAULTS} more"] if len(self._found) > MOST_FAULTS else []
-            raise NeuronetError("\n  ".join([f"{len(self._found)} rows cannot be used:", *shown, *more]))
+            shown = shortened(self._found, MOST_FAULTS)
+            raise NeuronetError("\n  ".join([f"{len(self._found)} rows cannot be used:", *shown]))
         if self._found:
             raise NeuronetError(self._found[0])
 

@@ -14,9 +14,7 @@ from PIL import Image
 
 NOTEBOOK = Path(__file__).with_name("segment.ipynb")
 WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-COLOURS = 64
+COLOURS = 64  # of a saved picture
 
 
 def small(picture: str) -> str:

@@ -67,6 +67,12 @@ def clip_spikes(image: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     return image, ("W_INTENSITY",) if clipped or negative else ()
 
 
+def refuse_label_map(image: np.ndarray) -> None:
+    """Raises RejectError E_LABEL_IMAGE if an image [x y z] is a label map."""
+    if is_label_map(image):
+        raise RejectError("E_LABEL_IMAGE", "the image is a label map: few whole numbers, in patches of one value")
+
+
 def is_label_map(image: np.ndarray) -> bool:
     """Tells whether an image [x y z] holds labels instead of intensities: few whole numbers, in patches of one value.
 

@@ -68,8 +68,7 @@ class Cohort:
     def segment(self, target: Target) -> Row:
         """Reads one scan, segments it and writes its results. Raises RejectError for a file that cannot be used."""
         volume = nifti.read_image(target.source, self.limits)
-        if intensity.is_label_map(volume.data):
-            raise RejectError("E_LABEL_IMAGE", "the image is a label map: few whole numbers, in patches of one value")
+        intensity.refuse_label_map(volume.data)
         source = identify(target.source)
         result = segment_volume(self.model, volume, self.dataset.protocols, self.options)
         self.dataset.begin()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from neuronet_jax.errors import shortened
 from neuronet_jax.labels import PROTOCOLS, REGIONS, is_comparable
 from neuronet_jax.results.bids import Target
 from neuronet_jax.results.reports import css, environment, explained, facts
@@ -107,9 +108,8 @@ def _absence(columns: Sequence[str]) -> str:
     """Names the absent structures for people."""
     if not columns:
         return ""
-    named = [f"{name} ({protocol})" for protocol, _, name in (column.partition(".") for column in columns[:_NAMED])]
-    more = [f"and {len(columns) - _NAMED} more"] if len(columns) > _NAMED else []
-    return f"absent: {', '.join([*named, *more])}"
+    named = [f"{name} ({protocol})" for protocol, _, name in (column.partition(".") for column in columns)]
+    return f"absent: {', '.join(shortened(named, _NAMED))}"
 
 
 def _outlines(volumes: Volumes) -> dict[str, Any]:
@@ -174,8 +174,7 @@ def _distribution(name: str, protocol: str, values: np.ndarray, scans: Sequence[
 
 
 def _title(numbers: Sequence[int], scans: Sequence[str], values: np.ndarray) -> str:
-    named = [f"{scans[number]}: {values[number] / 1000:.4g} ml" for number in numbers[:_NAMED]]
-    return ", ".join([*named, *([f"and {len(numbers) - _NAMED} more"] if len(numbers) > _NAMED else [])])
+    return ", ".join(shortened([f"{scans[number]}: {values[number] / 1000:.4g} ml" for number in numbers], _NAMED))
 
 
 def _outliers(volumes: Volumes) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.errors import NeuronetError, shortened
 
 _ORDER = ("sub", "ses", "task", "acq", "ce", "rec", "run", "echo", "part", "chunk")  # entities of a T1w image
 _NUMBERS = ("run", "echo", "chunk")
@@ -80,8 +80,7 @@ def images(folder: Path) -> list[Image]:
 def check_names(chosen: Iterable[Image], advice: str) -> None:
     """Raises NeuronetError, ending with `advice`, that names the images whose names break a rule of BIDS."""
     if faults := [f"{image.path}: {fault}" for image in chosen if (fault := _fault(image.path))]:
-        more = [f"and {len(faults) - _NAMED} more"] if len(faults) > _NAMED else []
-        text = "\n  ".join([*faults[:_NAMED], *more])
+        text = "\n  ".join(shortened(faults, _NAMED))
         raise NeuronetError(f"names that break the rules of BIDS:\n  {text}\nrename the files, or {advice}")
 
 
