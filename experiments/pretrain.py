@@ -17,9 +17,12 @@ from typing import NamedTuple
 
 from experiments.steps import STATUSES, run_step
 from neuronet_jax.errors import NeuronetError
+from neuronet_jax.evaluation.scoring import validation_of
 from neuronet_jax.programs import DONE, Parser, number, run
+from neuronet_jax.runs.calibration import load_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
-from neuronet_jax.runs.directory import QUALITY, RELEASE
+from neuronet_jax.runs.directory import RELEASE
+from neuronet_jax.runs.restore import restore
 from neuronet_jax.store.reader import Store
 
 HEADS_PER_BRAIN = 6
@@ -97,8 +100,8 @@ def _steps(options: argparse.Namespace) -> Iterator[Step]:
         given += [f"--init={start}"] if start else []
         steps = flags.load(name, settings).steps
         yield Step("experiments.train", train.main, given, partial(_is_trained, workdir, steps))
-    given = [f"--run={workdir}", "--calibrate"]  # which the training has done, unless it was stopped just then
-    yield Step("experiments.evaluate", evaluate.main, given, (Path(workdir) / QUALITY).exists)
+    given = [f"--run={workdir}", "--calibrate"]  # on all validation subjects; the training has taken some of them
+    yield Step("experiments.evaluate", evaluate.main, given, partial(_is_calibrated, workdir, [brains, heads]))
     release = f"{options.out}/release"
     given = ["export", f"--run={workdir}", f"--out={release}", "--weights-only", f"--note={options.note}"]
     yield Step("neuronet_jax", cli.main, given, (Path(release) / RELEASE).exists)
@@ -131,6 +134,13 @@ def _is_trained(workdir: str, steps: int) -> bool:
         return Checkpoints(workdir, read_only=True).latest() == steps
     except NeuronetError:  # nothing yet
         return False
+
+
+def _is_calibrated(workdir: str, stores: Sequence[str]) -> bool:
+    subjects = validation_of([Store.open(path) for path in stores])
+    return load_calibration(workdir, restore(workdir).origin.step).heads == sum(
+        any(subject.present) for _, subject in subjects
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 
 from experiments import pretrain, train
 from neuronet_jax.programs import USAGE
+from neuronet_jax.runs.calibration import load_calibration
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.directory import RunDirectory
 from neuronet_jax.runs.restore import restore
@@ -36,7 +37,7 @@ def ball(radius: float) -> np.ndarray:
 
 @pytest.fixture
 def given(tmp_path: Path) -> list[str]:
-    """The options of the command: three stripped brains and two maps of heads, all of them balls."""
+    """The options of the command: four stripped brains and two maps of heads, all of them balls."""
     (tmp_path / "small.py").write_text(CONFIG)
     maps = tmp_path / "maps"
     maps.mkdir()
@@ -48,7 +49,7 @@ def given(tmp_path: Path) -> list[str]:
     with (tmp_path / "cohort.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("id", "t1", "fsl_fast", "split"))
-        for number, split in enumerate(("train", "train", "validation")):
+        for number, split in enumerate(("train", "train", "validation", "validation")):
             brain = ball(12 - number / 2).astype(np.uint8)
             noise = np.random.default_rng(number).normal(500, 20, SHAPE)
             nib.Nifti1Image((brain * noise).astype(np.int16), AFFINE).to_filename(tmp_path / f"t1_{number}.nii.gz")
@@ -88,7 +89,10 @@ def test_from_files_to_a_release_and_on_from_where_it_stopped(
     printed = capsys.readouterr().out
     assert "small.py:6mm" not in printed and "data_prep" not in printed  # done before
     assert Checkpoints(out / "run-4mm", read_only=True).latest() == 2
-    assert restore(out / "release").origin.note == pretrain.NOTE
+    origin = restore(out / "release").origin
+    assert origin.note == pretrain.NOTE
+    calibration = load_calibration(str(out / "release"), origin.step)
+    assert calibration.heads == 4  # brains and painted heads, two each; training took one each
     data = RunDirectory(out / "run-4mm").training_data()
     assert data is not None and data.begun_with is not None
     assert (data.begun_with.config, data.begun_with.step) == ("small:6mm", 1)
