@@ -410,7 +410,7 @@ def test_ids_and_columns_of_a_list_of_segment_are_taken(make_cohort, tmp_path, c
     """`sub-` before an id and columns without a use, one of which holds what nobody may read in a log."""
     manifest = make_cohort(("sub-1001", "1002", "sub-1003"), protocols=("fsl_fast",))
     header, *rows = manifest.read_text().splitlines()
-    manifest.write_text("\n".join([f"{header},age", *(f"{row},aged{number}" for number, row in enumerate(rows))]) + "\n")
+    manifest.write_text("\n".join([f"{header},age", *(f"{row},aged{n}" for n, row in enumerate(rows))]) + "\n")
     command = [f"--manifest={manifest}", f"--store={tmp_path / 'store'}", "--voxel-size-mm=4", "--grid=48,56,48"]
     assert main([*command, "--workers=0"]) == 0
     assert [row.id for row in Store.open(tmp_path / "store").subjects] == ["1001", "1002", "1003"]

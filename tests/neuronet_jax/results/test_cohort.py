@@ -208,7 +208,9 @@ def test_an_unforeseen_failure_does_not_stop_the_other_scans(
     assert main(_command(tiny_run, noisy_heads, tmp_path)) == 3
     rows = _summary(tmp_path / "summary.tsv")
     assert [row["status"] for row in rows] == ["rejected", "done"] * 4
-    assert rows[0]["code"] == "E_INTERNAL" and "ZeroDivisionError: in a head of 64 sagittal slices; " in rows[0]["reason"]
+    assert (
+        rows[0]["code"] == "E_INTERNAL" and "ZeroDivisionError: in a head of 64 sagittal slices;" in rows[0]["reason"]
+    )
     assert "Traceback" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(_command(tiny_run, noisy_heads, tmp_path)) == 0
