@@ -1,5 +1,6 @@
 """Tools that are run for absent label maps: real processes that succeed, fail, hang, lie and write half."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -289,7 +290,12 @@ def test_a_tool_that_ignores_being_asked_ends_with_a_killed_build(maps: Path, tm
         time.sleep(0.02)
     running.kill()
     running.wait()
-    assert gone(int((maps / "tool").read_text()))
+    tool = int((maps / "tool").read_text())
+    try:
+        assert gone(tool)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(tool, signal.SIGKILL)
 
 
 def test_only_folders_that_nobody_works_in_are_removed(maps: Path, command, tmp_path: Path) -> None:
