@@ -37,6 +37,7 @@ BINS = 24
 
 _TEMPLATE = environment().from_string("""\
 {% extends "base.html" %}
+{% from "text.html" import with_code %}
 {% macro histogram(h) %}
 <figure style="background: none"><svg viewBox="0 0 240 92" role="img" aria-label="{{ h.title }}" width="100%">
   {% for share in h.shares %}
@@ -84,7 +85,7 @@ _TEMPLATE = environment().from_string("""\
 <div class="scroll"><table>
   <tr><th>code<th class="number">scans<th>meaning and remedy</tr>
   {% for code, count in codes.items() %}
-  <tr><td class="name">{{ code }}<td class="number">{{ count }}<td>{{ explain(code) }}</tr>
+  <tr><td class="name">{{ code }}<td class="number">{{ count }}<td>{{ with_code(explain(code)) }}</tr>
   {% endfor %}
 </table></div>
 {% else %}<p>None.</p>{% endif %}

@@ -67,15 +67,15 @@ def plant(store: Store, protocol: str, kind: str, rate: float, seed: int, dest: 
     if protocol not in protocols:
         raise NeuronetError(f"the store has no {protocol}; it has {', '.join(protocols)}")
     place = protocols.index(protocol)
-    rng = np.random.default_rng(seed)
     candidates = [subject.slot for subject in store.split("train") if subject.present[place]]
-    chosen = set(rng.choice(candidates, round(rate * len(candidates)), replace=False).tolist())
+    chosen = np.random.default_rng(seed).choice(candidates, round(rate * len(candidates)), replace=False).tolist()
 
-    def wrong(right: np.ndarray) -> np.ndarray:
-        return KINDS[kind](right, protocol, store.info.voxel_size_mm, rng)
+    def wrong(slot: int, right: np.ndarray) -> np.ndarray:
+        """Returns the map with the error of its slot, however often and in whatever order it is called."""
+        return KINDS[kind](right, protocol, store.info.voxel_size_mm, np.random.default_rng([seed, slot]))
 
-    right = (store.read_labels(slot, [protocol])[0] for slot in sorted(chosen))
-    if chosen and not any((wrong(classes) != classes).any() for classes in right):
+    right = ((slot, store.read_labels(slot, [protocol])[0]) for slot in sorted(chosen))
+    if chosen and not any((wrong(slot, classes) != classes).any() for slot, classes in right):
         raise NeuronetError(f"--kind={kind} changes nothing in {protocol}: choose a different one")
     writer = StoreWriter.create(
         dest,
@@ -95,7 +95,7 @@ def plant(store: Store, protocol: str, kind: str, rate: float, seed: int, dest: 
         foreground = store.read_foreground(subject.slot)
         if subject.slot in chosen:
             before = labels[place].copy()
-            labels[place] = wrong(before)
+            labels[place] = wrong(subject.slot, before)
             changed += bool((labels[place] != before).any())
             foreground = sample_foreground(labels, subject.present, seed=subject.slot)
         copied = replace(subject, content_hash=content_hash(image, labels, foreground))

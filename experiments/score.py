@@ -68,7 +68,11 @@ def score(model: Model, manifest: Path, split: str, out: Path, overwrite: bool =
     lines, scores = ["\t".join(COLUMNS)], {name: [] for name in known}
     console = Console(stderr=True)
     for row, maps in track(scans, "scoring", console=console, disable=not console.is_terminal):
-        for name, found in score_scan(model, Path(str(row.t1)), maps).items():
+        try:
+            tables = score_scan(model, Path(str(row.t1)), maps)
+        except NeuronetError as error:
+            raise NeuronetError(f"row {row.row} of the manifest: {error}") from error
+        for name, found in tables.items():
             lines += dice_rows(row.id, name, found)
             scores[name].append(mean_dice(found))
     summaries = {name: summarise(values) for name, values in scores.items() if values}

@@ -104,7 +104,7 @@ def use(device: str | None, threads: int | None) -> None:
     """
     if threads is not None:
         if threads > cores():
-            raise UsageError(f"--threads={threads}, but this process may use {cores()} CPU cores")
+            raise UsageError(f"--threads={threads}, but this process may use {cores()} CPU cores: give at most as many")
         os.environ["NPROC"] = str(threads)  # the threads that XLA starts
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, random.sample(sorted(os.sched_getaffinity(0)), threads))
@@ -114,7 +114,9 @@ def use(device: str | None, threads: int | None) -> None:
             found = jax.devices()[0].platform
         except (RuntimeError, AssertionError) as error:  # JAX asserts that a plugin of that name is installed
             reason = str(error).splitlines()[0] if str(error) else "not installed"
-            raise UsageError(f"--device={device}: there is none ({reason})") from error
+            raise UsageError(
+                f"--device={device}: there is none ({reason}); leave --device out for the fastest that there is"
+            ) from error
         if found != device:
             raise UsageError(f"--device={device}: this process runs on {found} already")
 
@@ -123,6 +125,7 @@ def start() -> str:
     """Starts JAX and returns a line about its device. If the platform in JAX_PLATFORMS is missing, warns and uses the
     CPU.
     """
+    is_choice = (jax.config.jax_platforms or "").startswith("cpu")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         device = jax.devices()[0]
     except (RuntimeError, AssertionError) as error:  # JAX asserts that a plugin of that name is installed
@@ -134,7 +137,8 @@ def start() -> str:
         jax.config.update("jax_platforms", "cpu")
         device = jax.devices()[0]
     if device.platform == "cpu":
-        return f"no GPU or TPU found, running on {cores()} CPU cores"
+        found = "" if is_choice else "no GPU or TPU found, "
+        return f"{found}running on {cores()} CPU {'core' if cores() == 1 else 'cores'}"
     return f"running on {device.device_kind}"
 
 

@@ -85,10 +85,12 @@ def _source(id_: str, session: str, scans: list[Path], maps: Mapping[str, list[P
 
 
 def _described(root: Path) -> dict[str, Any]:
-    """Returns dataset_description.json. Raises NeuronetError if it is missing or damaged."""
+    """Returns dataset_description.json. Raises NeuronetError if it is missing, damaged, or no object."""
     path = root / "dataset_description.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
     except (OSError, ValueError) as error:
         raise NeuronetError(f"{path} cannot be read ({error}); every BIDS dataset has one") from error
+    if not isinstance(content, dict):
+        raise NeuronetError(f"{path} must hold an object {{…}}, not {json.dumps(content):.40}: correct it")
+    return content

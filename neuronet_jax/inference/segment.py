@@ -65,7 +65,7 @@ def segment(
     ):
         raise NeuronetError("segment takes one image at a time: a path, a nibabel image, or an array [x y z]")
     if isinstance(image, (str, os.PathLike, SpatialImage)):
-        volume = nifti.check_image(image) if isinstance(image, SpatialImage) else nifti.read_image(Path(image))
+        volume = nifti.check_image(image) if isinstance(image, SpatialImage) else _read(Path(image))
         maps = _segment(model, volume, protocols, options, confidence=False).maps
         return {name: nifti.labels_image(labels, volume) for name, labels in maps.items()}
     array = np.asarray(image)
@@ -75,6 +75,14 @@ def segment(
         raise RejectError("E_DTYPE", f"voxels must be plain integers or floats, got {array.dtype}")
     volume = space.Volume(array, np.diag([model.voxel_size_mm] * 3 + [1.0]))
     return _segment(model, volume, protocols, options, confidence=False).maps
+
+
+def _read(path: Path) -> space.Volume:
+    """Reads an image. An error names the file, unlike those for the tables and pages of a cohort, which others see."""
+    try:
+        return nifti.read_image(path)
+    except RejectError as error:
+        raise RejectError(error.code, f"{path}: {error.reason}") from error
 
 
 def check_request(model: Model, protocols: Sequence[str], options: Options) -> None:

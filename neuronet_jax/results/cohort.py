@@ -148,7 +148,7 @@ def _row(target: Target, future: "Future[Row]", console: Console) -> Row:
         raise error  # nothing can be written, or the program must end
     if not isinstance(error, RejectError):  # an unforeseen fault: the next scan may still succeed
         console.print(shown("".join(traceback.format_exception(error))), **_PLAIN)
-        error = RejectError("E_INTERNAL", f"{type(error).__name__}: {error}; please report it")
+        error = RejectError("E_INTERNAL", f"{type(error).__name__}: {str(error).rstrip('.')}; please report it")
     return Row(file_cell(target.source.name), target.stem, "rejected", error.code, shown(error.reason))
 
 

@@ -148,7 +148,7 @@ def write_cohort(out: Path, provenance: Provenance, calibration: Calibration = U
 def _write_cohort(
     out: Path, rows: Sequence[Row], provenance: Provenance, calibration: Calibration, report: bool
 ) -> None:
-    table = volumes_of(out)
+    table = volumes_of(out, {row.output for row in rows if row.status == "done"})
     write_text(out / "volumes.tsv", tsv([["scan", *table.columns], *table.rows()]))
     if not report:
         return

@@ -127,9 +127,12 @@ def _is_raw_bids(folder: Path) -> bool:
     if not description.exists():
         return False
     try:
-        kind = json.loads(description.read_text(encoding="utf-8")).get("DatasetType", "raw")  # BIDS' own default
-    except (OSError, ValueError, AttributeError) as error:
+        content = json.loads(description.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise NeuronetError(f"{description} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise NeuronetError(f"{description} must hold an object {{…}}: correct it, or name the images")
+    kind = content.get("DatasetType", "raw")  # BIDS' own default
     if kind != "raw":
         raise NeuronetError(f"{folder} is a BIDS dataset of type {kind!r}: give the raw dataset, or name the images")
     return True

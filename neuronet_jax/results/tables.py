@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,14 @@ def volume_table(
     return tsv(rows)
 
 
-def volumes_of(out: Path) -> Volumes:
-    """Collects the volumes of all scans below `out`, in mm³, from their own tables."""
+def volumes_of(out: Path, finished: Collection[str]) -> Volumes:
+    """Collects the volumes of the scans below `out` that are finished, by the names of their results, in mm³."""
     scans: dict[str, dict[str, float]] = {}
     for path in sorted({*out.glob("sub-*/anat/*_volumes.tsv"), *out.glob("sub-*/ses-*/anat/*_volumes.tsv")}):
-        scans[path.name.removesuffix("_volumes.tsv")] = {
+        name = path.name.removesuffix("_volumes.tsv")
+        if name not in finished:  # a command that is at work, or was killed, has written its table
+            continue
+        scans[name] = {
             f"{row['protocol']}.{row['name']}": float(row["volume_mm3"])
             for row in read_tsv(path)
             if row["index"] != "0"

@@ -62,8 +62,8 @@ class Skips:
         if refused := [entry for entry in steps if entry[1]["skipped"]]:
             self._record(refused)
             log.warning(
-                "%d updates skipped up to step %d: loss or gradient not finite, or far above its average; see %s",
-                *(len(refused), steps[-1][0], SKIPPED),
+                "%d %s skipped up to step %d: loss or gradient not finite, or far above its average; see %s",
+                *(len(refused), "update" if len(refused) == 1 else "updates", steps[-1][0], SKIPPED),
             )
         in_a_row = max((int(values["skipped"]) for _, values, _ in steps), default=0)
         if in_a_row > MOST_IN_A_ROW:

@@ -39,7 +39,8 @@ def catalogue(out: Path, scans: Mapping[str, Path]) -> Catalogue:
     shown = []
     if (out / "report.html").is_file():
         files["report.html"] = out / "report.html"
-    for row in cohort_page.in_order(finished_rows(out), volumes_of(out)):
+    rows = finished_rows(out)
+    for row in cohort_page.in_order(rows, volumes_of(out, {row.output for row in rows})):
         target = Target(Path(row.input), out, row.output)
         maps = [*_maps(target, files)]
         if target.report.is_file():

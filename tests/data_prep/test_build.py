@@ -385,12 +385,15 @@ def test_an_unforeseen_error_stops_one_subject_only(make_cohort, build, monkeypa
     assert report.rejects[0].reason.startswith("ZeroDivisionError at test_build.py:")
 
 
-def test_a_label_map_in_the_column_of_the_image_is_rejected(make_cohort, build, brain):
+def test_a_label_map_in_the_column_of_the_image_is_rejected(make_cohort, tmp_path, brain, capsys):
     manifest = make_cohort(protocols=("fsl_fast", "malp_em"))
-    for protocol in ("fsl_fast", "malp_em"):
-        brain.write(manifest.parent / "1" / "T1.nii.gz", brain.ids(protocol))
-        report, _ = build(manifest, f"store-{protocol}")
-        assert only_reject(report) == "E_LABEL_IMAGE"
+    for number, protocol in enumerate(("fsl_fast", "malp_em")):
+        brain.write(manifest.parent / str(number) / "T1.nii.gz", brain.ids(protocol))
+    command = [f"--manifest={manifest}", f"--store={tmp_path / 'store'}", "--voxel-size-mm=4", "--grid=48,56,48"]
+    assert main([*command, "--workers=0"]) == 3
+    assert f"E_LABEL_IMAGE: {explain('E_LABEL_IMAGE')}" in capsys.readouterr().err
+    rejected = (tmp_path / "store" / "rejects.tsv").read_text().splitlines()[1:]
+    assert [line.split("\t")[0] for line in rejected if "\tE_LABEL_IMAGE\t" in line] == ["1001", "1002"]
 
 
 def test_what_a_manifest_lacks_and_a_withdrawal_list_has_too_much_is_said(make_cohort, tmp_path, caplog, capsys):
@@ -401,6 +404,17 @@ def test_what_a_manifest_lacks_and_a_withdrawal_list_has_too_much_is_said(make_c
     assert "no map of fsl_first, spm_tissue, malp_em, malp_em_tissue: the store will lack these" in caplog.text
     assert "1 of 2 ids to exclude are not in the manifest; lines of the list: 3" in caplog.text
     assert "9999" not in caplog.text + capsys.readouterr().out
+
+
+def test_ids_and_columns_of_a_list_of_segment_are_taken(make_cohort, tmp_path, caplog):
+    """`sub-` before an id and columns without a use, one of which holds what nobody may read in a log."""
+    manifest = make_cohort(("sub-1001", "1002", "sub-1003"), protocols=("fsl_fast",))
+    header, *rows = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([f"{header},age", *(f"{row},aged{n}" for n, row in enumerate(rows))]) + "\n")
+    command = [f"--manifest={manifest}", f"--store={tmp_path / 'store'}", "--voxel-size-mm=4", "--grid=48,56,48"]
+    assert main([*command, "--workers=0"]) == 0
+    assert [row.id for row in Store.open(tmp_path / "store").subjects] == ["1001", "1002", "1003"]
+    assert "columns of the manifest that are not used: 'age'" in caplog.text and "aged0" not in caplog.text
 
 
 def test_A40_bad_ids_stop_the_command(make_cohort, tmp_path, capsys):

@@ -23,7 +23,7 @@ def test_it_counts_maps_rejects_and_warnings_with_their_remedies_and_names_nobod
     assert "4 scans, 3 protocols" in page and "No map has been scored" in page
     cells = page[page.index("<td>MALP-EM") :].replace('<td class="number">', " ").split()
     assert cells[1:5] == ["3", "3", "0", "1</tr>"]  # maps; of train and of validation; absent
-    assert 'E_CRC<td class="number">1<td>' in page and report.explain("E_CRC") in page
+    assert 'E_CRC<td class="number">1<td>' in page and "with <code>data_prep.build … --repair</code>" in page
     assert 'W_LABEL_MISSING<td class="number">1<td>' in page
     assert page.count("<img") == 1 and "deviate most" not in page
     for subject in store.subjects:

@@ -38,6 +38,24 @@ def test_errors_are_in_one_protocol_of_some_training_subjects(make_store, tmp_pa
     assert f"{round(has / 2)} of 4 training maps" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["shifted", "missing"])
+def test_the_error_of_a_map_does_not_depend_on_the_others(make_store, tmp_path, kind) -> None:
+    """Nor on the look whether the error changes anything: it draws nothing from what the copy draws from."""
+    clean = Store.open(make_store(("train",) * 8)[0].dest)
+    voxel_size_mm, some = clean.info.voxel_size_mm, str(tmp_path / "some")
+    plant.plant(clean, "fsl_first", kind, 0.5, 3, some)
+    plant.plant(clean, "fsl_first", kind, 1.0, 3, str(tmp_path / "all"))
+    everywhere, partly, seen = Store.open(tmp_path / "all"), Store.open(some), set()
+    for slot in range(8):
+        before, one, other = (store.read_labels(slot, ["fsl_first"])[0] for store in (clean, partly, everywhere))
+        if not np.array_equal(before, one):
+            np.testing.assert_array_equal(one, other)
+            seen.add(slot)
+        expected = plant.KINDS[kind](before, "fsl_first", voxel_size_mm, np.random.default_rng([3, slot]))
+        np.testing.assert_array_equal(other, expected)
+    assert len(seen) > 1
+
+
 def test_kinds_of_error() -> None:
     rng = np.random.default_rng(0)
     classes = np.zeros((12, 12, 12), np.uint8)

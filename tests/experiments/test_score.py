@@ -66,7 +66,11 @@ def test_maps_that_cannot_be_compared_are_refused(command, tmp_path: Path, capsy
     moved = nib.Nifti1Image(np.zeros((48, 44, 50), np.uint8), AFFINE + np.eye(4, k=3))
     nib.save(moved, tmp_path / "fast1.nii.gz")
     assert command("--split=train") == 1
-    assert "E_GEOMETRY: the map of fsl_fast lies on a different grid than its scan" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "row 3 of the manifest: E_GEOMETRY: the map of fsl_fast lies on a different grid than its scan" in said
+    (tmp_path / "t11.nii.gz").unlink()
+    assert command("--split=train") == 1
+    assert f"row 3 of the manifest: E_IO: {tmp_path / 't11.nii.gz'}: the file cannot be read" in capsys.readouterr().err
     assert command("--split=validation") == 1
     assert "no row of the manifest's validation has a label map of fsl_fast, fsl_first" in capsys.readouterr().err
     assert not (tmp_path / "scores").exists()

@@ -1,16 +1,16 @@
 """Running the programs: devices, threads, logs, BIDS Apps, completion, containers."""
 
-import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rich.console import Console
 
 from neuronet_jax import runtime
 from neuronet_jax.cli import completion, main
@@ -20,8 +20,16 @@ from neuronet_jax.results import cohort
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_quiet_prints_problems_only_and_the_log_has_everything(run, heads, tmp_path, capsys):
-    log = tmp_path / "log.txt"
+@pytest.fixture
+def log(tmp_path) -> Iterator[Path]:
+    """Returns the file that commands of this process append to, which the program would close at its end."""
+    yield tmp_path / "log.txt"
+    for handler in cohort.LOG.handlers[:]:
+        cohort.LOG.removeHandler(handler)
+        handler.close()
+
+
+def test_quiet_prints_problems_only_and_the_log_has_everything(run, heads, log, tmp_path, capsys):
     command = ["segment", str(heads / "a.nii.gz"), str(heads / "b.nii.gz"), run, f"--out={tmp_path / 'out'}"]
     assert main([*command, "--quiet", f"--log-file={log}", "--no-report"]) == 3
     printed = capsys.readouterr()
@@ -32,26 +40,28 @@ def test_quiet_prints_problems_only_and_the_log_has_everything(run, heads, tmp_p
     assert "rejected, E_TRUNCATED" in text and "1 of 2 scans segmented" in text
     assert main([*command, f"--log-file={tmp_path / 'missing' / 'log.txt'}"]) == 1
     assert "cannot write --log-file" in capsys.readouterr().err
-    for handler in logging.getLogger(cohort.__name__).handlers[:]:
-        cohort.LOG.removeHandler(handler)
-        handler.close()
 
 
-def test_threads_and_device_hold_for_the_process():
-    code = (
-        "from neuronet_jax import runtime; runtime.use({device!r}, 1)\n"
-        "import jax.numpy as jnp; jnp.ones(9).sum().block_until_ready(); print(runtime.cores(), jnp.ones(1).device)"
-    )
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": ""}
+def test_threads_and_device_hold_for_the_command(tiny_run, noisy_heads, tmp_path):
+    """Started without settings of JAX, as users do: with a device that is not there, and with one core of the CPU."""
+    environment = {name: text for name, text in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    log, out = tmp_path / "log.txt", tmp_path / "out"
 
-    def use(device: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", code.format(device=device)]
+    def segment(*options: str) -> subprocess.CompletedProcess[str]:
+        common = [f"--run={tiny_run}", f"--out={out}", "--no-report", "--protocols=fsl_fast", *options]
+        command = [sys.executable, "-m", "neuronet_jax", "segment", str(noisy_heads / "head0.nii.gz"), *common]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
-    found = use("cpu")
-    assert found.stdout.split()[0] == "1" and "CPU" in found.stdout.upper(), found.stderr
-    refused = use("tpu")
-    assert refused.returncode == 1 and "--device=tpu: there is none" in refused.stderr
+    refused = segment("--device=tpu")
+    assert refused.returncode == 2 and not out.exists(), refused.stderr
+    assert re.search(
+        r"^neuronet: error: --device=tpu: there is none \(.+\); leave --device out", refused.stderr, re.MULTILINE
+    )
+    assert "Traceback" not in refused.stderr
+    done = segment("--device=cpu", "--threads=1", f"--log-file={log}")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == "running on 1 CPU core" and " running on 1 CPU core\n" in log.read_text()
+    assert list(out.rglob("*_dseg.nii.gz"))
 
 
 def test_a_number_of_threads_that_no_machine_has_is_refused(run, heads, tmp_path, capsys):
@@ -60,14 +70,25 @@ def test_a_number_of_threads_that_no_machine_has_is_refused(run, heads, tmp_path
     assert "this process may use" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_long_head_tells_how_far_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(cohort, "EVERY_S", 0.02)
-    with cohort._within_heads(Console(stderr=True), is_wanted=True), runtime.TURNS.take():
-        for share in (0.25, 0.5):
-            runtime.TURNS.share = share
-            time.sleep(0.2)
-    text = capsys.readouterr().err
-    assert text.count("25% of this head is done") == text.count("50% of this head is done") == 1
+def test_a_long_head_tells_how_far_it_is(run, heads, log, tmp_path, monkeypatch, capsys):
+    """The log has the same lines, and --quiet prints none."""
+    monkeypatch.setattr(cohort, "EVERY_S", 0.01)
+    segment_volume = cohort.segment_volume
+
+    def slow(*given: Any) -> Any:
+        with runtime.TURNS.take():
+            for share in (0.13, 0.57):  # unlike those of the network itself
+                runtime.TURNS.share = share
+                time.sleep(0.1)
+        return segment_volume(*given)
+
+    monkeypatch.setattr(cohort, "segment_volume", slow)
+    command = ["segment", str(heads / "a.nii.gz"), run, "--no-report"]
+    assert main([*command, f"--out={tmp_path / 'out'}", f"--log-file={log}"]) == 0
+    for text in (capsys.readouterr().err, log.read_text()):
+        assert text.count("13% of this head is done") == text.count("57% of this head is done") == 1
+    assert main([*command, f"--out={tmp_path / 'quiet'}", "--quiet"]) == 0
+    assert "of this head" not in capsys.readouterr().err
 
 
 def test_the_share_of_a_head_rises_to_one(tiny_run, noisy_heads, tmp_path, monkeypatch):

@@ -120,11 +120,19 @@ def test_a_dataset_that_does_not_say_what_it_is_counts_as_raw(dataset):
     """That is the rule of BIDS. An id must be of letters and digits, as everywhere."""
     (dataset / "dataset_description.json").write_text('{"Name": "test", "BIDSVersion": "1.0.0"}')
     assert len(read_dataset(dataset)) == 4
-    (dataset / "dataset_description.json").write_text('["damaged"]')
-    assert len(read_dataset(dataset)) == 4
     (dataset / "dataset_description.json").write_text("{")
     with pytest.raises(NeuronetError, match=r"dataset_description\.json cannot be read"):
         read_dataset(dataset)
+
+
+@pytest.mark.parametrize("place", ["", "derivatives/fsl"])
+def test_a_description_that_is_no_object_is_refused(dataset, tmp_path, capsys, place):
+    """Neither a raw dataset nor one of derivatives: nobody can tell which program made it."""
+    described = dataset / place / "dataset_description.json"
+    described.write_text('["Name", "test"]')
+    assert build_module.main([f"--bids={dataset}", f"--store={tmp_path / 'store'}", *SMALL]) == 1
+    assert f'{described} must hold an object {{…}}, not ["Name", "test"]: correct it' in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
 
 
 def test_mgz_maps_are_taken(dataset, tmp_path):

@@ -1,5 +1,6 @@
 """Tools that are run for absent label maps: real processes that succeed, fail, hang, lie and write half."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -220,7 +221,7 @@ def test_A35_a_tool_that_hangs_is_ended_with_its_children(
 
 def gone(pid: int) -> bool:
     """Tells whether a process has ended. It may still have to be waited for by its new parent."""
-    for _ in range(100):
+    for _ in range(400):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
         except OSError:
@@ -253,21 +254,48 @@ def test_a_build_that_is_interrupted_ends_its_tools_and_goes_on_when_repeated(
     assert len(Store.open(str(tmp_path / "store")).subjects) == 2
 
 
-def test_the_folders_of_a_killed_build_are_removed_by_the_next_one(maps: Path, command, tmp_path: Path) -> None:
-    script(maps.parent / "programs" / "run_first_all", "echo $$ > $MAPS/tool; exec sleep 60")
+def test_a_killed_build_ends_its_tools_and_the_next_one_removes_their_folders(
+    maps: Path, command, tmp_path: Path
+) -> None:
+    body = "sh -c 'echo $$ > $MAPS/child; exec sleep 60' & echo $$ > $MAPS/tool; wait"
+    script(maps.parent / "programs" / "run_first_all", body)
     arguments = command("fsl_first", protocols=("malp_em",))
     running = subprocess.Popen([sys.executable, "-m", "data_prep.build", *arguments], stderr=subprocess.DEVNULL)
-    while not (maps / "tool").exists() or not (maps / "tool").read_text():
+    started = [maps / "tool", maps / "child"]
+    while not all(path.exists() and path.read_text() for path in started):
         assert running.poll() is None
         time.sleep(0.02)
     running.kill()
     running.wait()
-    os.kill(int((maps / "tool").read_text()), signal.SIGKILL)  # nothing else ends it
+    assert all(gone(int(path.read_text())) for path in started)
     (left,) = (tmp_path / "out" / "fsl_first").glob(".*")
     assert re.fullmatch(r"\.[0-9a-f]{16}-\d+-\d+\.[0-9a-f]{32}", left.name)  # no participant
     script(maps.parent / "programs" / "run_first_all", PROGRAMS["run_first_all"])
     assert build.main(arguments) == 0
     assert not list((tmp_path / "out" / "fsl_first").glob(".*"))
+
+
+def test_a_tool_that_ignores_being_asked_ends_with_a_killed_build(maps: Path, tmp_path: Path) -> None:
+    """The program that waits for it is killed, and the shell that watches both is given one second."""
+    body = "trap '' TERM; echo $$ > $MAPS/tool; while :; do sleep 0.1; done"
+    script(tmp_path / "stubborn", body)
+    code = (
+        "import sys; from pathlib import Path; from data_prep.tools import process\n"
+        "process.GRACE_S = 1.0; folder = Path(sys.argv[1])\n"
+        "process.run([str(folder / 'stubborn')], folder, folder / 'log', 60)"
+    )
+    running = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    while not (maps / "tool").exists() or not (maps / "tool").read_text():
+        assert running.poll() is None
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    tool = int((maps / "tool").read_text())
+    try:
+        assert gone(tool)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(tool, signal.SIGKILL)
 
 
 def test_only_folders_that_nobody_works_in_are_removed(maps: Path, command, tmp_path: Path) -> None:

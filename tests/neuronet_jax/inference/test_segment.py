@@ -263,6 +263,16 @@ def test_a_path_and_a_nibabel_image_give_nifti_images(tmp_path):
     np.testing.assert_array_equal(np.asarray(by_image.dataobj), by_array)
 
 
+@pytest.mark.parametrize(("content", "code"), [(None, "E_IO"), (b"", "E_FORMAT")])
+def test_F03_an_error_names_the_file_that_was_given(tmp_path, content, code):
+    path = tmp_path / "T1.nii.gz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RejectError, match=f"{code}: {path}: ") as raised:
+        segment(_shells(), path)
+    assert raised.value.code == code
+
+
 def test_a_choice_of_protocols(model, head, labels):
     assert list(segment(model, head, ["fsl_first"])) == ["fsl_first"]
     with pytest.raises(NeuronetError, match="this model predicts fsl_fast, fsl_first, not 'malp_em'"):

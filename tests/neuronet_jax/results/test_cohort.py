@@ -201,14 +201,16 @@ def test_an_unforeseen_failure_does_not_stop_the_other_scans(
 
     def fails(model, volume, *rest):
         if volume.data.shape[0] == 64:
-            raise ZeroDivisionError("in a head of 64 sagittal slices")
+            raise ZeroDivisionError("in a head of 64 sagittal slices.")
         return segment_volume(model, volume, *rest)
 
     monkeypatch.setattr(cohort, "segment_volume", fails)
     assert main(_command(tiny_run, noisy_heads, tmp_path)) == 3
     rows = _summary(tmp_path / "summary.tsv")
     assert [row["status"] for row in rows] == ["rejected", "done"] * 4
-    assert rows[0]["code"] == "E_INTERNAL" and "ZeroDivisionError: in a head of" in rows[0]["reason"]
+    assert (
+        rows[0]["code"] == "E_INTERNAL" and "ZeroDivisionError: in a head of 64 sagittal slices;" in rows[0]["reason"]
+    )
     assert "Traceback" in capsys.readouterr().err
     monkeypatch.undo()
     assert main(_command(tiny_run, noisy_heads, tmp_path)) == 0

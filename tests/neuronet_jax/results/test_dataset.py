@@ -14,6 +14,7 @@ import pytest
 
 from neuronet_jax.cli import main
 from neuronet_jax.results import dataset
+from neuronet_jax.results.resume import Records
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -140,8 +141,8 @@ def test_F15_a_command_that_ends_in_the_middle_of_another_ones_tables(run, heads
     out, volumes_of = tmp_path / "out", dataset.volumes_of
     _copies(heads, "e.nii.gz")
 
-    def interleaved(folder):
-        found = volumes_of(folder)
+    def interleaved(*given):
+        found = volumes_of(*given)
         monkeypatch.setattr(dataset, "volumes_of", volumes_of)
         assert main(["segment", str(heads / "e.nii.gz"), run, f"--out={out}"]) == 0
         return found  # of before the other command
@@ -149,6 +150,24 @@ def test_F15_a_command_that_ends_in_the_middle_of_another_ones_tables(run, heads
     monkeypatch.setattr(dataset, "volumes_of", interleaved)
     assert main(["segment", str(heads / "a.nii.gz"), run, f"--out={out}"]) == 0
     assert _told(out) == [["sub-a", "sub-e"]] * 3
+
+
+def test_F15_a_scan_whose_command_was_stopped_counts_in_none_of_them(run, heads, tmp_path, monkeypatch):
+    """Its tables are there, but nobody can tell whether all of its results are."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    _copies(heads, "k.nii.gz")
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "complete", stopped)
+        assert main(["segment", str(heads / "k.nii.gz"), run, f"--out={out}"]) == 130
+    assert (out / "sub-k" / "anat" / "sub-k_volumes.tsv").exists()
+    assert main(["segment", str(heads / "a.nii.gz"), run, f"--out={out}"]) == 0
+    assert _told(out) == [["sub-a"]] * 3 and "sub-k" not in (out / "report.html").read_text()
+    assert main(["segment", str(heads / "k.nii.gz"), run, f"--out={out}"]) == 0
+    assert _told(out) == [["sub-a", "sub-k"]] * 3
 
 
 def test_F15_two_commands_at_the_same_time(tiny_run, noisy_heads, tmp_path):

@@ -51,6 +51,9 @@ def test_a_derivative_dataset_is_not_taken_for_scans(make):
     (folder / "dataset_description.json").write_text("{")
     with pytest.raises(NeuronetError, match="cannot be read"):
         find([str(folder)])
+    (folder / "dataset_description.json").write_text('["raw"]')
+    with pytest.raises(NeuronetError, match="must hold an object"):
+        find([str(folder)])
 
 
 def test_another_folder_gives_the_images_directly_in_it(make):

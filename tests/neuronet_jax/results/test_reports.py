@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from neuronet_jax.cli import main
 from neuronet_jax.codes import CODES
 from neuronet_jax.evaluation import agreement, quality, volumetry
 from neuronet_jax.images import nifti
 from neuronet_jax.images.space import Volume
 from neuronet_jax.inference.segmentation import Confidence, Segmentation
 from neuronet_jax.labels import PROTOCOLS
-from neuronet_jax.results import bids, cohort_page, scan_page, tables
+from neuronet_jax.results import bids, cohort_page, reports, scan_page, tables
 from neuronet_jax.results.dataset import update_summary, write_cohort
 from neuronet_jax.results.mosaic import AXIAL, CORONAL, SAGITTAL, Mosaic, axis_codes
 from neuronet_jax.results.pictures import colors_of, votes_colors
@@ -112,19 +113,32 @@ def test_pages_are_self_contained(tmp_path):
         assert text in head
 
 
-def test_a_person_switches_layers_and_reads_on_a_phone(tmp_path):
-    rows = [_write(tmp_path, f"sub-0{number}", Provenance((Origin(note="demonstration"),))) for number in (1, 2)]
-    update_summary(tmp_path, rows)
-    write_cohort(tmp_path, Provenance())
+def test_a_person_switches_layers_and_reads_on_a_phone(run, heads, tmp_path):
+    """The pages of a command with three scans, one of them rejected and one labelled apart from the brain."""
+    out, loose = tmp_path / "out", nib.Nifti1Image.from_filename(heads / "a.nii.gz")
+    data = np.asarray(loose.dataobj).copy()
+    data[20:30, 20:30, 58:62] = 900  # apart from the brain
+    nib.save(nib.Nifti1Image(data, loose.affine), heads / "e.nii.gz")
+    assert main(["segment", *(str(heads / f"{name}.nii.gz") for name in "abe"), run, f"--out={out}"]) == 3
     visible = (
         "[...document.querySelectorAll('.tile:first-of-type .layer')].filter(i => i.offsetWidth).map(i => i.className)"
     )
     with browser(tmp_path) as tab:
-        for path in (tmp_path / "report.html", tmp_path / "sub-01" / "anat" / "sub-01_report.html"):
-            for width in (1280, 400):
+        for path in (out / "report.html", out / "sub-e" / "anat" / "sub-e_report.html"):
+            for width in (400, 1280):
                 tab.open(path.as_uri(), width=width)
                 assert tab.run("document.documentElement.scrollWidth") <= width
+            if path.name == "report.html":
+                assert tab.run("document.querySelector('h1').innerText") == "2 of 3 scans segmented"
+                assert tab.run("[...document.querySelectorAll('table.scans tr[id]')].map(r => r.id)")[0] == "sub-b"
+                dots = tab.run("[...document.querySelectorAll('circle title')].map(t => t.textContent)")
+                assert any(text.startswith("sub-a: ") for text in dots) and len(dots) > 3
+                assert tab.run("[...document.querySelectorAll('.thumbs img')].every(i => i.naturalWidth > 100)")
         tab.run("document.images[0].decode()")
+        assert tab.run("[...document.querySelectorAll('.tile')].every(t => t.querySelectorAll('b').length === 2)")
+        text = tab.run("document.body.innerText")
+        told = ("60 × 70 × 64 voxels", "2 × 2 × 2 mm", "LAS", "neuronet segment e.nii.gz", "segmented on", "version")
+        assert [one for one in told if one not in text] == []
         assert set(tab.run(visible)) == {"layer fsl_fast contour"}
         wide = tab.run("document.querySelector('.tile').offsetWidth")
         for key in ("show-fsl_first", "filled", "large"):
@@ -133,9 +147,15 @@ def test_a_person_switches_layers_and_reads_on_a_phone(tmp_path):
         assert tab.run("document.querySelector('.tile').offsetWidth") > wide
         shown = "[...document.querySelectorAll('p.legend')].filter(p => p.offsetWidth).map(p => p.innerText)"
         (legend,) = tab.run(shown)
-        assert "BrainStem" in legend and "LeftHippocampus" in legend
+        assert "LeftThalamusProper" in legend
         tab.run("document.querySelector('label[for=show-none]').click()")
         assert tab.run(visible) == tab.run(shown) == []
+
+
+def test_options_in_the_text_of_a_code_are_shown_as_code_and_all_else_is_escaped():
+    source = '{% from "text.html" import with_code %}{{ with_code(text) }}'
+    render = reports.environment().from_string(source).render
+    assert render(text="add `--a<b>`, or <i>") == "add <code>--a&lt;b&gt;</code>, or &lt;i&gt;"
 
 
 def test_the_page_of_all_scans_is_made_without_reading_their_pages(tmp_path, monkeypatch):
@@ -160,7 +180,7 @@ def test_the_page_of_all_scans_is_made_without_reading_their_pages(tmp_path, mon
     assert (
         '<tr id="sub-02">' in page and "report.html#sub-02" in (tmp_path / "sub-02/anat/sub-02_report.html").read_text()
     )
-    table = tables.volumes_of(tmp_path)
+    table = tables.volumes_of(tmp_path, [row.output for row in rows])
     assert table.scans == ("sub-01", "sub-02", "sub-03") and len(table.columns) == 3 + 15 + 3
     white = table.of("fsl_fast", (3,))
     np.testing.assert_allclose(white, [10 * 20 * 10 * 4 * 2.5 * n**0.1 for n in (1, 2, 3)], rtol=1e-6)

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -38,7 +39,7 @@ def test_F06_without_the_requested_accelerator_the_cpu_serves(platform):
     result = _python(code, JAX_PLATFORMS=platform)
     assert result.returncode == 0, result.stderr
     assert f"JAX_PLATFORMS={platform}: " in result.stderr and "continuing on the CPU" in result.stderr
-    assert result.stdout == f"no GPU or TPU found, running on {runtime.cores()} CPU cores\n[1.]\n"
+    assert re.fullmatch(rf"no GPU or TPU found, running on {runtime.cores()} CPU cores?\n\[1\.\]\n", result.stdout)
 
 
 LIMITED = """

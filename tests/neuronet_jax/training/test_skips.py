@@ -37,6 +37,16 @@ def test_D01_the_batch_of_each_skipped_update_is_recorded(tmp_path):
     }
 
 
+def test_the_message_counts_in_words_that_agree(tmp_path, caplog):
+    skips = Skips(tmp_path)
+    for step, skipped in ((1, 1), (2, 0), (3, 1), (4, 2)):
+        add(skips, step, skipped, total=0)
+        if step in (2, 4):
+            skips.look()
+    one, two = caplog.messages
+    assert one.startswith("1 update skipped up to step 2: ") and two.startswith("2 updates skipped up to step 4: ")
+
+
 def test_a_batch_that_is_used_again_is_recorded_as_it_was(tmp_path):
     skips, slot = Skips(tmp_path), np.array([3], np.int32)
     metrics = {name: jnp.float32(1) for name in ("loss", "gradient_norm", "skipped", "skipped_total")}
