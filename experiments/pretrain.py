@@ -24,6 +24,7 @@ from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.directory import RELEASE
 from neuronet_jax.runs.restore import restore
 from neuronet_jax.store.reader import Store
+from neuronet_jax.store.schema import StoreError
 
 HEADS_PER_BRAIN = 6
 NOTE = "weights for non-commercial use, CC BY-NC 4.0"  # of the labels that the shipped network learned from
@@ -122,9 +123,12 @@ def _paint(store: str, arguments: Sequence[str]) -> int:
 
 
 def _is_store(path: str) -> bool:
+    """Tells whether a store is finished. Raises NeuronetError if it is, but damaged: nothing paints over that."""
     try:
         Store.open(path)
-    except NeuronetError:
+    except StoreError as error:
+        if error.code != "E_INCOMPLETE":
+            raise
         return False
     return True
 

@@ -1,1 +1,1 @@
-"""One network for all protocols, or one for each? Trains both at equal budgets and compares them. See `__main__.py`."""
+"""Compares networks at equal budgets: one for all protocols with one for each, families, and settings of a family."""

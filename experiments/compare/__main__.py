@@ -20,6 +20,7 @@ import logging
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -35,6 +36,7 @@ from neuronet_jax.files import Files
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.lease import lease
 from neuronet_jax.programs import DONE, INTERRUPTED, PARTIAL, SETTING, Parser, number, run
+from neuronet_jax.results.cohort import duration
 
 VARIANTS = ("all_targets", "tissue", *PROTOCOLS)
 LEASE, TRIALS = "cell.lease", "trials.json"
@@ -48,9 +50,32 @@ class Stopped(Exception):
     """A signal asked to stop; what was training is saved."""
 
 
+class Pace:
+    """Counts finished networks, whoever trained them, and estimates the time that the others take."""
+
+    def __init__(self, plan: Plan, out: Path):
+        pairs = [(plan.cell(arm, seed).name, arm) for arm in plan.arms for seed in range(plan.seeds)]
+        self._operations, self._out = {name: arm.steps * arm.operations for name, arm in pairs}, out
+        self._began_s = time.monotonic()
+        self._before = sum(self._finished().values())  # operations
+
+    def _finished(self) -> dict[str, float]:
+        return {name: size for name, size in self._operations.items() if cells.is_scored(self._out / "cells" / name)}
+
+    def __str__(self) -> str:
+        finished = self._finished()
+        done, total = sum(finished.values()), sum(self._operations.values())
+        told = f"{len(finished)} of {len(self._operations)} networks finished"
+        if self._before < done < total:
+            per_operation_s = (time.monotonic() - self._began_s) / (done - self._before)
+            told += f", about {duration((total - done) * per_operation_s)} left"
+        return told
+
+
 def work(plan: Plan, out: Path, split: str, trials: int) -> list[str]:
     """Trains and scores what is unfinished and free. Returns the names of the cells that failed."""
     tuned = {arm: tune(plan, arm, out, trials) for arm in plan.arms} if trials else {}
+    pace = Pace(plan, out)
     failed = []
     for seed in range(plan.seeds):
         for arm in plan.arms:
@@ -58,7 +83,7 @@ def work(plan: Plan, out: Path, split: str, trials: int) -> list[str]:
             if settings is None:  # somebody else's trials are not finished
                 continue
             cell = plan.cell(arm, seed, settings)
-            if cell.name not in failed and not _do(cell, out / "cells" / cell.name, split):
+            if cell.name not in failed and not _do(cell, out / "cells" / cell.name, split, pace):
                 failed.append(cell.name)
     return failed
 
@@ -90,7 +115,7 @@ def _overrides(settings: tuning.Settings) -> tuple[str, ...]:
     return tuple(f"{SETTING}{field}={value!r}" for field, value in settings.items())
 
 
-def _do(cell: Cell, folder: Path, split: str) -> bool:
+def _do(cell: Cell, folder: Path, split: str, pace: Pace) -> bool:
     """Trains and scores a cell that is unfinished and free. Tells whether it did not fail."""
     config = cell.config()
     if cells.finished(folder, config):
@@ -98,7 +123,7 @@ def _do(cell: Cell, folder: Path, split: str) -> bool:
     with _held(folder) as mine:
         if not mine or cells.finished(folder, config):  # a different command has it, or just had it
             return True
-        log.info("training %s", cell.name)
+        log.info("training %s; %s", cell.name, pace)
         if _in_own_process(cell, folder, split):
             log.error("%s failed: see %s", cell.name, folder / "log.txt")
             return False

@@ -23,7 +23,7 @@ _TEMPLATE = environment().from_string("""\
 {% extends "base.html" %}
 {% block title %}NeuroNet-JAX: a comparison{% endblock %}
 {% block body %}
-<h1>One network for all protocols, or one for each?</h1>
+<h1>A comparison of networks</h1>
 {% for line in facts %}<p>{{ line }}</p>{% endfor %}
 {% for section in sections %}
 <h2>{{ section.title }}</h2>
@@ -142,7 +142,7 @@ def box_plots(arms: Sequence[ArmScores], metric: Metric) -> str:
 
 def markdown(facts: Sequence[str], sections: Sequence[dict[str, Any]]) -> str:
     """Returns the page without its pictures."""
-    lines = ["# One network for all protocols, or one for each?", "", *(part for f in facts for part in (f, ""))]
+    lines = ["# A comparison of networks", "", *(part for f in facts for part in (f, ""))]
     for section in sections:
         if section["rows"]:
             header, *rows = section["rows"]

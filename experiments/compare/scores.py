@@ -128,19 +128,19 @@ class Contrast:
 
 
 def contrasts(arms: Sequence[ArmScores]) -> list[Contrast]:
-    """Compares every arm with that of the protocol alone, and every variant with itself in the first family."""
+    """Compares every arm with that of the protocol alone, and with the first arm of the same protocols."""
     found = []
-    families = list(dict.fromkeys(scores.arm.family for scores in arms))
     for budget in dict.fromkeys(scores.arm.budget for scores in arms):
         mine = [scores for scores in arms if scores.arm.budget == budget]
+        first = {scores.arm.protocols: scores.arm for scores in reversed(mine)}
         for metric in METRICS:
             rows: list[tuple[str, str, str, Comparison]] = []
             for scores in mine:
                 for other in mine:
                     a, b = scores.arm, other.arm
                     alone = a.family == b.family and len(b.protocols) == 1 < len(a.protocols)
-                    related = a.variant == b.variant and b.family == families[0] != a.family
-                    for protocol in a.protocols if alone or related else ():
+                    changed = b == first[a.protocols] != a
+                    for protocol in a.protocols if alone or changed else ():
                         if protocol in b.protocols:
                             sides = (scores.of_subjects(protocol, metric), other.of_subjects(protocol, metric))
                             rows.append((protocol, a.name, b.name, compare(*sides)))

@@ -1,7 +1,9 @@
 """The recipe of the network that ships, on grids of 6 and 4 mm: real stores, trainings and a release."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import nibabel as nib
@@ -100,6 +102,18 @@ def test_from_files_to_a_release_and_on_from_where_it_stopped(
 
     assert pretrain.main(given) == 0
     assert capsys.readouterr().out == f"the release is in {out}/release\n"
+
+
+def test_a_damaged_store_is_named_and_kept(
+    given: list[str], tmp_path: Path, build_store: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("brains-6mm", "heads-6mm"):
+        build_store(str(tmp_path / "out" / name), ("train", "validation"))
+    described = tmp_path / "out" / "heads-6mm" / "store.json"
+    described.write_text(described.read_text() + " ")
+    assert pretrain.main(given) == 1
+    assert "E_MISMATCH" in capsys.readouterr().err
+    assert described.read_text().endswith(" ")  # nothing was painted over it
 
 
 def test_a_wrong_setting_is_refused_before_anything_is_built(given: list[str], tmp_path: Path) -> None:

@@ -84,6 +84,31 @@ def test_the_joint_network_is_compared_with_the_single_one_alone(finished):
     assert dice.found.p == pytest.approx(2 / 2**4) == dice.p_holm  # four subjects; one row
 
 
+def test_networks_of_the_same_protocols_are_compared_with_the_first(tmp_path):
+    arms = tuple(Arm("compute", "neuronet", name, ("fsl_fast",), 10, 1e9) for name in ("plain", "wide", "deep"))
+    plan = Plan(arms, 1, ())
+    for arm in arms:
+        _score(tmp_path / "cells" / plan.cell(arm, 0).name, arm.protocols, 0.8)
+    pairs = {(c.arm, c.baseline) for c in scores.contrasts(scores.read(plan, tmp_path))}
+    assert pairs == {("neuronet/wide", "neuronet/plain"), ("neuronet/deep", "neuronet/plain")}
+
+
+def test_the_pace_counts_the_networks_of_others_and_tells_the_time_left(tmp_path, monkeypatch):
+    now_s = 0.0
+    monkeypatch.setattr(command.time, "monotonic", lambda: now_s)
+    plan = Plan(ARMS, 2, ())  # four networks of the same size
+    folders = [tmp_path / "cells" / cell.name for cell in plan.cells()]
+    _score(folders[0], ("fsl_fast",), 0.8)
+    pace = command.Pace(plan, tmp_path)
+    assert str(pace) == "1 of 4 networks finished"
+    now_s = 90.0
+    _score(folders[1], ("fsl_fast",), 0.8)
+    assert str(pace) == "2 of 4 networks finished, about 3 min 0 s left"
+    for folder in folders[2:]:
+        _score(folder, ("fsl_fast",), 0.8)
+    assert str(pace) == "4 of 4 networks finished"
+
+
 def test_scores_against_failed_references_are_shown_with_and_without(finished):
     plan, out = finished
     (out / "failed.tsv").write_text("id\tprotocol\nperson-1\tfsl_fast\n")

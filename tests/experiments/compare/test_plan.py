@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments import flags
+from experiments.compare import family
 from experiments.compare.plan import make_plan
 from experiments.compare.work import counted
+from neuronet_jax.config import flatten
 from neuronet_jax.errors import NeuronetError
 
 TINY = ("--config.model.filters=4,8", "--config.data.crop=16", "--config.steps=1000")
@@ -55,3 +58,13 @@ def test_equal_compute_shares_out_the_cost_of_the_joint_network():
 def test_equal_compute_needs_a_network_of_all_protocols():
     with pytest.raises(NeuronetError, match="add a variant with fsl_fast, fsl_first"):
         make_plan(("fsl_fast:demo", "fsl_first:demo"), ("neuronet",), ("compute",), 1, TINY)
+
+
+def test_every_variant_of_the_family_changes_one_setting():
+    def settings(variant: str) -> dict:
+        fields = flags.load(f"{family.__file__}:{variant}").to_fields()
+        return {name: value for name, value in flatten(fields).items() if name != "name"}
+
+    plain = settings("plain")
+    changes = [{k for k, v in settings(name).items() if v != plain[k]} for name in family.CHANGES if name != "plain"]
+    assert [len(changed) for changed in changes] == [1] * (len(family.CHANGES) - 1)
