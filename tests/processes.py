@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE_S = 600  # with a process that ought to end: a slow machine is no failure, a hang is
 
 
 def free_port() -> int:
@@ -35,7 +36,7 @@ def run_two(program: str, *arguments: str, environment: Mapping[str, str]) -> tu
         for rank in (0, 1)
     ]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in both]
+        outputs = [process.communicate(timeout=PATIENCE_S)[0] for process in both]
     finally:
         for process in both:
             process.kill()

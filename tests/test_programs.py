@@ -14,6 +14,7 @@ import neuronet_jax
 from data_prep import build, verify
 from neuronet_jax import cli
 from neuronet_jax.programs import DONE, FAILED, PARTIAL, USAGE, Parser, run, spelled
+from tests.processes import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,7 +58,7 @@ def answers(request, tmp_path_factory) -> Answers:
 
     def start(words: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", *request.param.split(), *words.format(here=here).split()]
-        return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=240)
+        return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
     with ThreadPoolExecutor(2) as pool:
         asked = {kind: pool.submit(start, words) for kind, words in calls.items() if words is not None}

@@ -18,6 +18,7 @@ from experiments.flags import NAMES, load
 from neuronet_jax.config import Config
 from neuronet_jax.errors import NeuronetError, UsageError
 from neuronet_jax.labels import PROTOCOLS
+from tests.processes import PATIENCE_S
 
 GOLDENS = Path(__file__).parent / "goldens"
 PUBLISHED = [name for name in NAMES if name != "pretrained"]  # which names its stores, and has no variant
@@ -166,7 +167,7 @@ def test_G3_settings_are_checked_before_devices():
         "sys.exit('jax was imported' if 'jax' in sys.modules else 0)"
     )
     root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=root, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=root, timeout=PATIENCE_S)
 
 
 def test_G4_credentials_are_refused_and_not_echoed():

@@ -29,7 +29,7 @@ from neuronet_jax.store.reader import Store
 from neuronet_jax.training.mesh import make_mesh
 from neuronet_jax.training.pipeline import training_iterator
 from neuronet_jax.training.step import TrainState, init_state
-from tests.processes import free_port
+from tests.processes import PATIENCE_S, free_port
 
 SPLITS = ("train", "train", "train", "validation", "train")
 STEPS = 12
@@ -84,14 +84,14 @@ def start_two(store: Path, run: Path, *extra: str, fault: str = "") -> list[subp
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     return errors
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
     metrics = run / "metrics.jsonl"
-    for _ in range(2400):
+    for _ in range(6000):
         if metrics.exists() and f'"step": {step},' in metrics.read_text():
             return
         assert process.poll() is None, process.communicate()[1]
@@ -213,7 +213,7 @@ def test_D08_out_of_memory_ends_with_5_and_names_batch_and_crop(store: Path, tmp
     """
     settings = {"JAX_NUM_CPU_DEVICES": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     process = start(store, tmp_path, "--config.data.crop=96", environment=settings, fault=NO_MEMORY)
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 5, errors
     assert "error: out of device memory with batch 2 and crop (96, 96, 96); lower --config.batch or" in errors
 
@@ -236,7 +236,7 @@ def test_D07_a_frozen_process_ends_the_other_with_6(store: Path, tmp_path: Path)
     try:
         wait_for_step(run, 3, processes[0])
         processes[1].send_signal(signal.SIGSTOP)
-        _, errors = processes[0].communicate(timeout=60)
+        _, errors = processes[0].communicate(timeout=PATIENCE_S)
         assert processes[0].returncode == 6, errors
         assert "[process 0 of 2] no progress for 4 s: ending the process with status 6" in errors
         assert "train.py" in errors  # where it waits
@@ -350,7 +350,7 @@ def test_D01_a_run_that_cannot_learn_ends_with_4_and_names_its_batches(store: Pa
         "--config.profile_steps=2,3",
     )
     for process in start_two(store, run, *settings):
-        _, errors = process.communicate(timeout=240)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 4, errors
         assert "error: 11 updates in a row were skipped up to step 11" in errors and "skipped.jsonl names the" in errors
     lines = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
@@ -378,7 +378,7 @@ def test_D16_a_second_start_is_refused_and_harms_nothing(store: Path, tmp_path: 
     wait_for_step(run, 1, first)
     seconds = [start(store, run, *extra) for extra in ((), ("--resume",))]
     for second in seconds:
-        _, errors = second.communicate(timeout=240)
+        _, errors = second.communicate(timeout=PATIENCE_S)
         if first.poll() is None:  # else it came too late to meet anybody
             assert second.returncode == 1 and "E_LEASE" in errors
             assert f"by process {first.pid} on {socket.gethostname()}" in errors

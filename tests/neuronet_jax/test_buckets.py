@@ -20,6 +20,7 @@ from neuronet_jax.files import Files
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.directory import RunDirectory
 from neuronet_jax.runs.restore import restore
+from tests.processes import PATIENCE_S
 
 SETTINGS = {
     "data.crop": "16,16,16",
@@ -42,7 +43,7 @@ def training(store: str, run: str, steps: int, *extra: str) -> "subprocess.Popen
 
 
 def finished(process: "subprocess.Popen[str]") -> str:
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     return errors
 
@@ -68,7 +69,7 @@ def test_E16_everything_at_gs(build_store: Any, gcs_bucket: str, tmp_path: Path)
     first = training(store, run, 4)
     wait_for_step(first, 1)
     second = training(store, run, 4, "--resume")
-    _, refusal = second.communicate(timeout=200)
+    _, refusal = second.communicate(timeout=PATIENCE_S)
     finished(first)
     assert second.returncode == 1 and "E_LEASE" in refusal and "is in use since" in refusal
     assert "from step 4 to 6" in finished(training(store, run, 6, "--resume"))

@@ -29,6 +29,7 @@ from neuronet_jax.models.network import build
 from neuronet_jax.runs.calibration import Calibration, Line, Threshold, load_calibration, save_calibration
 from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.provenance import Origin
+from tests.processes import PATIENCE_S
 
 SHAPE = (64, 96, 32)
 
@@ -88,7 +89,7 @@ def test_the_documented_example_gives_the_same_labels_in_a_fresh_process(folder,
         + "\nnp.savez('labels.npz', **labels)"
     )
     # -I: neither the working directory nor PYTHONPATH is searched
-    subprocess.run([sys.executable, "-I", "-W", "error", "-c", code], cwd=folder.parent, check=True, timeout=200)
+    subprocess.run([sys.executable, "-I", "-W", "error", "-c", code], cwd=folder.parent, check=True, timeout=PATIENCE_S)
     with np.load(folder.parent / "labels.npz") as found:
         assert sorted(found.files) == sorted(PROTOCOLS)
         for name, expected in labels.items():

@@ -21,6 +21,7 @@ from data_prep.tools.tools import from_spm
 from neuronet_jax import lease
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.store.reader import Store
+from tests.processes import PATIENCE_S
 
 NAMES = "fsl_fast,fsl_first,spm,malp_em"
 # Programs as shell scripts, which find their maps in $MAPS and say in $MAPS/calls how they were called.
@@ -246,7 +247,7 @@ def test_a_build_that_is_interrupted_ends_its_tools_and_goes_on_when_repeated(
         time.sleep(0.1)
     time.sleep(0.3)
     running.send_signal(number)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=PATIENCE_S)
     assert running.returncode not in (0, 3), errors
     assert not [path for path in (tmp_path / "out" / "fsl_first").iterdir() if path.suffix != ".log"]
     (maps / "go").touch()

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.processes import PATIENCE_S
+
 yaml = pytest.importorskip("yaml")
 
 LAUNCH = Path(__file__).resolve().parents[3] / "experiments/launch"
@@ -48,7 +50,7 @@ def start(job: dict[str, Any], tmp_path: Path):
 
 
 def test_a_pod_runs_what_a_host_of_tpu_pod_runs(job: dict[str, Any], start, tmp_path: Path) -> None:
-    assert start().wait(30) == 0
+    assert start().wait(PATIENCE_S) == 0
     training = job["template"]["spec"]["containers"][0]["args"][2:]
     host = tmp_path / "host"
     shutil.copytree(LAUNCH, host / "experiments/launch")
@@ -65,7 +67,7 @@ def test_a_pod_runs_what_a_host_of_tpu_pod_runs(job: dict[str, Any], start, tmp_
 
 @pytest.mark.parametrize("status", [0, 4, 6])
 def test_a_pod_ends_with_the_status_of_its_training(start, status: int) -> None:
-    assert start(status).wait(30) == status
+    assert start(status).wait(PATIENCE_S) == status
 
 
 def test_a_training_that_is_evicted_saves_and_is_restarted(start, tmp_path: Path) -> None:
@@ -73,7 +75,7 @@ def test_a_training_that_is_evicted_saves_and_is_restarted(start, tmp_path: Path
     while not (tmp_path / "arguments").exists():
         time.sleep(0.01)
     pod.send_signal(signal.SIGTERM)
-    assert pod.wait(30) == 143  # 0 would be a run that has ended
+    assert pod.wait(PATIENCE_S) == 143  # 0 would be a run that has ended
     assert (tmp_path / "said").read_text() == "saved\n"
 
 

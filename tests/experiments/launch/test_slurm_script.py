@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import PATIENCE_S
+
 SCRIPT = Path(__file__).resolve().parents[3] / "experiments/launch/slurm.sh"
 
 # A training that says what it was given, and ends as the variables tell: by itself, or when it gets USR1.
@@ -45,7 +47,7 @@ def run(folder: Path, warned: bool = False, **variables: str) -> tuple[int, list
                 time.sleep(0.02)
             if warned:
                 script.send_signal(signal.SIGUSR1)
-            status = script.wait(30)
+            status = script.wait(PATIENCE_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(script.pid, signal.SIGKILL)  # and a training that nobody has stopped

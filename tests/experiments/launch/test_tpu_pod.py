@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.processes import PATIENCE_S
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 SCRIPT = REPOSITORY / "experiments/launch/tpu_pod.sh"
 GIT = ("git", "-c", "user.name=test", "-c", "user.email=test@example.org")
@@ -72,7 +74,7 @@ class Pod:
     def run(self, *arguments: str) -> tuple[int, str, str]:
         """The exit status and both outputs."""
         with self.start(*arguments) as process:
-            out, said = process.communicate(timeout=100)
+            out, said = process.communicate(timeout=PATIENCE_S)
         return process.returncode, out, said
 
     def calls(self, verb: str) -> list[list[str]]:
@@ -174,7 +176,7 @@ def test_hosts_that_answer_no_more_are_replaced(pod: Pod) -> None:
     with pod.start("run", *SLICE, "--", *TRAINING) as process:
         _until(lambda: pod.trainings("host1") == 1)
         pod.change(closed=11)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
     assert "taking pod for lost" in said and len(pod.calls("create")) == 2
 
@@ -199,7 +201,7 @@ def test_the_training_outlives_the_command_that_watches_it(pod: Pod) -> None:
     with pod.start("run", *SLICE, "--", *TRAINING) as process:
         _until(lambda: pod.trainings("host1") == 1)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130 and "the training goes on" in said
     assert pod.run("status", *ZONE)[1].splitlines() == ["ACTIVE", "training: running", "training: running"]
     pod.plan(["ACTIVE", "ACTIVE", "ACTIVE end 0"], made=True)
@@ -213,7 +215,7 @@ def test_a_running_training_is_not_replaced_when_a_look_at_it_fails(pod: Pod) ->
     with pod.start("run", *SLICE, "--", *TRAINING) as process:
         _until(lambda: pod.trainings("host1") == 1)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_S)
     (pod.folder / "host0" / "neuronet-jax" / "mark").touch()
     next((pod.folder / "host0" / "neuronet-jax").glob(".installed-*")).unlink()  # as if by another commit
     pod.plan(["ACTIVE"], made=True, closed=1)
@@ -221,7 +223,7 @@ def test_a_running_training_is_not_replaced_when_a_look_at_it_fails(pod: Pod) ->
         _until(lambda: len([c for c in pod.calls("ssh") if "start" in c[-1]]) == 2)
         mark = (pod.folder / "host0" / "neuronet-jax" / "mark").exists()
         pod.change(slices=[["ACTIVE end 0", "ACTIVE"]])
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
     assert mark and pod.trainings() == 1
 
@@ -231,7 +233,7 @@ def test_stop_saves_and_ends(pod: Pod) -> None:
     with pod.start("run", *SLICE, "--", *TRAINING) as process:
         _until(lambda: pod.trainings("host1") == 1)
         assert pod.run("stop", *ZONE)[0] == 0
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
     assert len(pod.calls("delete")) == 1
 

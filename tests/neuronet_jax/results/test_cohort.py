@@ -22,6 +22,7 @@ from neuronet_jax.files import Files
 from neuronet_jax.images import nifti
 from neuronet_jax.results import bids, cohort
 from neuronet_jax.runs.restore import restore
+from tests.processes import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -256,7 +257,7 @@ def test_ctrl_c_ends_the_program_at_once(tiny_run, noisy_heads, tmp_path):
         while "segmenting" not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode == 130 and "stopped by Ctrl-C; run the same command again to continue" in errors

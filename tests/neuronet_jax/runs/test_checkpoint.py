@@ -30,6 +30,7 @@ from neuronet_jax.runs import checksums
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.checkpoint_info import SCHEMA
 from neuronet_jax.runs.checksums import MANIFEST
+from tests.processes import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).parent / "goldens" / "checkpoint_v1"
@@ -251,7 +252,7 @@ def test_E01_SIGKILL_during_save_leaves_the_previous_or_the_new_step(tmp_path, o
     }
     runs = [(tmp_path / str(i), where, step) for i, (where, step) in enumerate(kills.items())]
     processes = [_run_killed(run, where) for run, where, _ in runs]
-    assert [process.wait(120) for process in processes] == [-signal.SIGKILL] * len(runs)
+    assert [process.wait(PATIENCE_S) for process in processes] == [-signal.SIGKILL] * len(runs)
     for run, _, step in runs:
         _check_after_kill(open_run(run.name, keep=1), config, (step,))
 
@@ -261,7 +262,7 @@ def test_E01_SIGKILL_during_save_leaves_the_previous_or_the_new_step(tmp_path, o
 def test_E01_SIGKILL_at_every_file_operation(tmp_path, open_run, config):
     for operation in range(1, 1000):
         run = f"run{operation}"
-        if _run_killed(tmp_path / run, str(operation)).wait(120) == 0:
+        if _run_killed(tmp_path / run, str(operation)).wait(PATIENCE_S) == 0:
             break  # the save has fewer operations
         _check_after_kill(open_run(run, keep=1), config, (2, 3))
     assert operation > 40

@@ -74,7 +74,7 @@ from dataclasses import replace
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 rank, port, run, changed = int(sys.argv[1]), *sys.argv[2:]
-jax.distributed.initialize(f"localhost:{port}", 2, rank, initialization_timeout=60)
+jax.distributed.initialize(f"localhost:{port}", 2, rank, initialization_timeout=300)
 from experiments.flags import load
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.runs import directory

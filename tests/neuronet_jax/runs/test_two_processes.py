@@ -16,7 +16,7 @@ from pathlib import Path
 import jax, numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 rank, port, run = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.distributed.initialize(f"localhost:{port}", 2, rank, initialization_timeout=60)
+jax.distributed.initialize(f"localhost:{port}", 2, rank, initialization_timeout=300)
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from experiments.flags import load

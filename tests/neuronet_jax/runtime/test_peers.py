@@ -14,7 +14,7 @@ import pytest
 
 from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError
-from tests.processes import free_port
+from tests.processes import PATIENCE_S, free_port
 
 HOSTS = {"worker-network-endpoints": "unknown:unknown:127.0.0.1,unknown:unknown:127.0.0.1", "tpu-env": ""}
 
@@ -132,7 +132,7 @@ print(jax.process_index(), jax.process_count())
                     text=True,
                 )
             )
-        answers = [process.communicate(timeout=120) for process in processes]
+        answers = [process.communicate(timeout=PATIENCE_S) for process in processes]
     assert [said.split() for said, _ in answers] == [["0", "2"], ["1", "2"]], answers
 
 
@@ -149,7 +149,7 @@ def test_D06_a_process_that_never_joins_is_named() -> None:
         command = [sys.executable, "-c", program]
         alone.append(subprocess.Popen(command, env={**os.environ, **cluster}, stderr=subprocess.PIPE, text=True))
     for process, said in zip(alone, wanted.values(), strict=True):
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 6, errors
         assert f"error: {said} 127.0.0.1:" in errors
 

@@ -14,7 +14,7 @@ import pytest
 
 from neuronet_jax.programs import STALLED
 from neuronet_jax.training.signals import StopRequest, Watchdog
-from tests.processes import free_port
+from tests.processes import PATIENCE_S, free_port
 
 ROOT = Path(__file__).parents[3]
 
@@ -69,7 +69,7 @@ def test_D04_second_interrupt_is_immediate():
         process.send_signal(signal.SIGINT)
         _until(process.stderr, "SIGINT: saving after this step")  # two signals at once would be one
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == -signal.SIGINT
     assert "saved" not in out
 
@@ -78,7 +78,7 @@ def test_D03_exit_code_of_a_real_process_is_0():
     with _running(LOOP.format(work="time.sleep(.05)")) as process:
         _until(process.stdout, "step 2")
         process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     assert out.splitlines()[-1].startswith("saved")
 
@@ -88,7 +88,7 @@ import os, sys, time
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 rank, port = int(sys.argv[1]), sys.argv[2]
-jax.distributed.initialize(f"localhost:{port}", 2, rank, initialization_timeout=60)
+jax.distributed.initialize(f"localhost:{port}", 2, rank, initialization_timeout=300)
 from neuronet_jax.training.signals import StopRequest
 with StopRequest() as stop:
     for step in range(1, 400):
@@ -110,7 +110,7 @@ def test_D03_signal_to_one_process_stops_all_at_the_same_step(number):
         for process in both:
             _until(process.stdout, "running")
         both[1].send_signal(number)
-        said = [process.communicate(timeout=60)[0].splitlines()[-1] for process in both]
+        said = [process.communicate(timeout=PATIENCE_S)[0].splitlines()[-1] for process in both]
     assert said[0] == said[1]
     assert said[0].startswith("saved")
     assert [process.returncode for process in both] == [0, 0]
@@ -133,7 +133,7 @@ def test_C02_D07_a_stall_gives_a_warning_with_stacks_then_ends_the_process():
     with _running(STALL.format(timeout_s=0.5, work="time.sleep(60)")) as process:
         _until(process.stdout, "moving")
         begin = time.monotonic()
-        out, error = process.communicate(timeout=30)
+        out, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == STALLED
     assert 0.8 < time.monotonic() - begin < 10  # twice the timeout, and slack for a busy machine
     assert "no progress for 0.5 s; the run ends" in error
@@ -148,7 +148,7 @@ def test_D07_suspended_process_has_not_stalled():
         process.send_signal(signal.SIGSTOP)
         time.sleep(2)
         process.send_signal(signal.SIGCONT)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     assert "done" in out
 

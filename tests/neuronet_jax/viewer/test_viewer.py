@@ -30,6 +30,7 @@ from neuronet_jax.viewer import catalogue
 from neuronet_jax.viewer.notes import Notes
 from neuronet_jax.viewer.server import Server
 from tests.browser import browser
+from tests.processes import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -138,7 +139,7 @@ def test_a_person_looks_at_two_heads_and_notes_which_is_good(results, heads, tmp
             assert tab.run("document.getElementById('back').offsetTop === document.getElementById('next').offsetTop")
     finally:
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, errors
     rows = [(row["scan"], row["verdict"], row["remark"]) for row in _notes(results)]
     assert rows == [("sub-a", "good", ""), ("sub-e", "bad", "neck labelled")]
