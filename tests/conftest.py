@@ -1,5 +1,6 @@
 """Tests run on eight CPU devices, with JAX's implicit promotions forbidden; folders of real data; small stores."""
 
+import atexit
 import contextlib
 import functools
 import http.client
@@ -8,9 +9,11 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -21,7 +24,12 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # tests write nothing to the user's cache folder
+# All processes share what they compile, in a folder that goes with the tests (never the user's own).
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="neuronet-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 import jax

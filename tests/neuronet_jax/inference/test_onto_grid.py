@@ -138,7 +138,7 @@ def _favour_background(network: Any, lead: float) -> None:
 dealt = volume._dealt
 
 
-@pytest.mark.parametrize("family", ["neuronet", "reference"])
+@pytest.mark.parametrize("family", ["neuronet", pytest.param("reference", marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     "options",
     [

@@ -30,9 +30,9 @@ def test_neutral_strengths_are_the_identity() -> None:
     batch = batch_of()
     same = augment(batch, jax.random.key(0), NONE, NAMES)
     assert all(same[name] is batch[name] for name in batch)
-    neutral = draw(jax.random.key(0), NONE)
+    neutral = jax.jit(draw, static_argnums=1)(jax.random.key(0), NONE)
     np.testing.assert_allclose(change_intensity(batch["image"][0], neutral), batch["image"][0], atol=2e-5)
-    image, labels = warp(batch["image"][0], batch["labels"][0], neutral.matrix)
+    image, labels = jax.jit(warp)(batch["image"][0], batch["labels"][0], neutral.matrix)
     np.testing.assert_allclose(image, batch["image"][0], atol=1e-6)
     np.testing.assert_array_equal(labels, batch["labels"][0])
 
@@ -102,9 +102,10 @@ def test_C08_finite_and_within_the_label_set_over_many_keys() -> None:
 def test_every_sample_is_changed_by_its_own_draw() -> None:
     batch = batch_of(b=1)
     twins = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
-    changed = augment(twins, jax.random.key(1), FULL, NAMES)
+    compiled = jax.jit(augment, static_argnums=(2, 3))
+    changed = compiled(twins, jax.random.key(1), FULL, NAMES)
     assert not jnp.array_equal(changed["image"][0], changed["image"][1])
-    again = augment(twins, jax.random.key(1), FULL, NAMES)
+    again = compiled(twins, jax.random.key(1), FULL, NAMES)
     np.testing.assert_array_equal(changed["image"], again["image"])
 
 

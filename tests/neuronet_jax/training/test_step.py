@@ -84,7 +84,10 @@ def loss_and_gradient(config: Config, devices: int) -> tuple[jax.Array, list[np.
 
 @pytest.mark.parametrize("family", ["reference", "neuronet"])
 # y sides of 16 and 24: two planes, and three, of the coarsest scale on each of two devices
-@pytest.mark.parametrize(("space", "y"), [(1, 16), pytest.param(2, 16, marks=pytest.mark.soak), (2, 24)])
+@pytest.mark.parametrize(
+    ("space", "y"),
+    [pytest.param(1, 16, marks=pytest.mark.soak), pytest.param(2, 16, marks=pytest.mark.soak), (2, 24)],
+)
 def test_D10_eight_devices_equal_one(family: str, space: int, y: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # relu6 has kinks: one voxel of thousands that rounding moves across one changes a gradient by 1e-4. A smooth
     # function in its place leaves only what sharding could break.
