@@ -115,7 +115,8 @@ def differences(found: Sequence[Contrast]) -> list[list[str]]:
     for c in found:
         f = c.found
         interval = "n/a" if math.isnan(f.low) else f"{f.low:+.3f} to {f.high:+.3f}"
-        numbers = [f"{f.difference:+.3f}", interval, f"{f.p:.3f}", f"{c.p_holm:.3f}", str(f.subjects)]
+        difference = "n/a" if math.isnan(f.difference) else f"{f.difference:+.3f}"  # of two infinite distances
+        numbers = [difference, interval, f"{f.p:.3f}", f"{c.p_holm:.3f}", str(f.subjects)]
         rows.append([c.protocol, c.arm, c.baseline, *numbers])
     return rows if found else []
 
