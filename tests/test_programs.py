@@ -69,8 +69,10 @@ def test_a_mistyped_option_ends_with_2_and_suggests_the_right_one(answers):
     process = answers.processes["mistyped"]
     assert process.returncode == USAGE and process.stdout == ""
     mistyped, meant, _ = PROGRAMS[answers.program]
-    last = process.stderr.splitlines()[-1]
+    usage, *_, last = process.stderr.splitlines()
     assert last.endswith(f"error: there is no option {spelled(mistyped)}; did you mean {meant}?")
+    command = answers.program.removeprefix("neuronet_jax").strip()
+    assert usage.startswith(f"usage: {'neuronet ' if command != answers.program else 'python -m '}{command}".rstrip())
 
 
 def test_help_states_the_exit_statuses_and_spells_options_with_hyphens(answers):

@@ -153,6 +153,11 @@ def test_calibrate_writes_the_fit_to_the_validation_subjects(model, store, tmp_p
     calibrated = quality._predict(line, expected)
     assert abs(calibrated[1] - true[1]) < abs(expected[1] - true[1])
     assert "person" not in (tmp_path / QUALITY).read_text()
+    assert found.volumes == {}  # two subjects are too few for the intervals of volumes, ten are enough
+    monkeypatch.setattr(Store, "split", lambda store, name: [store.subjects[0]] * 10)
+    assert evaluate.main(command) == 0
+    spread = load_calibration(str(tmp_path), 7).volumes["fsl_fast"]
+    assert spread.coverage == 1.0 and spread.half_widths == (0.0,)  # the network's volume is always the reference's
 
 
 def test_painted_heads_set_the_threshold_too_but_not_the_volumes(model, store, tmp_path, monkeypatch):

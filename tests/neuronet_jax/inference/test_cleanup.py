@@ -59,6 +59,17 @@ def test_pieces_apart_are_removed_measured_and_recorded(run, tmp_path):
     assert f"{removed_ml:.1f} ml</dd>" in (tmp_path / "clean/sub-neck/anat/sub-neck_report.html").read_text()
 
 
+def test_a_neck_on_a_bridge_is_removed_too(run, tmp_path):
+    neck, bridge = np.s_[20:50, 20:50, 5:20], np.s_[34:36, 34:36, 20:30]  # the bridge is 4 mm wide
+    _head(tmp_path / "neck.nii.gz", np.s_[10:60, 10:60, 30:70], bridge, neck)
+    assert main(["segment", str(tmp_path / "neck.nii.gz"), run, f"--out={tmp_path / 'out'}"]) == 0
+    for path in (tmp_path / "out").rglob("*_dseg.nii.gz"):
+        ids = nifti.read_labels(path).data
+        assert ids[10:60, 10:60, 30:70].all() and not ids[neck].any(), path.name
+    row = _row(tmp_path / "out")
+    assert float(row["removed_ml"]) >= 30 * 30 * 15 * VOXEL_ML and "W_PIECES" in row["warnings"]
+
+
 def test_a_labelled_neck_is_too_large_and_not_a_cut_brain(run, tmp_path, capsys):
     _head(tmp_path / "long.nii.gz", np.s_[5:75, 5:75, 0:70])  # 2,744 ml that reach the lower border
     assert main(["segment", str(tmp_path / "long.nii.gz"), run, f"--out={tmp_path / 'out'}"]) == 0

@@ -1,7 +1,9 @@
 """One folder of results and many commands: nothing is spoilt by a wrong one, and its tables tell of all of them."""
 
 import csv
+import gzip
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -171,18 +173,19 @@ def test_F15_a_scan_whose_command_was_stopped_counts_in_none_of_them(run, heads,
 
 
 def test_F15_two_commands_at_the_same_time(tiny_run, noisy_heads, tmp_path):
-    command = [sys.executable, "-m", "neuronet_jax", "segment"]
+    """Each has a head of its own, and both have one head."""
+    command = [sys.executable, "-m", "neuronet_jax", "segment", f"--run={tiny_run}", f"--out={tmp_path}"]
     processes = [
         subprocess.Popen(
-            [*command, str(noisy_heads / name), f"--run={tiny_run}", f"--out={tmp_path}"],
+            [*command, *(str(noisy_heads / f"{name}.nii.gz") for name in names)],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for name in ("head0.nii.gz", "head2.nii.gz")
+        for names in (("head0", "head6"), ("head2", "head6"))
     ]  # fmt: skip
     for process in processes:
         output, _ = process.communicate()
         assert process.returncode == 0, output
-    assert _told(tmp_path) == [["sub-head0", "sub-head2"]] * 3
+    assert _told(tmp_path) == [["sub-head0", "sub-head2", "sub-head6"]] * 3
 
 
 # ---- hostile inputs -------------------------------------------------------------------------------------------------
@@ -190,14 +193,16 @@ def test_F15_two_commands_at_the_same_time(tiny_run, noisy_heads, tmp_path):
 
 def test_F13_names_that_no_table_or_terminal_should_get_as_they_are(run, heads, tmp_path, capsys):
     out = tmp_path / "out"
-    names = [b"one\xff.nii.gz", b"two\x1b[31m\n.nii.gz", b"=3+A1.nii.gz", b"\xff.nii.gz"]
+    names = [b"one\xff.nii.gz", b"two\x1b[31m\n.nii.gz", b"=3+A1.nii.gz", b"<script>.nii", b"\xff.nii.gz"]
     for name in names:
-        (heads / os.fsdecode(name)).write_bytes((heads / "a.nii.gz").read_bytes())
+        content = (heads / "a.nii.gz").read_bytes()
+        (heads / os.fsdecode(name)).write_bytes(gzip.decompress(content) if name.endswith(b".nii") else content)
     inputs = [str(heads / os.fsdecode(name)) for name in names]
     assert main(["segment", *inputs, run, f"--out={out}"]) == 3  # the last has no letter that could name its results
     rows = {row["input"]: row for row in _rows(out / "summary.tsv")}
     assert {name: row["output"] for name, row in rows.items()} == {
         "'=3+A1.nii.gz": "sub-3A1",
+        "<script>.nii": "sub-script",
         "\\xff.nii.gz": "n/a",
         "one\\xff.nii.gz": "sub-one",
         "two\\x1b[31m\\n.nii.gz": "sub-two31m",
@@ -205,9 +210,11 @@ def test_F13_names_that_no_table_or_terminal_should_get_as_they_are(run, heads, 
     assert rows["\\xff.nii.gz"]["code"] == "E_ID"
     said = capsys.readouterr()
     assert "\x1b[31m" not in said.out + said.err and "\udcff" not in said.out + said.err
-    assert len(_rows(out / "volumes.tsv")) == 3
+    for page in (path.read_text(encoding="utf-8") for path in out.rglob("*report.html")):
+        assert "\x1b" not in page and "<script" not in page and re.search(r"\\xff|\\x1b|=3\+A1|&lt;script&gt;", page)
+    assert len(_rows(out / "volumes.tsv")) == 4
     assert main(["segment", *inputs, run, f"--out={out}"]) == 3  # and it continues
-    assert "3 of 4 scans segmented" in capsys.readouterr().out
+    assert "4 of 5 scans segmented" in capsys.readouterr().out
 
 
 def test_F14_an_input_in_the_output_folder_is_never_overwritten(run, heads, tmp_path, capsys):
@@ -277,6 +284,10 @@ def test_A28_duplicates_in_a_list_come_with_advice_that_can_be_followed(run, hea
     assert "row 2 of cohort.csv and row 3 of cohort.csv would both be named sub-01: give each its own id" in (
         " ".join(capsys.readouterr().err.split())
     )
+    cohort.write_text("id,t1\n01,a.nii.gz\n02,a.nii.gz\n03,e.nii.gz\n")
+    assert main(["segment", f"@{cohort}", run, f"--out={out}"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "row 2 of cohort.csv and row 3 of cohort.csv are one file with two ids: remove one of them" in said
     assert not out.exists()
     cohort.write_text("id,t1\n01,a.nii.gz\n02,e.nii.gz\n")
     assert main(["segment", f"@{cohort}", run, f"--out={out}"]) == 0

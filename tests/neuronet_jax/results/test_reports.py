@@ -5,24 +5,29 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.flags import load
 from neuronet_jax.cli import main
 from neuronet_jax.codes import CODES
 from neuronet_jax.evaluation import agreement, quality, volumetry
-from neuronet_jax.images import nifti
+from neuronet_jax.images import intensity, nifti
 from neuronet_jax.images.space import Volume
 from neuronet_jax.inference.segmentation import Confidence, Segmentation
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.models.readout import Readout
 from neuronet_jax.results import bids, cohort_page, reports, scan_page, tables
 from neuronet_jax.results.dataset import update_summary, write_cohort
 from neuronet_jax.results.mosaic import AXIAL, CORONAL, SAGITTAL, Mosaic, axis_codes
 from neuronet_jax.results.pictures import colors_of, votes_colors
 from neuronet_jax.results.reports import ml
 from neuronet_jax.results.write import write_results
+from neuronet_jax.runs import restore as restoring
+from neuronet_jax.runs.model import Model
 from neuronet_jax.runs.provenance import Origin, Provenance
 from tests.browser import browser
 
@@ -134,6 +139,8 @@ def test_a_person_switches_layers_and_reads_on_a_phone(run, heads, tmp_path):
                 dots = tab.run("[...document.querySelectorAll('circle title')].map(t => t.textContent)")
                 assert any(text.startswith("sub-a: ") for text in dots) and len(dots) > 3
                 assert tab.run("[...document.querySelectorAll('.thumbs img')].every(i => i.naturalWidth > 100)")
+                reason = tab.run("document.querySelector('table.scans td .bad').offsetHeight")
+                assert width == 400 or reason < 90  # pixels: at most four lines
         tab.run("document.images[0].decode()")
         assert tab.run("[...document.querySelectorAll('.tile')].every(t => t.querySelectorAll('b').length === 2)")
         text = tab.run("document.body.innerText")
@@ -150,6 +157,92 @@ def test_a_person_switches_layers_and_reads_on_a_phone(run, heads, tmp_path):
         assert "LeftThalamusProper" in legend
         tab.run("document.querySelector('label[for=show-none]').click()")
         assert tab.run(visible) == tab.run(shown) == []
+
+
+# What a head consists of: brightness and place, in voxels of 2 mm. The later lie within the earlier ones, and the
+# thalami, far from the middle, are all that FAST calls white matter.
+_PARTS: dict[str, tuple[float, tuple[slice, ...]]] = {
+    "sulci": (100.0, np.s_[6:54, 8:62, 6:58]),
+    "cortex": (200.0, np.s_[8:52, 10:60, 8:56]),
+    "ventricle": (150.0, np.s_[28:32, 30:40, 30:40]),
+    "left thalamus": (300.0, np.s_[34:40, 14:20, 12:16]),
+    "right thalamus": (400.0, np.s_[20:26, 14:20, 12:16]),
+}
+_FAST = ("CSF", "CSF", "GM", "WM", "WM")
+_LEVELS: dict[str, tuple[str, ...]] = {  # by rising brightness: sulci, ventricle, cortex, left and right thalamus
+    "fsl_fast": _FAST,
+    "fsl_first": ("", "", "", "LeftThalamusProper", "RightThalamusProper"),
+    "spm_tissue": _FAST,
+    "malp_em": ("", "3rdVentricle", "BrainStem", "LeftThalamusProper", "RightThalamusProper"),
+    "malp_em_tissue": ("", "Ventricles", "CorticalGM", "DeepGM", "DeepGM"),
+}
+
+
+@pytest.fixture
+def run_of_all(monkeypatch, tmp_path, threshold_network) -> str:
+    """Returns the option `--run` of a run of all protocols that names the parts of the head in `tmp_path / "a.nii"`."""
+    image = np.zeros((60, 70, 64), np.int16)
+    for brightness, place in _PARTS.values():
+        image[place] = brightness
+    image[image > 0] += np.random.default_rng(0).integers(-10, 10, np.count_nonzero(image), np.int16)
+    nib.save(nib.Nifti1Image(image, np.diag([-2.0, 2, 2, 1])), tmp_path / "a.nii")
+    found = intensity.statistics(image)
+    limits = [(raw - found.mean) / found.std for raw in (50.0, 125.0, 175.0, 250.0, 350.0)]
+    slopes, bias = [], []
+    for name, levels in _LEVELS.items():  # the highest line at each brightness is that of the class there
+        classes = {s.name: s.index for s in PROTOCOLS[name].structures}
+        slope, height = np.zeros(len(classes)), np.full(len(classes), -1e3)
+        steps = [(0, 0.0, 0.0)]
+        for level, limit in zip(levels, limits, strict=True):
+            index, steep, low = steps[-1]
+            if level and classes[level] != index:
+                steps.append((classes[level], steep + 1, low - limit))
+        for index, steep, low in steps:
+            slope[index], height[index] = steep, low
+        slopes, bias = [*slopes, *slope], [*bias, *height]
+
+    class Levels(type(threshold_network)):
+        def readout(self) -> Readout:
+            lines = jnp.asarray(slopes, jnp.float32)[None]  # c k
+            heights = jnp.asarray(bias, jnp.float32)
+            return Readout([lines, 0 * lines], [heights, 0 * heights])
+
+    model = Model(Levels(), replace(load("tissue:demo"), protocols=tuple(PROTOCOLS)), 2.0, Origin("test"))
+    monkeypatch.setattr(restoring, "restore", lambda run: model)
+    return f"--run={tmp_path}"
+
+
+def test_pages_and_tables_of_all_protocols_use_one_language(run_of_all, tmp_path):
+    """The names, figures and pictures of one command, by hand."""
+    out = tmp_path / "out"
+    assert main(["segment", str(tmp_path / "a.nii"), run_of_all, f"--out={out}"]) == 0
+    anat = out / "sub-a" / "anat"
+    page, folder_page = (anat / "sub-a_report.html").read_text(), (out / "report.html").read_text()
+    rows = {name: tables.read_tsv(anat / f"sub-a_{name}.tsv") for name in ("volumes", "agreement")}
+    for name, protocol in PROTOCOLS.items():
+        title = f"{protocol.tool} ({name})"
+        assert f'for="show-{name}">{title}</label>' in page
+        assert f"{title}, {protocol.num_classes - 1} structures</summary>" in page
+        names = [row["name"] for row in rows["volumes"] if row["protocol"] == name]
+        assert names == [s.name for s in protocol.structures]
+        assert all(re.search(rf"</span>{re.escape(one)}<td", page) for one in names[1:])
+    legend = page.partition('<p class="legend malp_em">')[2].partition("</p>")[0]
+    assert re.findall(r"([\w/]+)</span>\n", legend) == ["3rdVentricle", "BrainStem", "Left/RightThalamusProper"]
+    regions = dict(re.findall(r'<tr><td class="name">(\w+)(?:<td.*)+\n *<td class="number">(\S+)</tr>', page))
+    assert {row["region"] for row in rows["agreement"] if row["kind"] != "merge"} <= set(regions)
+    assert regions["CSF"] == "1.000" and float(regions["GM"]) < 1  # FAST and SPM agree; MALP-EM's CSF does not count
+    compared = re.findall(r'<tr><td class="name">CSF<td class="name">(\w+, \w+)', folder_page)
+    assert sorted(compared) == ["fsl_fast, spm_tissue", "malp_em, malp_em_tissue"]
+    (row,) = tables.read_tsv(out / "summary.tsv")
+    volume_ml = {name: np.zeros((60, 70, 64))[place].size * 0.008 for name, (_, place) in _PARTS.items()}
+    brain_ml = volume_ml["cortex"] - volume_ml["ventricle"]
+    assert (row["brain_ml"], row["intracranial_ml"]) == (f"{brain_ml:.1f}", f"{volume_ml['sulci']:.1f}")
+    for text in (page, folder_page):
+        assert f">{brain_ml:.0f}" in text and f">{volume_ml['sulci']:.0f}" in text
+    thumbnail = _pixels((anat / "sub-a_thumbnail.webp").read_bytes()).astype(float)
+    white = np.linalg.norm(thumbnail - PROTOCOLS["fsl_fast"].structures[3].color, axis=-1) < 60  # lossy
+    halves = np.array_split(white, 2, axis=1)
+    assert all(half.any() for half in halves)  # both slices go through the thalami, which are not in the middle
 
 
 def test_options_in_the_text_of_a_code_are_shown_as_code_and_all_else_is_escaped():
