@@ -217,8 +217,7 @@ def _everything(name: str, quality: Quality, mm3: np.ndarray, ranges_mm3: Mappin
                 "color": css(s.color),
                 "name": s.name,
                 "mm3": mm3[s.id],
-                "low": low[s.index],
-                "high": high[s.index],
+                "interval": "–" if np.isnan(low[s.index]) else f"{low[s.index]:.0f} to {high[s.index]:.0f}",
                 "entropy": entropy[s.index],
                 "dice": predicted[s.index],
             }

@@ -11,9 +11,12 @@
     return answer.json();
   };
   const { scans, tables, notes: known, verdicts } = await ask("catalogue.json");
-  let notes = known, number = 0, loading = Promise.resolve();
+  let notes = known, number = 0, shown = null, loading = Promise.resolve();
 
-  const niivue = new window.niivue.Niivue({ backColor: [0, 0, 0, 1], show3Dcrosshair: true, isColorbar: false, crosshairWidth: 0.5, dragAndDropEnabled: false });
+  const niivue = new window.niivue.Niivue({
+    backColor: [0, 0, 0, 1], isColorbar: false, dragAndDropEnabled: false, show3Dcrosshair: true, crosshairWidthUnit: "mm", crosshairWidth: 0.8,
+    multiplanarPadPixels: 16, showAllOrientationMarkers: true, fontColor: [1, 0.88, 0.54, 1],  // as on the report pages
+  });
   await niivue.attachToCanvas(part("canvas"));
   niivue.setRadiologicalConvention(false);  // left on the left, as on the report pages
   niivue.setInterpolation(true);  // labels have no values between
@@ -48,6 +51,16 @@
   };
   const verdict = () => ([...part("verdicts").children].find((b) => b.getAttribute("aria-pressed") === "true") || { value: "" }).value;
 
+  const middle = ({ img, hdr: { affine, dims: [, width, height] } }) => {  // of what is labelled, in mm
+    let count = 0, sums = [0, 0, 0];
+    for (let voxel = 0; voxel < img.length; voxel += 7) {  // some of them tell as much as all
+      if (!img[voxel]) continue;
+      count += 1;
+      [voxel % width, Math.floor(voxel / width) % height, Math.floor(voxel / width / height)].forEach((at, axis) => { sums[axis] += at; });
+    }
+    return count && affine.slice(0, 3).map((row) => row[3] + row.slice(0, 3).reduce((mm, step, axis) => mm + step * sums[axis] / count, 0));
+  };
+
   const draw = async () => {  // the scan below, the chosen map above; without the scan, the map alone
     const scan = scans[number], map = chosen();
     document.body.dataset.state = "loading";
@@ -58,6 +71,9 @@
     if (map && tables[map.table]) labels.setColormapLabel(tables[map.table]);
     else if (map) labels.colormap = "warm";
     niivue.updateGLVolume();
+    const start = map && shown !== scan && middle(labels);
+    if (start) niivue.scene.crosshairPos = niivue.mm2frac(start);
+    shown = scan;
     niivue.setSliceType(niivue[views[part("view").value]]);
     niivue.createOnLocationChange();
     say(scan.image ? "" : "To see the scan too, start the viewer with it: neuronet view OUT SCAN");

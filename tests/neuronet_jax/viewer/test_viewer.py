@@ -41,7 +41,9 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("viewer")
     records = Records(Provenance((Origin("test"),)), ("fsl_fast", "fsl_first"))
     image = np.zeros((44, 48, 44), np.int16)
-    image[10:34, 8:40, 11:33] = np.random.default_rng(0).integers(500, 900, (24, 32, 22))
+    image[10:34, 8:40, 23:43] = np.random.default_rng(0).integers(
+        500, 900, (24, 32, 20)
+    )  # above the middle of the image
     for name in "ae":
         nib.save(nib.Nifti1Image(image, np.diag([-2.0, 2, 2, 1])), folder / f"{name}.nii.gz")
         target = Target(folder / f"{name}.nii.gz", folder / "out", f"sub-{name}")
@@ -108,8 +110,8 @@ def test_a_person_looks_at_two_heads_and_notes_which_is_good(results, heads, tmp
             tab.until("document.body.dataset.state === 'sub-a fsl_fast'")
             maps = tab.run("[...document.getElementById('map').options].map(o => o.value)")
             assert maps == ["fsl_fast", "fsl_first", "desc-brain"]
-            # the middle of the head is labelled, and so is the place that is clicked; the canvas is not empty
-            tab.until("/^(CSF|Background) \\(fsl_fast [01]\\)/.test(document.getElementById('structure').textContent)")
+            # it starts in the middle of what is labelled, and the place that is clicked is labelled too
+            tab.until("/^CSF \\(fsl_fast 1\\)/.test(document.getElementById('structure').textContent)")
             seen = set()
             for x in range(200, 400, 50):
                 tab.click(x, 400)
@@ -131,6 +133,9 @@ def test_a_person_looks_at_two_heads_and_notes_which_is_good(results, heads, tmp
             tab.run("document.querySelector('button[value=bad]').click()")
             tab.until("document.querySelector('button[value=bad]').getAttribute('aria-pressed') === 'true'")
             assert tab.run("document.getElementById('message').textContent") == ""
+            fetched = tab.run("performance.getEntriesByType('resource').map(entry => entry.name)")
+            here = address[0].rpartition("/")[0].rpartition("/")[0]
+            assert len(fetched) > 5 and [name for name in fetched if not name.startswith(f"{here}/")] == []
             tab.open(address[0], width=400)  # a narrow window; the notes are still there
             tab.until("document.body.dataset.state === 'sub-a fsl_fast'")
             assert tab.run("document.querySelector('[aria-pressed=true]').value") == "good"
