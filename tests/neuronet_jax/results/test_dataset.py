@@ -173,19 +173,19 @@ def test_F15_a_scan_whose_command_was_stopped_counts_in_none_of_them(run, heads,
 
 
 def test_F15_two_commands_at_the_same_time(tiny_run, noisy_heads, tmp_path):
-    """Each has a head of its own, and both have one head."""
+    """Both have one head, and one of them has a further one."""
     command = [sys.executable, "-m", "neuronet_jax", "segment", f"--run={tiny_run}", f"--out={tmp_path}"]
     processes = [
         subprocess.Popen(
             [*command, *(str(noisy_heads / f"{name}.nii.gz") for name in names)],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for names in (("head0", "head6"), ("head2", "head6"))
+        for names in (("head0",), ("head0", "head2"))
     ]  # fmt: skip
     for process in processes:
         output, _ = process.communicate()
         assert process.returncode == 0, output
-    assert _told(tmp_path) == [["sub-head0", "sub-head2", "sub-head6"]] * 3
+    assert _told(tmp_path) == [["sub-head0", "sub-head2"]] * 3
 
 
 # ---- hostile inputs -------------------------------------------------------------------------------------------------
