@@ -23,7 +23,7 @@ from neuronet_jax.runs.provenance import Provenance
 
 _LEGEND = 24  # entries of the largest structures: as many as the eye tells apart
 _SIDES = ("Left", "Right")  # how the names of structures with a partner begin
-_LANDMARK = "Thalamus"  # thumbnails show the slices through its middle
+_LANDMARK = "ThalamusProper"  # thumbnails show the slices through its middle
 
 
 @dataclass(frozen=True)

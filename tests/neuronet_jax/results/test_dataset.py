@@ -172,15 +172,29 @@ def test_F15_a_scan_whose_command_was_stopped_counts_in_none_of_them(run, heads,
     assert _told(out) == [["sub-a", "sub-k"]] * 3
 
 
+def test_F15_a_command_that_another_one_overtakes_with_the_same_scan(run, heads, tmp_path, monkeypatch, capsys):
+    out, begin = tmp_path / "out", Records.begin
+    command = ["segment", str(heads / "a.nii.gz"), run, f"--out={out}"]
+
+    def overtaken(*given):
+        monkeypatch.setattr(Records, "begin", begin)
+        assert main(command) == 0
+        begin(*given)
+
+    monkeypatch.setattr(Records, "begin", overtaken)
+    assert main(command) == 0
+    assert _told(out) == [["sub-a"]] * 3
+    assert main(command) == 0 and "1 of 1 scans segmented" in (said := capsys.readouterr().out) and "earlier" in said
+
+
 def test_F15_two_commands_at_the_same_time(tiny_run, noisy_heads, tmp_path):
-    """Both have one head, and one of them has a further one."""
-    command = [sys.executable, "-m", "neuronet_jax", "segment", f"--run={tiny_run}", f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "neuronet_jax", "segment"]
     processes = [
         subprocess.Popen(
-            [*command, *(str(noisy_heads / f"{name}.nii.gz") for name in names)],
+            [*command, str(noisy_heads / name), f"--run={tiny_run}", f"--out={tmp_path}"],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for names in (("head0",), ("head0", "head2"))
+        for name in ("head0.nii.gz", "head2.nii.gz")
     ]  # fmt: skip
     for process in processes:
         output, _ = process.communicate()
