@@ -186,7 +186,7 @@ def starved(*arguments):
         if len(calls) == 2:  # compiling takes memory too
             jax.block_until_ready((state, batch))  # what the first step holds is not there to be used again
             used = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize")]
-            limit = (int(used[0]) << 10) + (128 << 20)
+            limit = (int(used[0]) << 10) + (384 << 20)
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         return step(state, batch)
     return wrapped
@@ -196,7 +196,7 @@ train.make_train_step = starved
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_D08_out_of_memory_ends_with_5_and_names_batch_and_crop(store: Path, tmp_path: Path) -> None:
-    """Memory really runs out, by one large piece: a step of this crop asks for 517 MB at once, and 128 MiB are left.
+    """Memory really runs out, by one large piece: a step of this crop asks for 517 MB at once, and 384 MiB are left.
 
     On one device: of two, one could still get its memory and would wait for the other, until XLA ends the process. What
     is left is for everything small, whose absence would end the process in C++ before XLA can say anything. Freed
@@ -284,7 +284,7 @@ def test_C09_slow_storage_is_seen_in_the_metrics(in_process, tmp_path: Path, mon
         return read(*arguments)
 
     monkeypatch.setattr(Store, "read_crops_into", slow)
-    assert in_process("--config.data.prefetch=1") == 0
+    assert in_process("--config.data.prefetch=1", "--config.steps=6") == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
     # The step of so small a network takes 0.05 s; around a save or a validation, batches have time to arrive.
