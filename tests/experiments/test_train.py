@@ -29,7 +29,7 @@ from neuronet_jax.store.reader import Store
 from neuronet_jax.training.mesh import make_mesh
 from neuronet_jax.training.pipeline import training_iterator
 from neuronet_jax.training.step import TrainState, init_state
-from tests.processes import PATIENCE_S, free_port
+from tests.processes import PATIENCE_S, QUICK_XLA_FLAGS, free_port
 
 SPLITS = ("train", "train", "train", "validation", "train")
 STEPS = 12
@@ -61,7 +61,7 @@ def start(
     store: Path, run: Path, *extra: str, environment: dict[str, str] | None = None, fault: str = ""
 ) -> subprocess.Popen[str]:
     """Starts the command; `fault` is a program that runs before it, in its process."""
-    alone = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # as a user would, not on eight devices
+    alone = {**os.environ, "XLA_FLAGS": QUICK_XLA_FLAGS}  # as a user would, not on eight devices
     program = ["-c", f"{fault}\nimport sys; from experiments import train; sys.exit(train.main())"]
     command = [sys.executable, *(program if fault else ["-m", "experiments.train"]), *arguments(store, run), *extra]
     return subprocess.Popen(command, env={**alone, **(environment or {})}, stderr=subprocess.PIPE, text=True)

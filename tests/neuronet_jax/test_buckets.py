@@ -20,7 +20,7 @@ from neuronet_jax.files import Files
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.directory import RunDirectory
 from neuronet_jax.runs.restore import restore
-from tests.processes import PATIENCE_S
+from tests.processes import PATIENCE_S, QUICK_XLA_FLAGS
 
 SETTINGS = {
     "data.crop": "16,16,16",
@@ -38,7 +38,7 @@ def training(store: str, run: str, steps: int, *extra: str) -> "subprocess.Popen
     settings = {**SETTINGS, "data.store": store, "steps": steps}
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "experiments.train", "--config=tissue:demo", f"--workdir={run}", *flags, *extra]
-    alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    alone = {**os.environ, "XLA_FLAGS": QUICK_XLA_FLAGS}
     return subprocess.Popen(command, env=alone, stderr=subprocess.PIPE, text=True)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import PATIENCE_S, QUICK_XLA_FLAGS
+
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "segment.ipynb"
 
 
@@ -24,11 +26,11 @@ def test_it_runs_from_top_to_bottom(tiny_run_of_all, noisy_heads, monkeypatch, t
     monkeypatch.setenv("NEURONET_SCAN", str(noisy_heads / "head1.nii.gz"))
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", QUICK_XLA_FLAGS)
     monkeypatch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR", str(tmp_path)))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     place = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    nbclient.NotebookClient(notebook, timeout=200, kernel_name="python3", resources=place).execute()
+    nbclient.NotebookClient(notebook, timeout=PATIENCE_S, kernel_name="python3", resources=place).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     data = [output.get("data", {}) for output in outputs]
     assert "'malp_em_tissue': ((60, 70, 64)," in outputs[0]["data"]["text/plain"]

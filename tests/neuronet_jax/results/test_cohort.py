@@ -22,7 +22,7 @@ from neuronet_jax.files import Files
 from neuronet_jax.images import nifti
 from neuronet_jax.results import bids, cohort
 from neuronet_jax.runs.restore import restore
-from tests.processes import PATIENCE_S
+from tests.processes import PATIENCE_S, QUICK_XLA_FLAGS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -151,7 +151,7 @@ def test_an_invalid_shard_is_refused(text):
 
 
 def test_F07_one_device_equals_eight(tiny_run, noisy_heads, whole, tmp_path):
-    process = _process(*_command(tiny_run, noisy_heads, tmp_path / "one"), XLA_FLAGS="")
+    process = _process(*_command(tiny_run, noisy_heads, tmp_path / "one"), XLA_FLAGS=QUICK_XLA_FLAGS)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     tree = _tree(tmp_path / "one")

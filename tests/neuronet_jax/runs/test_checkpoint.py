@@ -30,7 +30,7 @@ from neuronet_jax.runs import checksums
 from neuronet_jax.runs.checkpoint import Checkpoints
 from neuronet_jax.runs.checkpoint_info import SCHEMA
 from neuronet_jax.runs.checksums import MANIFEST
-from tests.processes import PATIENCE_S
+from tests.processes import PATIENCE_S, QUICK_XLA_FLAGS
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).parent / "goldens" / "checkpoint_v1"
@@ -228,7 +228,7 @@ checkpoints.close()
 
 
 def _run_killed(run: Path, where: str) -> subprocess.Popen:
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": QUICK_XLA_FLAGS}
     return subprocess.Popen([sys.executable, "-c", KILLED, str(run), where], cwd=ROOT, env=environment)
 
 
