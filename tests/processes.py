@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# XLA's older code for fused loops takes two thirds of the time to compile. `make test` asks for what is quick, `make soak`
-# does not, and versions after 0.10 have no older code.
+# XLA's older code for fused loops takes two thirds of the time to compile. `make test` asks for what is quick, and
+# `make soak` does not. Versions after 0.10 have no older code.
 QUICK_XLA_FLAGS = (
     "--xla_cpu_use_fusion_emitters=false"
     if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and version("jaxlib").startswith("0.10.")
