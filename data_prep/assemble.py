@@ -25,7 +25,7 @@ from data_prep.subject import Settings
 from data_prep.verify import damaged
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.files import Files
-from neuronet_jax.images.nifti import DEFAULT_LIMITS, Limits
+from neuronet_jax.images.headers import DEFAULT_LIMITS, Limits
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.lease import lease
 from neuronet_jax.store.reader import PURGING, Store, read_rejects

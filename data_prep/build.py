@@ -28,7 +28,7 @@ from data_prep.tools.complete import Settings as Tools
 from data_prep.tools.complete import complete
 from data_prep.tools.tools import TOOLS
 from neuronet_jax.errors import UsageError
-from neuronet_jax.images.nifti import DEFAULT_LIMITS, Limits
+from neuronet_jax.images.headers import DEFAULT_LIMITS, Limits
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.programs import DONE, PARTIAL, Parser, number, run
 from neuronet_jax.store.withdrawal import read_ids, unknown_lines

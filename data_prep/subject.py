@@ -11,6 +11,7 @@ import numpy as np
 from data_prep.sources.source import Source
 from neuronet_jax.errors import RejectError
 from neuronet_jax.images import intensity, nifti, space
+from neuronet_jax.images.headers import DEFAULT_LIMITS, Limits
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, MALP_EM_VOLUMES_MM3, PROTOCOLS, Protocol
 from neuronet_jax.store.schema import Record, Subject, sample_foreground
 
@@ -26,7 +27,7 @@ class Settings:
     voxel_size_mm: float
     missing: Literal["keep", "reject"] = "keep"
     resample_labels: bool = False  # accept label maps on a different grid than the image's
-    limits: nifti.Limits = nifti.DEFAULT_LIMITS
+    limits: Limits = DEFAULT_LIMITS
 
 
 def prepare(source: Source, slot: int, settings: Settings) -> Record:

@@ -33,7 +33,7 @@ from data_prep.tools.process import ToolError
 from data_prep.tools.tools import SCAN, TOOLS
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.images import nifti
-from neuronet_jax.images.nifti import DEFAULT_LIMITS, Limits
+from neuronet_jax.images.headers import DEFAULT_LIMITS, Limits
 from neuronet_jax.images.space import Volume
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.lease import has_ended, this_process

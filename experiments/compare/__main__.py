@@ -5,7 +5,7 @@
     python -m experiments.compare --out=comparison --families=neuronet,reference --trials=10 --config.data.store=…
 
 Settings `--config.FIELD=VALUE` hold for all networks; steps are those of the network of all protocols. Budgets and what
-takes part in them are in `plan.py`, the tests in `statistics.py`.
+takes part in them are in `plan.py`, the tests in `statistics.py`, variants of one network in `family.py`.
 
 The same command given again continues: a finished network is never trained again, an interrupted one goes on with the
 very next batch. Given several times at once, on one machine or on many with one file system, the commands share the

@@ -1,10 +1,9 @@
 """Variants of the `neuronet` network for `experiments.compare`, each of which changes one thing about the first.
 
     family=experiments/compare/family.py
-    python -m experiments.compare --out=family --variants=$family:plain,$family:wide,$family:deep --budgets=compute \
-        --config.data.store=stores/cohort
+    python -m experiments.compare --out=family --variants=$family:plain,$family:wide --config.data.store=stores/cohort
 
-With equal compute a network with a cheaper step takes more of them. `plain` is the demo's config with all five
+With `--budgets=compute` a network with a cheaper step takes more of them. `plain` is the demo's config with all five
 protocols. The comparison judges every other variant by the one that is named first.
 """
 

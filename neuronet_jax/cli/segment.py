@@ -166,7 +166,7 @@ def segment(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from neuronet_jax import runtime
-    from neuronet_jax.images import nifti
+    from neuronet_jax.images.headers import Limits
     from neuronet_jax.inference.segment import check_request
     from neuronet_jax.inference.segmentation import Options
     from neuronet_jax.results import bids, cohort, dataset, extras, reports, tables
@@ -216,7 +216,7 @@ def segment(args: argparse.Namespace) -> int:
     todo, rows = records.unfinished(targets, args.overwrite)
 
     there = len(rows)
-    limits = nifti.Limits(assume_ras=args.assume_ras)
+    limits = Limits(assume_ras=args.assume_ras)
     work = cohort.Cohort(model, results, options, limits, records, calibration, not args.no_report, _told(args))
     for row in refused:
         cohort.report(row, console)

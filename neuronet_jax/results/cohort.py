@@ -18,6 +18,7 @@ from rich.text import Text
 from neuronet_jax import runtime
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.images import intensity, nifti
+from neuronet_jax.images.headers import Limits
 from neuronet_jax.inference import cost
 from neuronet_jax.inference.segment import segment_volume
 from neuronet_jax.inference.segmentation import Options
@@ -57,7 +58,7 @@ class Cohort:
     model: Model
     dataset: Dataset
     options: Options
-    limits: nifti.Limits
+    limits: Limits
     records: Records
     calibration: Calibration = UNKNOWN  # of the run, for predicted Dice
     report: bool = True  # write a page for each scan

@@ -17,7 +17,7 @@ from data_prep.build import main
 from data_prep.outcome import summary
 from neuronet_jax.codes import explain
 from neuronet_jax.errors import NeuronetError
-from neuronet_jax.images.nifti import Limits
+from neuronet_jax.images.headers import Limits
 from neuronet_jax.labels import PROTOCOLS
 from neuronet_jax.store.reader import Store
 from neuronet_jax.store.schema import StoreError

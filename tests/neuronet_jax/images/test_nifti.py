@@ -12,7 +12,8 @@ import pytest
 
 from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.images import nifti
-from neuronet_jax.images.nifti import Limits, read_image, read_labels, write_labels
+from neuronet_jax.images.headers import DEFAULT_LIMITS, Limits
+from neuronet_jax.images.nifti import read_image, read_labels, write_labels
 
 SHAPE = (40, 48, 40)  # at 4 mm a head's field of view
 AFFINE = np.array([[-4.0, 0, 0, 80], [0, 4, 0, -90], [0, 0, 4, -70], [0, 0, 0, 1]])
@@ -42,7 +43,7 @@ def save(folder: Path, content: bytes, name: str = "T1.nii.gz") -> Path:
     return path
 
 
-def code(path: Path, limits: Limits = nifti.DEFAULT_LIMITS, read=read_image) -> str:
+def code(path: Path, limits: Limits = DEFAULT_LIMITS, read=read_image) -> str:
     with pytest.raises(RejectError) as caught:
         read(path, limits)
     assert str(path.parent) not in str(caught.value)  # reasons end up in shared tables

@@ -13,6 +13,7 @@ from scipy.ndimage import map_coordinates
 from experiments.flags import load
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.images import nifti
+from neuronet_jax.images.headers import Limits
 from neuronet_jax.images.space import Volume
 from neuronet_jax.inference import volume
 from neuronet_jax.inference.onto_grid import DOUBT_NATS, Reading
@@ -55,7 +56,7 @@ def _noise(shape: tuple[int, int, int] = (32, 32, 32), seed: int = 0) -> np.ndar
 
 def _volume(head: np.ndarray, spacing_mm: tuple[float, float, float] = (2.0, 2.0, 2.0)) -> Volume:
     image = nib.Nifti1Image(np.round(100 + 40 * head).astype(np.int16), np.diag([*spacing_mm, 1.0]))
-    return nifti.check_image(image, nifti.Limits(fov_mm=(10, 600)))
+    return nifti.check_image(image, Limits(fov_mm=(10, 600)))
 
 
 @pytest.fixture(scope="module")

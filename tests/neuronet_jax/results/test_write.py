@@ -19,6 +19,7 @@ from neuronet_jax import __version__
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.evaluation import volumetry
 from neuronet_jax.images import nifti
+from neuronet_jax.images.headers import Limits
 from neuronet_jax.images.space import Volume
 from neuronet_jax.inference.segmentation import Options, Segmentation
 from neuronet_jax.labels import MALP_EM_TO_TISSUE, PROTOCOLS
@@ -44,7 +45,7 @@ def _volume(path: Path, affine: np.ndarray = OBLIQUE, shape=(70, 80, 60)) -> Vol
     image.set_qform(affine, code=1, strip_shears=True)
     image.set_sform(affine, code=3)
     nib.save(image, path)
-    return nifti.read_image(path, nifti.Limits(fov_mm=(10, 600)))
+    return nifti.read_image(path, Limits(fov_mm=(10, 600)))
 
 
 def _maps(shape=(70, 80, 60)) -> dict[str, np.ndarray]:
