@@ -16,7 +16,7 @@ from jax import export
 from jaxtyping import Array, Float, Integer
 
 from neuronet_jax.models.head_blocks import Blocks, ClassesLast, XLast
-from neuronet_jax.models.head_tallies import Groups, GroupsByProduct, Tally
+from neuronet_jax.models.head_tallies import Groups, GroupsByChoice, GroupsByProduct, Tally
 from neuronet_jax.models.readout import Readout
 
 
@@ -30,7 +30,7 @@ class Platform(NamedTuple):
 
 PLATFORMS = {
     "cpu": Platform(ClassesLast, GroupsByProduct, 2 * 2**20),  # two cores' second-level caches
-    "tpu": Platform(XLast, Groups, 16 * 2**20),  # a fraction of the 128 MiB of vector memory
+    "tpu": Platform(XLast, GroupsByChoice, 16 * 2**20),  # a fraction of the 128 MiB of vector memory
     "default": Platform(ClassesLast, Groups, 128 * 2**20),  # fills a GPU
 }
 

@@ -99,6 +99,18 @@ class GroupsByProduct(Groups):
         return jnp.matmul(x, self.members.T, precision="highest")
 
 
+class GroupsByChoice(Groups):
+    """The same with choices in place of concatenations, each of which a TPU writes to memory as a block of its own."""
+
+    def spread(self, x: Float[Array, "*p"]) -> Float[Array, "*k"]:
+        first, *others = (jax.lax.slice_in_dim(x, p, p + 1, axis=self.class_axis) for p in range(len(self.classes)))
+        place = np.arange(self.index.size).reshape(self.index.shape)  # among the classes of all protocols
+        spread = jnp.broadcast_to(first, (*x.shape[:5], *self._around(self.index.size, x.shape[5:])))
+        for (start, _), value in zip(spans(self.classes)[1:], others, strict=True):
+            spread = jnp.where(place >= start, value, spread)
+        return spread
+
+
 class Tally(Protocol):
     """A sum over the voxels of each sample, in float32."""
 
