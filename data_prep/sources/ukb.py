@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.sources.files import Input
-from data_prep.sources.source import Source, check
+from data_prep.sources.source import Source
 from data_prep.sources.zips import Member
 from neuronet_jax.errors import NeuronetError
 
@@ -74,7 +74,6 @@ def read_archive(
         sources.append(source)
     for protocol, pattern in (outputs or {}).items():
         sources = _joined(sources, protocol, pattern)
-    check(sources)
     return sources
 
 

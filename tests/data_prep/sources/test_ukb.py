@@ -20,6 +20,7 @@ from data_prep import build as build_module
 from data_prep import verify
 from data_prep.assemble import build_sources
 from data_prep.sources.ukb import read_archive
+from data_prep.sources.zips import Member
 from data_prep.splits import assign_splits
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.store.reader import Store
@@ -195,6 +196,26 @@ def test_an_unpacked_archive_gives_the_same_arrays(make_archive, tmp_path):
     assert [source.problem for source in read_archive(archive)] == [None] * 3
     shutil.copytree(archive / "0", archive / "again")
     assert {source.problem and source.problem[0] for source in read_archive(archive)} == {"E_DUPLICATE"}
+
+
+def test_names_alone_say_what_is_a_visit_and_which_file_counts(tmp_path):
+    for name in (
+        f"a/20_20252_2_0/{T1}",  # unpacked; its zip counts, though it comes later
+        "a/20_20252_2_0/3_20252_2_0.zip",  # within a visit: none of its own
+        "b/20_20252_2_0.zip",
+        "c/3_20252_2_0.ZIP",
+        "d/7_20252_2_0.zip",
+        "d/7_20252_2_1.zip",  # a second array of one visit
+        f"e/8_20252_2_0/{T1}",
+        f"e/8_20252_2_0/{MEMBERS['fsl_fast']}",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = {source.id: source for source in read_archive(tmp_path)}
+    problems = [(id, source.problem and source.problem[0]) for id, source in found.items()]
+    assert problems == [("3", None), ("7", "E_DUPLICATE"), ("8", None), ("20", None)]  # by number
+    assert found["20"].t1 == Member(tmp_path / "b/20_20252_2_0.zip", T1)
+    assert found["8"].labels == {"fsl_fast": tmp_path / "e/8_20252_2_0" / MEMBERS["fsl_fast"]}  # FIRST's is not there
 
 
 def test_visits_choices_and_the_studys_own_maps(make_archive, brain, tmp_path, caplog):
