@@ -22,7 +22,7 @@ from data_prep.assemble import build_sources
 from data_prep.sources.ukb import read_archive
 from data_prep.sources.zips import Member
 from data_prep.splits import assign_splits
-from neuronet_jax.errors import NeuronetError
+from neuronet_jax.errors import NeuronetError, RejectError
 from neuronet_jax.store.reader import Store
 
 GRID = (48, 56, 48)
@@ -68,6 +68,22 @@ def leading_out(path: Path, content: Content) -> None:
 
 def absolute(path: Path, content: Content) -> None:
     zipped(path, {"/etc/x": b"x", **content})
+
+
+def on_a_drive(path: Path, content: Content) -> None:
+    zipped(path, {"C:x": b"x", **content})
+
+
+def crowded(path: Path, content: Content) -> None:
+    zipped(path, {**content, **{f"T1/{number}": b"" for number in range(20_000)}})
+
+
+def packed_in_a_new_way(path: Path, content: Content) -> None:
+    """The directory names a compression that no program knows yet."""
+    data = bytearray(zipped(path, content).read_bytes())
+    for signature, place in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+        data[data.index(signature) + place] = 77
+    path.write_bytes(data)
 
 
 def linked(path: Path, content: Content) -> None:
@@ -132,6 +148,26 @@ BROKEN: dict[Callable[[Path, Content], object], str] = {
     unusable: "E_ZIP_MEMBER",
     two_scans: "E_ZIP_MEMBER",
 }
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        (leading_out, "a member's name leads out"),
+        (absolute, "a member's name leads out"),
+        (on_a_drive, "a member's name leads out"),
+        (crowded, "has 20001 members, more than 20000"),
+        (packed_in_a_new_way, r"damaged \(NotImplementedError\)"),
+        (linked, "is a link"),
+        (encrypted, "is encrypted; decrypt"),
+        (bomb, "inflates 10.* times"),
+    ],
+)
+def test_an_archive_says_what_it_is_refused_for(way, reason, tmp_path):
+    way(tmp_path / "visit.zip", {T1: b"scan"})
+    with pytest.raises(RejectError, match=reason) as raised, Member(tmp_path / "visit.zip", T1).open() as stream:
+        stream.read()
+    assert raised.value.code == "E_ZIP"
 
 
 @pytest.fixture
