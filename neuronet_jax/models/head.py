@@ -25,12 +25,12 @@ class Platform(NamedTuple):
 
     layout: Callable[[tuple[int, ...], int, int], Blocks]
     groups: Callable[[tuple[int, ...], int], Groups]
-    block_bytes: int  # scores held at a time, in float32
+    block_bytes: int  # scores that a device holds at a time, in float32
 
 
 PLATFORMS = {
     "cpu": Platform(ClassesLast, GroupsByProduct, 2 * 2**20),  # two cores' second-level caches
-    "tpu": Platform(XLast, GroupsByChoice, 16 * 2**20),  # a fraction of the 128 MiB of vector memory
+    "tpu": Platform(XLast, GroupsByChoice, 24 * 2**20),  # a fraction of the 64 to 128 MiB of vector memory
     "default": Platform(ClassesLast, Groups, 128 * 2**20),  # fills a GPU
 }
 
@@ -141,7 +141,9 @@ class _Volume:
 
     def __init__(self, platform: Platform, classes: tuple[int, ...], features: list[Array], readout: Readout):
         self.matrix, self.bias = readout.matrices[0], readout.biases[0]
-        self.blocks = platform.layout(features[0].shape, self.matrix.shape[1], platform.block_bytes)
+        # Every block is split among all devices of the mesh, as crops and y are.
+        block_bytes = platform.block_bytes * max(1, jax.sharding.get_abstract_mesh().size)
+        self.blocks = platform.layout(features[0].shape, self.matrix.shape[1], block_bytes)
         self.groups = platform.groups(classes, self.blocks.class_axis)
         self.fine, self.halves = self.blocks.volume(features[0]), self.blocks.halves(features[1:], readout)
 

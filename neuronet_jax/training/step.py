@@ -130,7 +130,8 @@ def make_train_step(
         compute = _gradient
         if config.accumulate > 1:
             compute, batch = accumulation.gradient, accumulation.parts_of(batch, config.accumulate, mesh)
-        loss, parts, gradient, moments = compute(graphdef, state.params, state.moments, batch, config)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells the head how many devices share a block
+            loss, parts, gradient, moments = compute(graphdef, state.params, state.moments, batch, config)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradient)

@@ -23,6 +23,8 @@ from neuronet_jax.config import (
 )
 from neuronet_jax.errors import NeuronetError
 from neuronet_jax.labels import PROTOCOLS
+from neuronet_jax.models import head
+from neuronet_jax.models.head_blocks import Blocks, ClassesLast
 from neuronet_jax.models.network import build
 from neuronet_jax.training import step
 from neuronet_jax.training.mesh import make_mesh, put_batch
@@ -110,6 +112,21 @@ def test_D10_eight_devices_equal_one_with_every_term_of_the_loss(monkeypatch: py
     np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
     for one, many in zip(gradient, sharded_gradient, strict=True):
         np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-5 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_head_has_blocks_of_the_same_size_on_every_device(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[int] = set()
+
+    def layout(shape: tuple[int, ...], classes: int, block_bytes: int) -> Blocks:
+        asked.add(block_bytes)  # of all devices, as the step is written for all
+        return ClassesLast(shape, classes, block_bytes)
+
+    monkeypatch.setitem(head.PLATFORMS, "cpu", head.PLATFORMS["cpu"]._replace(layout=layout, block_bytes=1000))
+    config = config_of(batch=8)
+    train_step, state, batch = step.abstract_step(config, make_mesh(config, jax.devices()[:devices]))
+    train_step.trace(state, batch)
+    assert asked == {1000 * devices}
 
 
 def test_a_shrunken_config_with_every_term_of_the_loss_runs_a_step() -> None:
