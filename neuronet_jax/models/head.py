@@ -175,7 +175,8 @@ def _pull_blocks(
 
     def step(total: tuple[Any, ...], index: Array) -> tuple[tuple[Any, ...], None]:
         sums, by_fine, by_halves, by_matrix, by_bias = total
-        scores, here = volume.scores(index), blocks.cut(index, truth)
+        scores = blocks.scores(index, fine, blocks.half_left(halves, by_halves), matrix, bias)
+        here = blocks.cut(index, truth)
         gradient = tally.gradient(volume.groups, scores, here, by_sums)
         by_block, *by_readout = blocks.gradients(index, gradient, fine, matrix)
         return (
@@ -188,10 +189,10 @@ def _pull_blocks(
 
     zeros = (
         _zeros(tally, labels, classes),
-        *(jnp.zeros_like(fine), jnp.zeros_like(halves), jnp.zeros(matrix.shape), jnp.zeros(bias.shape)),
+        *(jnp.zeros_like(fine), blocks.half_begin(halves), jnp.zeros(matrix.shape), jnp.zeros(bias.shape)),
     )
     sums, by_fine, by_halves, by_matrix, by_bias = jax.lax.scan(step, zeros, jnp.arange(blocks.count))[0]
-    by_coarse, by_readout = pull_halves(by_halves)
+    by_coarse, by_readout = pull_halves(blocks.half_total(by_halves))
     by_readout.matrices[0], by_readout.biases[0] = by_matrix, by_bias  # which `halves` does not read
     return sums, ([blocks.volume_back(by_fine), *by_coarse], by_readout)
 

@@ -55,12 +55,27 @@ class Blocks(abc.ABC):
         others = tuple(axis for axis in range(7) if axis != self.class_axis)
         return by_block, by_matrix, jnp.sum(low.astype(jnp.float32), axis=others)
 
-    def add_half_gradient(self, index: Array, total: Array, gradient: Array) -> Array:
-        """Adds what a block's gradient by the scores contributes to the gradient by `halves`."""
-        gradient = self.unwiden(gradient)
-        half = _parts_back(_cropped(_parts_back(gradient, 3), 3), 1).astype(total.dtype)  # b u y …
-        start = self._half_start(index)
+    def half_begin(self, halves: Array) -> Any:
+        """Returns a gradient by `halves` to which nothing was added yet."""
+        return jnp.zeros_like(halves)
+
+    def half_left(self, halves: Array, total: Any) -> Array:
+        """Returns `halves`, which need hold only what this block and later ones read."""
+        return halves
+
+    def add_half_gradient(self, index: Array, total: Any, gradient: Array) -> Any:
+        """Adds what a block's gradient by the scores contributes to the gradient by `halves`, blocks in their order."""
+        half, start = self._half_gradient(gradient), self._half_start(index)
+        half = half.astype(total.dtype)
         return jax.lax.dynamic_update_slice(total, jax.lax.dynamic_slice(total, start, half.shape) + half, start)
+
+    def half_total(self, total: Any) -> Array:
+        """Returns the gradient by `halves` to which all blocks have added."""
+        return total
+
+    def _half_gradient(self, gradient: Array) -> Array:
+        gradient = self.unwiden(gradient)
+        return _parts_back(_cropped(_parts_back(gradient, 3), 3), 1)  # b u y …
 
     def cut(self, index: Array, volume: Array) -> Array:
         """Takes a block out of a volume of few channels."""
@@ -231,6 +246,26 @@ class XLast(Blocks):
     def unmix(self, gradient: Array, block: Array, matrix: Array) -> tuple[Array, Array]:
         by_matrix = jnp.einsum("jibuykw,jibuycw->ck", gradient, block, preferred_element_type=jnp.float32)
         return jnp.einsum("...kw,ck->...cw", gradient, matrix), by_matrix
+
+    # Two planes of a block are also of the next one: their gradient goes from block to block. All other planes are done
+    # with their block, and their gradient takes the place of their scores.
+
+    def half_begin(self, halves: Array) -> Any:
+        return halves, jnp.zeros_like(halves[:, :2])
+
+    def half_left(self, halves: Array, total: Any) -> Array:
+        return total[0]
+
+    def add_half_gradient(self, index: Array, total: Any, gradient: Array) -> Any:
+        mixed, shared = total
+        half = self._half_gradient(gradient)
+        half = half + jnp.pad(shared.astype(half.dtype), ((0, 0), (0, self.pairs), (0, 0), (0, 0), (0, 0)))
+        done, shared = half[:, : self.pairs].astype(mixed.dtype), half[:, self.pairs :].astype(mixed.dtype)
+        return jax.lax.dynamic_update_slice(mixed, done, self._half_start(index)), shared
+
+    def half_total(self, total: Any) -> Array:
+        mixed, shared = total
+        return mixed.at[:, -2:].set(shared)
 
     def unwiden(self, gradient: Array) -> Array:
         return gradient  # `halves` is at full resolution along x
