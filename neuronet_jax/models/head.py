@@ -175,8 +175,7 @@ def _pull_blocks(
 
     def step(total: tuple[Any, ...], index: Array) -> tuple[tuple[Any, ...], None]:
         sums, by_fine, by_halves, by_matrix, by_bias = total
-        scores = blocks.scores(index, fine, blocks.half_left(halves, by_halves), matrix, bias)
-        here = blocks.cut(index, truth)
+        scores, here = volume.scores(index), blocks.cut(index, truth)
         gradient = tally.gradient(volume.groups, scores, here, by_sums)
         by_block, *by_readout = blocks.gradients(index, gradient, fine, matrix)
         return (

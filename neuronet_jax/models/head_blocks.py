@@ -59,10 +59,6 @@ class Blocks(abc.ABC):
         """Returns a gradient by `halves` to which nothing was added yet."""
         return jnp.zeros_like(halves)
 
-    def half_left(self, halves: Array, total: Any) -> Array:
-        """Returns `halves`, which need hold only what this block and later ones read."""
-        return halves
-
     def add_half_gradient(self, index: Array, total: Any, gradient: Array) -> Any:
         """Adds what a block's gradient by the scores contributes to the gradient by `halves`, blocks in their order."""
         half, start = self._half_gradient(gradient), self._half_start(index)
@@ -247,25 +243,22 @@ class XLast(Blocks):
         by_matrix = jnp.einsum("jibuykw,jibuycw->ck", gradient, block, preferred_element_type=jnp.float32)
         return jnp.einsum("...kw,ck->...cw", gradient, matrix), by_matrix
 
-    # Two planes of a block are also of the next one: their gradient goes from block to block. All other planes are done
-    # with their block, and their gradient takes the place of their scores.
+    # Two planes of a block are also of the next one. Their gradient goes from block to block, and the total is only
+    # written, each plane once.
 
     def half_begin(self, halves: Array) -> Any:
-        return halves, jnp.zeros_like(halves[:, :2])
-
-    def half_left(self, halves: Array, total: Any) -> Array:
-        return total[0]
+        return jnp.zeros_like(halves), jnp.zeros_like(halves[:, :2])
 
     def add_half_gradient(self, index: Array, total: Any, gradient: Array) -> Any:
-        mixed, shared = total
+        written, shared = total
         half = self._half_gradient(gradient)
         half = half + jnp.pad(shared.astype(half.dtype), ((0, 0), (0, self.pairs), (0, 0), (0, 0), (0, 0)))
-        done, shared = half[:, : self.pairs].astype(mixed.dtype), half[:, self.pairs :].astype(mixed.dtype)
-        return jax.lax.dynamic_update_slice(mixed, done, self._half_start(index)), shared
+        done, shared = half[:, : self.pairs].astype(written.dtype), half[:, self.pairs :].astype(written.dtype)
+        return jax.lax.dynamic_update_slice(written, done, self._half_start(index)), shared
 
     def half_total(self, total: Any) -> Array:
-        mixed, shared = total
-        return mixed.at[:, -2:].set(shared)
+        written, shared = total
+        return written.at[:, -2:].set(shared)
 
     def unwiden(self, gradient: Array) -> Array:
         return gradient  # `halves` is at full resolution along x
