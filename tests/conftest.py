@@ -184,8 +184,13 @@ class GcsServer:
         if sys.platform != "linux" or not found:
             pytest.skip("fake-gcs-server has no program for this machine")
         found[0].chmod(0o755)
-        own, behind = free_port(), free_port()
-        self.url, self._address, self._backend = f"http://127.0.0.1:{own}", ("127.0.0.1", own), f"127.0.0.1:{behind}"
+        own = free_port()
+        self.url, self._address = f"http://127.0.0.1:{own}", ("127.0.0.1", own)
+        self.turns = threading.Lock()
+        self._proxy: http.server.ThreadingHTTPServer | None = None
+        self.start()
+        behind = free_port()  # not the same, which is in use now
+        self._backend = f"127.0.0.1:{behind}"
         places = ("-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(behind))
         command = [str(found[0]), *places, "-public-host", self.url[7:]]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -194,9 +199,6 @@ class GcsServer:
                 self.forward("GET", "/storage/v1/b?project=p", {}, b"")
                 break
             time.sleep(0.05)
-        self.turns = threading.Lock()
-        self._proxy: http.server.ThreadingHTTPServer | None = None
-        self.start()
 
     def start(self) -> None:
         self._proxy = http.server.ThreadingHTTPServer(self._address, functools.partial(_Proxy, self))

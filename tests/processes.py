@@ -1,6 +1,8 @@
 """Starts several processes that make one run, for tests of what they do together."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -16,14 +18,20 @@ QUICK_XLA_FLAGS = (
     if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and version("jaxlib").startswith("0.10.")
     else ""
 )
+_RANDOM = random.SystemRandom()  # different in every process
 PATIENCE_S = 600  # with a process that ought to end: a slow machine is no failure, a hang is
 
 
 def free_port() -> int:
-    """Returns a port of this machine on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Returns a port of this machine on which nothing listens, and which no connection takes before the caller does.
+
+    Systems give connections ports from 32768 on (Linux) or 49152 on.
+    """
+    while True:
+        port = _RANDOM.randrange(16_384, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_two(program: str, *arguments: str, environment: Mapping[str, str]) -> tuple[list[str], list[int]]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import free_port
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 SYSTEM_PATH = "/usr/sbin:/sbin"  # where distributions put daemons, and users' PATH may lack
@@ -72,7 +74,7 @@ class Slurm:
         key.chmod(0o400)
         (self.folder / "state").mkdir()
         host = socket.gethostname().split(".")[0]
-        controller_port, *node_ports = _free_ports(1 + len(NODES))
+        controller_port, *node_ports = (free_port() for _ in range(1 + len(NODES)))
         nodes = []
         for name, port in zip(NODES, node_ports, strict=True):
             (self.folder / name).mkdir()
@@ -207,11 +209,3 @@ def _until(true, what: str, said, timeout_s: float) -> None:
     while not true():
         assert time.monotonic() < end, f"not within {timeout_s} s: {what}\n{said()}"
         time.sleep(0.5)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
