@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from tests.processes import QUICK_XLA_FLAGS, free_port
+from tests.processes import QUICK_XLA_FLAGS, free_ports
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # All processes share what they compile, in a folder that goes with the tests (never the user's own).
@@ -184,13 +184,11 @@ class GcsServer:
         if sys.platform != "linux" or not found:
             pytest.skip("fake-gcs-server has no program for this machine")
         found[0].chmod(0o755)
-        own = free_port()
-        self.url, self._address = f"http://127.0.0.1:{own}", ("127.0.0.1", own)
+        own, behind = free_ports(2)
+        self.url, self._address, self._backend = f"http://127.0.0.1:{own}", ("127.0.0.1", own), f"127.0.0.1:{behind}"
         self.turns = threading.Lock()
         self._proxy: http.server.ThreadingHTTPServer | None = None
         self.start()
-        behind = free_port()  # not the same, which is in use now
-        self._backend = f"127.0.0.1:{behind}"
         places = ("-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(behind))
         command = [str(found[0]), *places, "-public-host", self.url[7:]]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -23,15 +23,22 @@ PATIENCE_S = 600  # with a process that ought to end: a slow machine is no failu
 
 
 def free_port() -> int:
-    """Returns a port of this machine on which nothing listens, and which no connection takes before the caller does.
+    """Returns a port as `free_ports` does."""
+    return free_ports(1)[0]
 
-    Systems give connections ports from 32768 on (Linux) or 49152 on.
+
+def free_ports(count: int) -> list[int]:
+    """Returns different ports of this machine on which nothing listens, and which no connection takes before the caller
+    does: systems give connections ports from 32768 on (Linux) or 49152 on.
     """
-    while True:
-        port = _RANDOM.randrange(16_384, 32_768)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+    ports: list[int] = []
+    with contextlib.ExitStack() as stack:
+        while len(ports) < count:
+            probe, port = stack.enter_context(socket.socket()), _RANDOM.randrange(16_384, 32_768)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                ports.append(port)
+    return ports
 
 
 def run_two(program: str, *arguments: str, environment: Mapping[str, str]) -> tuple[list[str], list[int]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import free_port
+from tests.processes import free_ports
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -74,7 +74,7 @@ class Slurm:
         key.chmod(0o400)
         (self.folder / "state").mkdir()
         host = socket.gethostname().split(".")[0]
-        controller_port, *node_ports = (free_port() for _ in range(1 + len(NODES)))
+        controller_port, *node_ports = free_ports(1 + len(NODES))
         nodes = []
         for name, port in zip(NODES, node_ports, strict=True):
             (self.folder / name).mkdir()
